@@ -1,0 +1,42 @@
+# Every target sets up .venv when it is missing or older than its inputs, and does nothing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+FOR ?=
+
+.PHONY: help run test quick cover lint fmt proto lock clean
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+run: .venv/ready ## the agent with simulated GPUs and a stand-in kubelet; FOR=25 ends by itself
+	@$(BIN)/vgpu-agent dev $(if $(FOR),--for $(FOR))
+
+test: .venv/ready ## all tests
+	$(BIN)/python -m pytest
+
+quick: .venv/ready ## the tests that are fast enough to run on every save
+	$(BIN)/python -m pytest -m 'not slow'
+
+cover: .venv/ready ## all tests with coverage, its bound checked
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: .venv/ready ## style and types; changes nothing
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+fmt: .venv/ready ## put the code into the common format
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+proto: .venv/ready ## generate vgpu_agent/kubelet/_proto from protos/
+	$(BIN)/python -m tests.protoc betterproto vgpu_agent/kubelet/_proto
+
+lock: .venv/ready ## resolve requirements/*.txt anew, with hashes and without addresses
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-find-links -c requirements/run.txt pyproject.toml --group dev -o requirements/dev.txt
+
+clean: ## remove everything that was made here
+	rm -rf .venv .cache .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+
+.venv/ready: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

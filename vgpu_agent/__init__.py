@@ -1,0 +1,1 @@
+"""Turns each NVIDIA GPU of a Kubernetes node into many virtual GPUs that pods request."""

@@ -1,0 +1,57 @@
+"""What can go wrong, grouped by the edge at which it does."""
+
+
+class VgpuAgentError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+# Start
+
+
+class SettingsError(VgpuAgentError):
+    """One or more VGPU_* variables are wrong; the message lists every one of them."""
+
+
+class AddressInUseError(VgpuAgentError):
+    """The metrics address cannot be bound."""
+
+
+# Cards
+
+
+class DriverError(VgpuAgentError):
+    """The source of GPUs cannot be asked at all: no library, no driver, a failing NVML."""
+
+
+# Kubelet
+
+
+class KubeletError(VgpuAgentError):
+    """The session with the kubelet could not be opened; it is tried again."""
+
+
+class EndpointError(KubeletError):
+    """Our own socket cannot be bound where the kubelet looks for it."""
+
+
+class RegistrationError(KubeletError):
+    """The kubelet refused the registration or did not open its stream."""
+
+
+class KubeletAwayError(KubeletError):
+    """No kubelet listens on its socket."""
+
+
+# Decisions
+
+
+class AllocationError(VgpuAgentError):
+    """An allocation cannot be answered; nothing has changed."""
+
+
+class InvalidRequestError(AllocationError):
+    """The request itself is wrong: unknown, missing or repeated IDs."""
+
+
+class UnavailableDeviceError(AllocationError):
+    """The request is well formed, but a device cannot be given now."""

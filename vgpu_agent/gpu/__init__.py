@@ -1,0 +1,1 @@
+"""The card side: where GPUs come from and what their faults mean."""

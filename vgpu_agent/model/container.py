@@ -1,0 +1,156 @@
+"""What a container that holds some vGPUs is started with: a pure function of request and node.
+
+The same request gives the same answer whatever was allocated before, so an agent that restarts
+has lost nothing. The rules are those of the device plugin API (`ContainerAllocateResponse`), of
+NVIDIA's container runtime (`NVIDIA_VISIBLE_DEVICES`) and of CUDA MPS (`CUDA_MPS_*`).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
+from vgpu_agent.model.devices import Card, Inventory
+from vgpu_agent.model.share import MIB, Share, usable_bytes
+
+
+class Threads(StrEnum):
+    """The two ways to bound threads that are not a factor."""
+
+    SHARE = "share"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class MpsSharing:
+    """How containers reach the MPS daemon of the node, and what limits they are told.
+
+    `threads` is a percentage rule: the share, no limit, or the share times a factor.
+    `shm_directory` is None where containers keep their own /dev/shm.
+    """
+
+    pipe_directory: str
+    shm_directory: str | None
+    threads: Threads | float = Threads.SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How cards are shared: by MPS or, where `mps` is None, by plain time-slicing.
+
+    `memory_held_back` bytes of each card are kept out of the shares.
+    """
+
+    mps: MpsSharing | None
+    memory_held_back: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A host directory that the container gets."""
+
+    host_path: str
+    container_path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a container gets."""
+
+    environment: Mapping[str, str]
+    mounts: tuple[Mount, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The container's part of one card."""
+
+    card: Card
+    share: Share
+    usable: int
+
+    @property
+    def memory(self) -> int:
+        return self.share.memory_bytes(self.usable)
+
+    @property
+    def fraction(self) -> float:
+        return self.share.memory_fraction(self.usable, self.card.gpu.memory_bytes)
+
+
+def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> Grant:
+    """What a container that holds these vGPUs gets.
+
+    Raises InvalidRequestError and UnavailableDeviceError, see `check_devices`.
+    """
+    counts = Counter(card.gpu.uuid for card in check_devices(inventory, device_ids))
+    parts = [
+        _Part(
+            card=card,
+            share=Share(counts[card.gpu.uuid], card.replicas),
+            usable=usable_bytes(
+                card.gpu.memory_bytes, card.gpu.reserved_bytes, sharing.memory_held_back
+            ),
+        )
+        for card in sorted(inventory.cards, key=lambda card: card.gpu.pci_bus_id.lower())
+        if card.gpu.uuid in counts
+    ]
+    environment = {
+        # In PCI order, and CUDA told to count so, or its ordinals would not be ours.
+        "NVIDIA_VISIBLE_DEVICES": ",".join(part.card.gpu.uuid for part in parts),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # Of one card each; on several cards the smallest, which is what one number can promise.
+        "VGPU_SHARE": ",".join(str(part.share) for part in parts),
+        "VGPU_MEMORY_BYTES": str(min(part.memory for part in parts)),
+        "VGPU_MEMORY_FRACTION": f"{min(part.fraction for part in parts):.4f}",
+    }
+    if sharing.mps is None:
+        return Grant(MappingProxyType(environment), ())
+    mps = sharing.mps
+    environment["CUDA_MPS_PIPE_DIRECTORY"] = mps.pipe_directory
+    environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = ",".join(
+        f"{ordinal}={part.memory // MIB}M" for ordinal, part in enumerate(parts)
+    )
+    percentage = _thread_percentage(mps.threads, [part.share for part in parts])
+    if percentage is not None:
+        environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percentage)
+    mounts = [Mount(mps.pipe_directory, mps.pipe_directory)]
+    if mps.shm_directory is not None:
+        mounts.append(Mount(mps.shm_directory, "/dev/shm"))  # noqa: S108 - a path in the container
+    return Grant(MappingProxyType(environment), tuple(mounts))
+
+
+def _thread_percentage(threads: Threads | float, shares: Sequence[Share]) -> int | None:
+    """MPS knows one number per client: of several cards the smallest share is given."""
+    if threads is Threads.NONE:
+        return None
+    smallest = min(share.thread_percentage() for share in shares)
+    return smallest if isinstance(threads, Threads) else max(1, min(100, int(smallest * threads)))
+
+
+def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[Card]:
+    """The card of each vGPU, where all of them can be given to a container now.
+
+    Raises InvalidRequestError for an empty request, an unknown ID or the same ID twice, and
+    UnavailableDeviceError for an unhealthy vGPU; the message names the ID and the reason.
+    """
+    if not device_ids:
+        raise InvalidRequestError("the request names no device")
+    repeated = [vgpu for vgpu, count in Counter(device_ids).items() if count > 1]
+    if repeated:
+        raise InvalidRequestError(f"device {repeated[0]!r} is requested more than once")
+    cards = []
+    for vgpu in device_ids:
+        card = inventory.card_of(vgpu)
+        if card is None:
+            raise InvalidRequestError(
+                f"device {vgpu!r} is not one of the {sum(1 for _ in inventory.device_ids)}"
+                " vGPUs of this node"
+            )
+        if not card.healthy:
+            raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {card.fault_text}")
+        cards.append(card)
+    return cards

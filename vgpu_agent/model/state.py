@@ -1,0 +1,282 @@
+"""The one owner of what the node knows.
+
+Facts come in through plain methods, called on the event loop only, that return whether anything
+changed. What goes out is a frozen snapshot; watchers wait for a newer one. Nothing here awaits
+while it changes something, so there is no lock and no torn view.
+"""
+
+import asyncio
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+
+T = TypeVar("T")
+
+
+class Latest(Generic[T]):
+    """A value that any number of watchers follow; the latest one wins.
+
+    A slow watcher skips to the newest value, no queue grows, and the final value is never lost.
+    """
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+        self._version = 0
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    @property
+    def value(self) -> T:
+        """The newest value."""
+        return self._value
+
+    @property
+    def version(self) -> int:
+        """How many values were published: pass it to `newer_than`."""
+        return self._version
+
+    @property
+    def closed(self) -> bool:
+        """Whether no newer value will come."""
+        return self._closed
+
+    def publish(self, value: T) -> None:
+        """Makes `value` the newest and wakes every watcher."""
+        self._value = value
+        self._version += 1
+        self._wake()
+
+    def close(self) -> None:
+        """Ends every watcher; what was published last stays readable."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def newer_than(self, version: int) -> int | None:
+        """Waits for a value newer than `version`; its version, or None when there will be none."""
+        while self._version <= version and not self._closed:
+            await self._changed.wait()
+        return None if self._closed else self._version
+
+
+class RegistrationResult(StrEnum):
+    """How an attempt to register with the kubelet ended."""
+
+    REGISTERED = "registered"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    NO_STREAM = "no-stream"
+    ENDPOINT = "endpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The source of GPUs: its version, or why it cannot be asked."""
+
+    version: str | None = None
+    error: str | None = "not asked yet"
+
+    @property
+    def up(self) -> bool:
+        """Whether the driver answered when it was last asked."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class Kubelet:
+    """The session with the kubelet. `streams` counts the ListAndWatch streams open now."""
+
+    registered: bool = False
+    streams: int = 0
+    error: str | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the kubelet is registered with and follows the device list."""
+        return self.registered and self.streams > 0
+
+
+XidKey = tuple[str | None, int]
+TransitionKey = tuple[str, str, Reason]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that is known of the node at one moment."""
+
+    inventory: Inventory = Inventory()
+    excluded: tuple[Excluded, ...] = ()
+    driver: Driver = Driver()
+    kubelet: Kubelet = Kubelet()
+    xids: Mapping[XidKey, int] = field(default_factory=lambda: MappingProxyType({}))
+    transitions: Mapping[TransitionKey, int] = field(default_factory=lambda: MappingProxyType({}))
+    registrations: Mapping[RegistrationResult, int] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    lists_sent: int = 0
+
+
+class NodeState:
+    """The only mutable thing of the model. `replicas` is the number of vGPUs made of each card."""
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
+        self.latest = Latest(Snapshot())
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is known now."""
+        return self.latest.value
+
+    def _become(self, snapshot: Snapshot) -> bool:
+        if snapshot == self.snapshot:
+            return False
+        self.latest.publish(snapshot)
+        return True
+
+    # Cards
+
+    def driver_answered(
+        self, version: str, gpus: Iterable[Gpu], excluded: Iterable[Excluded] = ()
+    ) -> bool:
+        """The driver told all cards that it sees; one that it no longer names stays."""
+        seen = {gpu.uuid: gpu for gpu in gpus}
+        known = {card.gpu.uuid: card for card in self.snapshot.inventory.cards}
+        cards = [replace(card, gpu=seen.get(uuid, card.gpu)) for uuid, card in known.items()] + [
+            Card(gpu, self._replicas) for uuid, gpu in seen.items() if uuid not in known
+        ]
+        cards.sort(key=lambda card: (card.gpu.index, card.gpu.uuid))
+        return self._become(
+            replace(
+                self.snapshot,
+                driver=Driver(version, None),
+                inventory=Inventory(tuple(cards)),
+                excluded=tuple(excluded),
+            )
+        )
+
+    def driver_failed(self, error: str) -> bool:
+        """The driver cannot be asked."""
+        return self._become(
+            replace(self.snapshot, driver=replace(self.snapshot.driver, error=error))
+        )
+
+    def fault_found(self, uuids: Collection[str] | None, fault: Fault) -> tuple[str, ...]:
+        """A fault of those cards, or of all cards where `uuids` is None.
+
+        A reason that a card has already keeps its time; it only becomes stricter. Returns the
+        UUIDs of the cards for which this was news.
+        """
+        changed = {}
+        for card in self.snapshot.inventory.cards:
+            if uuids is not None and card.gpu.uuid not in uuids:
+                continue
+            faults = _with_fault(card.faults, fault)
+            if faults != card.faults:
+                changed[card.gpu.uuid] = replace(card, faults=faults)
+        self._replace_cards(changed)
+        return tuple(changed)
+
+    def faults_cleared(self, uuid: str, reasons: Collection[Reason]) -> bool:
+        """Those reasons no longer hold for the card; the others stay."""
+        card = self.snapshot.inventory.find(uuid)
+        if card is None:
+            return False
+        faults = tuple(fault for fault in card.faults if fault.reason not in reasons)
+        if faults == card.faults:
+            return False
+        self._replace_cards({uuid: replace(card, faults=faults)})
+        return True
+
+    def _replace_cards(self, changed: Mapping[str, Card]) -> None:
+        if not changed:
+            return
+        transitions = dict(self.snapshot.transitions)
+        cards = []
+        for before in self.snapshot.inventory.cards:
+            card = changed.get(before.gpu.uuid, before)
+            if card.healthy != before.healthy:
+                to = "healthy" if card.healthy else "unhealthy"
+                reason = (before.faults or card.faults)[0].reason
+                key = (card.gpu.uuid, to, reason)
+                transitions[key] = transitions.get(key, 0) + 1
+            cards.append(card)
+        self._become(
+            replace(
+                self.snapshot,
+                inventory=Inventory(tuple(cards)),
+                transitions=MappingProxyType(transitions),
+            )
+        )
+
+    def xid_seen(self, uuid: str | None, xid: int) -> None:
+        """The driver reported an XID; `uuid` is None where it could not tell the card."""
+        self._become(replace(self.snapshot, xids=_counted(self.snapshot.xids, (uuid, xid))))
+
+    # Kubelet
+
+    def registration_tried(self, result: RegistrationResult, error: str | None = None) -> None:
+        """An attempt to register ended so."""
+        snapshot = self.snapshot
+        self._become(
+            replace(
+                snapshot,
+                registrations=_counted(snapshot.registrations, result),
+                kubelet=replace(
+                    snapshot.kubelet,
+                    registered=result is RegistrationResult.REGISTERED,
+                    error=error,
+                ),
+            )
+        )
+
+    def registration_ended(self, error: str | None) -> bool:
+        """The kubelet no longer knows us."""
+        return self._become(
+            replace(
+                self.snapshot,
+                kubelet=replace(self.snapshot.kubelet, registered=False, error=error),
+            )
+        )
+
+    def stream_opened(self) -> None:
+        """The kubelet opened a ListAndWatch stream."""
+        self._streams(+1)
+
+    def stream_ended(self) -> None:
+        """A ListAndWatch stream ended."""
+        self._streams(-1)
+
+    def _streams(self, change: int) -> None:
+        kubelet = self.snapshot.kubelet
+        self._become(
+            replace(self.snapshot, kubelet=replace(kubelet, streams=kubelet.streams + change))
+        )
+
+    def list_sent(self) -> None:
+        """A device list went out on a stream."""
+        self._become(replace(self.snapshot, lists_sent=self.snapshot.lists_sent + 1))
+
+
+K = TypeVar("K")
+
+
+def _counted(counts: Mapping[K, int], key: K) -> Mapping[K, int]:
+    return MappingProxyType({**counts, key: counts.get(key, 0) + 1})
+
+
+def _with_fault(faults: tuple[Fault, ...], fault: Fault) -> tuple[Fault, ...]:
+    known = next((known for known in faults if known.reason is fault.reason), None)
+    if known is None:
+        return (*faults, fault)
+    if fault.until_reset and not known.until_reset:
+        stricter = replace(fault, since=known.since)
+        return tuple(stricter if each is known else each for each in faults)
+    return faults
