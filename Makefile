@@ -35,8 +35,11 @@ lock: .venv/ready ## resolve requirements/*.txt anew, with hashes and without ad
 clean: ## remove everything that was made here
 	rm -rf .venv .cache .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
-.venv/ready: requirements/dev.txt pyproject.toml
+.venv/installed: requirements/dev.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@
+
+.venv/ready: .venv/installed pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -8,12 +8,18 @@ import sys
 from pathlib import Path
 
 PROTOS = Path(__file__).resolve().parent.parent / "protos"
+PLUGIN = Path(sys.executable).with_name("protoc-gen-python_betterproto")
 
 
 def generate(kind: str, directory: Path) -> None:
     """Writes the generated modules of every file in protos/ below `directory`."""
     out = (
-        [f"--python_betterproto_out={directory}", "--python_betterproto_opt=typing.310"]
+        [
+            # By path: the environment of this interpreter need not be activated.
+            f"--plugin=protoc-gen-python_betterproto={PLUGIN}",
+            f"--python_betterproto_out={directory}",
+            "--python_betterproto_opt=typing.310",
+        ]
         if kind == "betterproto"
         else [f"--python_out={directory}", f"--grpc_python_out={directory}"]
     )

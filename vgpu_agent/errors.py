@@ -12,8 +12,8 @@ class SettingsError(VgpuAgentError):
     """One or more VGPU_* variables are wrong; the message lists every one of them."""
 
 
-class AddressInUseError(VgpuAgentError):
-    """The metrics address cannot be bound."""
+class ListenError(VgpuAgentError):
+    """The metrics address cannot be listened on."""
 
 
 # Cards
@@ -35,11 +35,22 @@ class EndpointError(KubeletError):
 
 
 class RegistrationError(KubeletError):
-    """The kubelet refused the registration or did not open its stream."""
+    """The kubelet refused the registration, or did not answer."""
+
+
+class StreamMissingError(RegistrationError):
+    """The kubelet took the registration and did not open its stream."""
 
 
 class KubeletAwayError(KubeletError):
     """No kubelet listens on its socket."""
+
+
+# Rehearsal
+
+
+class StoryError(VgpuAgentError):
+    """A step of `vgpu-agent dev` was not observed; the message names it."""
 
 
 # Decisions

@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
-from vgpu_agent.model.devices import Card, Inventory
+from vgpu_agent.model.devices import Card, Inventory, split_device_id
 from vgpu_agent.model.share import MIB, Share, usable_bytes
 
 
@@ -121,6 +121,26 @@ def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> 
     if mps.shm_directory is not None:
         mounts.append(Mount(mps.shm_directory, "/dev/shm"))  # noqa: S108 - a path in the container
     return Grant(MappingProxyType(environment), tuple(mounts))
+
+
+def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:
+    """Whether a container that was given these vGPUs may start (again) now.
+
+    A vGPU that is no longer made (fewer replicas than before) is still the container's: only its
+    card counts. Raises InvalidRequestError for an ID of no card's form and UnavailableDeviceError
+    where the card is gone or unhealthy.
+    """
+    if not device_ids:
+        raise InvalidRequestError("the request names no device")
+    for vgpu in device_ids:
+        parts = split_device_id(vgpu)
+        if parts is None:
+            raise InvalidRequestError(f"device {vgpu!r} is not of the form <GPU UUID>::<number>")
+        card = inventory.find(parts[0])
+        if card is None:
+            raise UnavailableDeviceError(f"device {vgpu!r}: its card is not on this node")
+        if not card.healthy:
+            raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {card.fault_text}")
 
 
 def _thread_percentage(threads: Threads | float, shares: Sequence[Share]) -> int | None:

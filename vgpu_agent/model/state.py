@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
 
@@ -64,6 +64,28 @@ class Latest(Generic[T]):
         while self._version <= version and not self._closed:
             await self._changed.wait()
         return None if self._closed else self._version
+
+    def follow(self, version: int = -1) -> "Follower[T]":
+        """Iterates over the values newer than `version`, the current one at once, until closed."""
+        return Follower(self, version)
+
+
+class Follower(Generic[T]):
+    """An iterator over the values of a Latest. A class, since it holds nothing to clean up."""
+
+    def __init__(self, latest: Latest[T], version: int) -> None:
+        self._latest = latest
+        self._version = version
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        version = await self._latest.newer_than(self._version)
+        if version is None:
+            raise StopAsyncIteration
+        self._version = version
+        return self._latest.value
 
 
 class RegistrationResult(StrEnum):

@@ -1,0 +1,41 @@
+"""The process: runs a command and turns what it ends with into an exit code.
+
+0: ended as asked. 1: failed. 2: wrong settings or arguments, or the metrics address is taken.
+"""
+
+import logging
+import sys
+
+from vgpu_agent.cli import execute
+from vgpu_agent.errors import ListenError, SettingsError, StoryError
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The console script."""
+    code = 0
+    try:
+        execute(sys.argv[1:])
+    except* (SettingsError, ListenError) as wrong:
+        code = _explain(wrong, 2)
+    except* StoryError as failed:
+        code = _explain(failed, 1)
+    except* Exception:
+        # A bug: say all that is known, and let the DaemonSet start a fresh process.
+        log.critical("ending after an unexpected error", exc_info=True)
+        code = 1
+    sys.exit(code)
+
+
+def _explain(errors: BaseExceptionGroup[Exception], code: int) -> int:
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            _explain(error, code)
+        else:
+            sys.stderr.write(f"vgpu-agent: {error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

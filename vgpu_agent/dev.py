@@ -1,0 +1,199 @@
+"""`vgpu-agent dev`: the agent, simulated cards and a stand-in kubelet, and what happens then.
+
+The story is told by what the kubelet observed over its socket. A step that is not observed in time
+ends it with a StoryError that names the step.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+from grpclib import GRPCError
+
+from vgpu_agent.agent import Running, make_driver, run_agent
+from vgpu_agent.errors import ListenError, StoryError
+from vgpu_agent.gpu.simulated import SimulatedDriver
+from vgpu_agent.kubelet.standin import Admitted, Observed, StandinKubelet
+from vgpu_agent.model.devices import split_device_id
+from vgpu_agent.observe.web import listen
+from vgpu_agent.settings import Address, EmbeddedSettings, GpuDriverKind, Settings
+
+STEP = 6.0
+"""Seconds in which a step has to be observed."""
+
+SHOWN_FOR = 1.0
+"""Seconds between two steps, for reading."""
+
+Tell = Callable[[str], None]
+
+
+def embedded_settings(kubelet_dir: Path) -> Settings:
+    """The settings of the embedded default; none comes from the environment."""
+    return EmbeddedSettings(
+        gpu_driver=GpuDriverKind.SIMULATED,
+        kubelet_dir=kubelet_dir,
+        metrics_address=_free_address(Address("127.0.0.1", 9408)),
+        health_interval=1,
+        recovery_seconds=1,
+    )
+
+
+def _free_address(wanted: Address) -> Address:
+    """The wanted address, or one with any free port where that one is taken."""
+    try:
+        listen(wanted).close()
+    except ListenError:
+        return Address(wanted.host, 0)
+    return wanted
+
+
+async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: bool = True) -> None:
+    """Tells the story, then serves until cancelled, or until `seconds` after the start.
+
+    Raises StoryError where a step was not observed, also when the time was too short for it.
+    """
+    with tempfile.TemporaryDirectory(prefix="vgpu-") as directory:
+        settings = embedded_settings(Path(directory))
+        driver = make_driver(settings)
+        if not isinstance(driver, SimulatedDriver):
+            raise TypeError("the embedded settings name simulated cards")
+        async with anyio.create_task_group() as tasks:
+            kubelet = StandinKubelet(settings.plugin_directory, tasks)
+            await kubelet.start()
+
+            async def agent(*, task_status: anyio.abc.TaskStatus[Running]) -> None:
+                await run_agent(
+                    settings, driver, watch_health=watch_health, task_status=task_status
+                )
+
+            running: Running = await tasks.start(agent)
+            story = Story(kubelet, driver, settings, running, tell)
+            with anyio.move_on_after(seconds):
+                await story.run()
+                tell("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
+                await anyio.sleep_forever()
+            if not story.complete:
+                raise StoryError(f"the time ended at step {story.step!r}")
+            await kubelet.stop()
+            tasks.cancel_scope.cancel()
+
+
+class Story:
+    """The steps, in order. `step` is the one that is under way."""
+
+    def __init__(
+        self,
+        kubelet: StandinKubelet,
+        driver: SimulatedDriver,
+        settings: Settings,
+        running: Running,
+        tell: Tell,
+    ) -> None:
+        self._kubelet = kubelet
+        self._driver = driver
+        self._settings = settings
+        self._running = running
+        self._tell = tell
+        self.step = "start"
+        self.complete = False
+
+    async def run(self) -> None:
+        """Goes through all steps. Raises StoryError."""
+        url = f"http://{self._running.metrics_address}"
+        total = self._settings.simulated_gpus * self._settings.replicas
+        each = self._settings.replicas
+        failing = self._running.state.snapshot.inventory.cards[0].gpu
+
+        seen = await self._until("registration", lambda seen: seen.registrations == 1)
+        self._tell(f"kubelet: a plugin registered {seen.resource_name}")
+        seen = await self._until("first list", lambda seen: seen.healthy == total)
+        self._tell(f"kubelet: its first list has {_count(seen)}")
+        self._tell(f"         look yourself: curl {url}/metrics")
+
+        for pod, count in (("resnet-0", 1), ("bert-0", 2), ("llama-0", 5)):
+            await anyio.sleep(SHOWN_FOR / 2)
+            self._admitted(await self._admit(pod, count))
+
+        await anyio.sleep(SHOWN_FOR)
+        lists = self._kubelet.observed.value.lists
+        self._tell(f"(card {failing.index} reports XID 79 and falls off the bus)")
+        self._driver.xid(failing.uuid, 79, falls_off_the_bus=True)
+        seen = await self._until("card failing", lambda seen: seen.healthy == total - each)
+        if {uuid for uuid, ok in _by_card(seen).items() if not ok} != {failing.uuid}:
+            raise self._failed("the unhealthy vGPUs are not those of the failing card")
+        self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+
+        await anyio.sleep(SHOWN_FOR)
+        lists = seen.lists
+        self._tell(f"(card {failing.index} was reset and is enumerated again)")
+        self._driver.enumerate_again(failing.uuid)
+        seen = await self._until("card healing", lambda seen: seen.healthy == total)
+        self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+
+        await anyio.sleep(SHOWN_FOR)
+        self._tell("(the kubelet stops and starts again)")
+        await self._kubelet.stop()
+        await self._until("stream end", lambda seen: seen.ended == 1)
+        await self._kubelet.start()
+        await self._until("registration again", lambda seen: seen.registrations == 2)
+        seen = await self._until("list again", lambda seen: seen.healthy == total)
+        self._tell(f"kubelet: the plugin registered again; its list has {_count(seen)}")
+        self._admitted(await self._admit("resnet-1", 1))
+
+        self.step, self.complete = "end", True
+        self._tell(
+            "all of it worked: registered, listed, allocated, failed over, healed, registered again"
+        )
+
+    async def _until(self, step: str, holds: Callable[[Observed], bool]) -> Observed:
+        """Waits until the kubelet has observed it."""
+        self.step = step
+        with anyio.move_on_after(STEP):
+            async for seen in self._kubelet.observed.follow():
+                if holds(seen):
+                    return seen
+        raise self._failed(f"not observed within {STEP:g} s; the kubelet has {self._has()}")
+
+    async def _admit(self, pod: str, count: int) -> Admitted:
+        self.step = f"admission of {pod}"
+        try:
+            with anyio.fail_after(STEP):
+                return await self._kubelet.admit(pod, count)
+        except (GRPCError, TimeoutError, OSError) as error:
+            raise self._failed(str(error)) from error
+
+    def _admitted(self, pod: Admitted) -> None:
+        self._tell(f"kubelet: pod {pod.pod} admitted with {', '.join(pod.device_ids)}")
+        for name, value in sorted(pod.environment.items()):
+            self._tell(f"           {name}={value}")
+        for mount in pod.mounts:
+            self._tell(f"           mount {mount}")
+
+    def _has(self) -> str:
+        seen = self._kubelet.observed.value
+        return f"{seen.registrations} registrations, {_count(seen)}"
+
+    def _failed(self, why: str) -> StoryError:
+        return StoryError(f"step {self.step!r} failed: {why}")
+
+
+def _count(seen: Observed) -> str:
+    total = len(seen.health or {})
+    if seen.healthy == total:
+        return f"{total} vGPUs, all healthy"
+    return f"{total} vGPUs, {total - seen.healthy} of them unhealthy"
+
+
+def _updates(count: int) -> str:
+    return "one update" if count == 1 else f"{count} updates"
+
+
+def _by_card(seen: Observed) -> dict[str, bool]:
+    """Whether a card has any healthy vGPU, by UUID."""
+    cards: dict[str, bool] = {}
+    for vgpu, health in (seen.health or {}).items():
+        parts = split_device_id(vgpu)
+        uuid = parts[0] if parts else vgpu
+        cards[uuid] = cards.get(uuid, False) or health == "Healthy"
+    return cards

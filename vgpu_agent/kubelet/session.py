@@ -1,0 +1,385 @@
+"""The session with the kubelet: serve, register, watch by polling, register again.
+
+Knows sockets and registration, nothing of devices. There is no inotify: a living stream proves its
+kubelet, so while one is open only our own socket is looked at; when it ends, `kubelet.sock` is
+polled. What a kubelet does is in the device plugin API (KEP-3573) and the kubelet's device manager.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import random
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Never, cast
+
+import anyio
+import anyio.lowlevel
+from anyio import CancelScope
+from grpclib import GRPCError
+from grpclib.client import Channel
+from grpclib.exceptions import ProtocolError, StreamTerminatedError
+from grpclib.protocol import H2Protocol
+from grpclib.server import Server
+
+from vgpu_agent.errors import (
+    EndpointError,
+    KubeletAwayError,
+    KubeletError,
+    RegistrationError,
+    StreamMissingError,
+)
+from vgpu_agent.kubelet._proto.v1beta1 import RegisterRequest, RegistrationStub
+from vgpu_agent.kubelet.plugin import DevicePlugin, WireCodec
+from vgpu_agent.model.state import NodeState, RegistrationResult
+
+log = logging.getLogger(__name__)
+
+API_VERSION = "v1beta1"
+KUBELET_SOCKET = "kubelet.sock"
+
+REGISTER_TIMEOUT = 20.0
+"""Seconds for Register. The kubelet dials back inside it and gives up on that after 10."""
+
+STREAM_TIMEOUT = 10.0
+"""Seconds after Register in which the kubelet has to open its stream."""
+
+OWN_SOCKET_POLL = 1.0
+KUBELET_POLL = 0.02
+KUBELET_POLL_LATER = 1.0
+"""Seconds between two looks at `kubelet.sock`, at first and after `EAGER`."""
+
+EAGER = 10.0
+"""Seconds for which a kubelet that went away is expected back any moment."""
+
+BACK_OFF_MAX = 30.0
+RIVAL_BACK_OFF_MAX = 60.0
+SHORT_LIVED = 5.0
+"""A stream that ends sooner than this, in seconds, with the kubelet still there, is suspicious."""
+
+RIVAL_AFTER = 3
+"""So many short-lived streams in a row mean that another agent takes our place each time."""
+
+CLEAN_END = 0.25
+"""Seconds that open streams get to end cleanly before their connections are cut."""
+
+
+class Identity(NamedTuple):
+    """Which socket a path is. An inode alone is not enough: file systems use them again at once."""
+
+    device: int
+    inode: int
+    ctime_ns: int
+
+
+StatFunction = Callable[[Path], os.stat_result]
+
+
+class _Connection(H2Protocol):
+    """grpclib's protocol, with its transport in reach: grpclib itself never closes one."""
+
+    transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
+
+
+class _PluginServer(Server):
+    """grpclib's server, which remembers its connections."""
+
+    def __init__(self, plugin: DevicePlugin) -> None:
+        super().__init__([plugin], codec=WireCodec())
+        self._connections: list[_Connection] = []
+
+    def _protocol_factory(self) -> H2Protocol:
+        base = super()._protocol_factory()
+        connection = _Connection(base.handler, base.config, base.h2_config)
+        # Forget the ended ones here: a session may see many connections.
+        self._connections = [each for each in self._connections if not _closed(each)]
+        self._connections.append(connection)
+        return connection
+
+    def abort_connections(self) -> None:
+        """Cuts every connection, also one whose peer reads nothing."""
+        for connection in self._connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+
+
+def _closed(connection: _Connection) -> bool:
+    return connection.transport is not None and connection.transport.is_closing()
+
+
+@dataclass
+class KubeletSession:
+    """Keeps this node's vGPUs registered with whatever kubelet is there.
+
+    `make_plugin` gives the service for one registration. `stat_file` tells the identity of a
+    socket; a test can make it tell what a file system cannot be made to do.
+    """
+
+    directory: Path
+    endpoint: str
+    resource_name: str
+    state: NodeState
+    make_plugin: Callable[[], DevicePlugin]
+    stat_file: StatFunction = os.stat
+    clock: Callable[[], float] = time.monotonic
+    _said: str | None = None
+    _short_lived: int = 0
+    _failures: int = 0
+    _random: random.Random = field(default_factory=random.Random)
+
+    @property
+    def socket_path(self) -> Path:
+        """Our own socket."""
+        return self.directory / self.endpoint
+
+    @property
+    def kubelet_path(self) -> Path:
+        """The kubelet's socket."""
+        return self.directory / KUBELET_SOCKET
+
+    async def run(self) -> Never:
+        """Runs until cancelled, which leaves no socket and no connection behind."""
+        while True:
+            await self._kubelet_there()
+            kubelet = self._identity(self.kubelet_path)
+            await self._once()
+            await self._pause(self._delay(kubelet), kubelet)
+
+    # Waiting
+
+    async def _kubelet_there(self) -> None:
+        """Returns when something listens on the kubelet's socket."""
+        away_since = self.clock()
+        tried: Identity | None = None
+        tried_at = -KUBELET_POLL_LATER
+        while True:
+            identity = self._identity(self.kubelet_path)
+            # A socket that refused stays stale; a new one is tried at once.
+            if identity is not None and (
+                identity != tried or self.clock() - tried_at >= KUBELET_POLL_LATER
+            ):
+                if _listens(self.kubelet_path):
+                    return
+                tried, tried_at = identity, self.clock()
+            problem = "there is no such socket" if identity is None else "nobody listens on it"
+            self._away(f"no kubelet at {self.kubelet_path}: {problem}")
+            await anyio.sleep(self._poll_interval(away_since))
+
+    def _poll_interval(self, since: float) -> float:
+        return KUBELET_POLL if self.clock() - since < EAGER else KUBELET_POLL_LATER
+
+    async def _pause(self, seconds: float, kubelet: Identity | None) -> None:
+        """Waits so long, or until another kubelet is there."""
+        started = self.clock()
+        while (left := started + seconds - self.clock()) > 0:
+            if self._identity(self.kubelet_path) != kubelet:
+                self._failures = self._short_lived = 0
+                return
+            await anyio.sleep(min(left, self._poll_interval(started)))
+
+    def _delay(self, kubelet: Identity | None) -> float:
+        """Seconds until the next attempt: none at first, more with every failure in a row."""
+        if self._failures:
+            seconds = min(BACK_OFF_MAX, 0.1 * 2.0 ** min(self._failures, 16))
+        elif self._short_lived >= RIVAL_AFTER and self._identity(self.kubelet_path) == kubelet:
+            seconds = min(RIVAL_BACK_OFF_MAX, 2.0 ** min(self._short_lived - RIVAL_AFTER, 16))
+            self._warn(
+                "the kubelet ends the stream soon after each registration: another agent seems to"
+                f" serve {self.resource_name} on this node, and each takes the other's place."
+                f" Remove one. Waiting up to {RIVAL_BACK_OFF_MAX:.0f} s between attempts"
+            )
+        else:
+            return 0.0
+        return seconds * self._random.uniform(0.75, 1.0)
+
+    # One registration
+
+    async def _once(self) -> None:
+        """Serves and registers once; returns when that has ended, whatever ended it."""
+        async with anyio.create_task_group() as tasks:
+            plugin = self.make_plugin()
+            await tasks.start(plugin.run)
+            try:
+                async with self._serving(plugin) as own:
+                    await self._register(plugin)
+                    self._failures = 0
+                    opened = self.clock()
+                    ended = await self._watch(plugin, own)
+                    lived = self.clock() - opened
+                self._short_lived = self._short_lived + 1 if lived < SHORT_LIVED else 0
+                if self.state.registration_ended(ended):
+                    self._said = None
+                    log.warning("registration ended: %s; registering again", ended)
+            except KubeletError as error:
+                self._failures += 1
+                self.state.registration_tried(_result(error), str(error))
+                self._warn(f"cannot register {self.resource_name}: {error}")
+            tasks.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def _serving(self, plugin: DevicePlugin) -> AsyncIterator[Identity]:
+        """Our socket, bound and served. Raises EndpointError."""
+        self._clear_endpoint()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        server = _PluginServer(plugin)
+        try:
+            listener.bind(str(self.socket_path))
+            # Only root talks to it, and nobody before the mode is right.
+            self.socket_path.chmod(0o600)
+            own = _identity(self.stat_file(self.socket_path))
+            await server.start(sock=listener)
+        except OSError as error:
+            listener.close()
+            raise EndpointError(_os_problem("cannot bind", self.socket_path, error)) from error
+        try:
+            yield own
+        finally:
+            with CancelScope(shield=True):
+                await self._stop_serving(server, plugin, own)
+
+    async def _stop_serving(
+        self, server: _PluginServer, plugin: DevicePlugin, own: Identity
+    ) -> None:
+        """Ends the streams, then the connections, then the socket: in that order on purpose.
+
+        A late end of an old stream would make the kubelet drop a new registration, and a server
+        of Python 3.12 and newer waits for as long as a connection is open.
+        """
+        plugin.end_streams()
+        with anyio.move_on_after(CLEAN_END):
+            async for streams in plugin.streams.follow():
+                if streams.ended == streams.opened:
+                    break
+        await anyio.lowlevel.checkpoint()  # what was written last goes out
+        server.close()
+        server.abort_connections()
+        with anyio.move_on_after(1):
+            await server.wait_closed()
+        if self._identity(self.socket_path) == own:
+            self.socket_path.unlink(missing_ok=True)
+
+    def _clear_endpoint(self) -> None:
+        """Makes room for our socket: removes a stale one, and nothing else."""
+        path = self.socket_path
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise EndpointError(_os_problem("cannot look at", path, error)) from error
+        if not stat.S_ISSOCK(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a file that is no socket"
+            raise EndpointError(f"{path} is {kind}; remove it")
+        if _listens(path):
+            raise EndpointError(
+                f"another process serves {path}: another agent for {self.resource_name}? Remove one"
+            )
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise EndpointError(_os_problem("cannot remove the stale", path, error)) from error
+
+    async def _register(self, plugin: DevicePlugin) -> None:
+        """Registers and waits for the kubelet's stream.
+
+        Raises KubeletAwayError, RegistrationError and StreamMissingError.
+        """
+        request = RegisterRequest(
+            version=API_VERSION,
+            endpoint=self.endpoint,
+            resource_name=self.resource_name,
+            options=plugin.options,
+        )
+        try:
+            async with Channel(path=str(self.kubelet_path)) as channel:
+                await RegistrationStub(channel).register(request, timeout=REGISTER_TIMEOUT)
+        except GRPCError as error:
+            raise RegistrationError(
+                f"the kubelet refused with {error.status.name}: {error.message}"
+            ) from error
+        except TimeoutError as error:  # on 3.11 and newer an OSError too: before those
+            raise RegistrationError(
+                f"the kubelet did not answer Register within {REGISTER_TIMEOUT:.0f} s"
+            ) from error
+        except (OSError, StreamTerminatedError, ProtocolError) as error:
+            raise KubeletAwayError(f"no kubelet at {self.kubelet_path}: {error}") from error
+        with anyio.move_on_after(STREAM_TIMEOUT):
+            async for streams in plugin.streams.follow():
+                if streams.opened:
+                    break
+        if not plugin.streams.value.opened:
+            raise StreamMissingError(
+                f"the kubelet did not open its stream within {STREAM_TIMEOUT:.0f} s"
+            )
+        self.state.registration_tried(RegistrationResult.REGISTERED)
+        self._said = None
+        log.info("registered %s with the kubelet; it follows the list", self.resource_name)
+
+    async def _watch(self, plugin: DevicePlugin, own: Identity) -> str:
+        """Returns what ended the registration, in words."""
+        while plugin.streams.value.ended == 0:
+            with anyio.move_on_after(OWN_SOCKET_POLL):
+                async for streams in plugin.streams.follow():
+                    if streams.ended:
+                        break
+            if self._identity(self.socket_path) != own:
+                return f"our socket {self.socket_path} was removed or replaced"
+        return "the kubelet ended the stream"
+
+    # Small things
+
+    def _identity(self, path: Path) -> Identity | None:
+        """Which socket the path is now; None where there is none."""
+        try:
+            return _identity(self.stat_file(path))
+        except OSError:
+            return None
+
+    def _away(self, message: str) -> None:
+        self.state.registration_ended(message)
+        if self._said != message:
+            log.warning("%s; waiting for it", message)
+        self._said = message
+
+    def _warn(self, message: str) -> None:
+        """Logs what is wrong once for as long as it stays the same."""
+        if self._said != message:
+            log.error("%s", message)
+        self._said = message
+
+
+def _identity(found: os.stat_result) -> Identity:
+    return Identity(found.st_dev, found.st_ino, found.st_ctime_ns)
+
+
+def _listens(path: Path) -> bool:
+    """Whether a process accepts connections there; a stale socket refuses them."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        # EAGAIN: its queue is full, so it lives.
+        return probe.connect_ex(str(path)) in (0, errno.EAGAIN, errno.EINPROGRESS)
+
+
+def _os_problem(what: str, path: Path, error: OSError) -> str:
+    return f"{what} {path}: {error.strerror or error}"
+
+
+def _result(error: KubeletError) -> RegistrationResult:
+    match error:
+        case EndpointError():
+            return RegistrationResult.ENDPOINT
+        case KubeletAwayError():
+            return RegistrationResult.UNREACHABLE
+        case StreamMissingError():
+            return RegistrationResult.NO_STREAM
+        case _:
+            return RegistrationResult.REFUSED

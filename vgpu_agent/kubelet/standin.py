@@ -1,0 +1,173 @@
+"""A kubelet in this process, for `vgpu-agent dev`: it speaks the real API over real sockets.
+
+It registers plugins as the kubelet's device manager does (dials back inside Register, then opens
+ListAndWatch), keeps what it was told, and admits pods. What it observed is all that it tells.
+"""
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from anyio import CancelScope
+from anyio.abc import TaskGroup
+from grpclib import GRPCError, Status
+from grpclib.client import Channel
+from grpclib.exceptions import StreamTerminatedError
+from grpclib.server import Server
+
+from vgpu_agent.kubelet._proto.v1beta1 import (
+    AllocateRequest,
+    ContainerAllocateRequest,
+    ContainerPreferredAllocationRequest,
+    DevicePluginStub,
+    Empty,
+    ListAndWatchResponse,
+    PreferredAllocationRequest,
+    PreStartContainerRequest,
+    RegisterRequest,
+    RegistrationBase,
+)
+from vgpu_agent.kubelet.plugin import HEALTHY
+from vgpu_agent.kubelet.session import API_VERSION, KUBELET_SOCKET
+from vgpu_agent.model.state import Latest
+
+DIAL_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A pod's only container, as the plugin said that it is to be started."""
+
+    pod: str
+    device_ids: tuple[str, ...]
+    environment: Mapping[str, str]
+    mounts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the kubelet has seen. `health` is the newest list, by device ID.
+
+    `lists` counts the lists of all registrations, `ended` the streams that ended.
+    """
+
+    resource_name: str = ""
+    registrations: int = 0
+    lists: int = 0
+    ended: int = 0
+    health: Mapping[str, str] | None = None
+
+    @property
+    def healthy(self) -> int:
+        """The number of devices that pods may be given."""
+        return sum(1 for health in (self.health or {}).values() if health == HEALTHY)
+
+
+class StandinKubelet(RegistrationBase):
+    """A kubelet on `directory`, for as long as `start` and `stop` say."""
+
+    def __init__(self, directory: Path, tasks: TaskGroup) -> None:
+        self._directory = directory
+        self._tasks = tasks
+        self._server: Server | None = None
+        self._plugin: CancelScope | None = None
+        self._channel: Channel | None = None
+        self._held: dict[str, Admitted] = {}
+        self.observed = Latest(Observed())
+
+    async def start(self) -> None:
+        """Removes every plugin's socket and its own stale one, as kubelets do, and listens."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.glob("*.sock"):
+            path.unlink()
+        self._server = Server([self])
+        await self._server.start(path=str(self._directory / KUBELET_SOCKET))
+
+    async def stop(self) -> None:
+        """Ends as a kubelet does at SIGTERM: streams cut, its socket left behind, stale."""
+        if self._plugin is not None:
+            self._plugin.cancel()
+        if self._server is not None:
+            self._server.close()
+            # grpclib leaves the file up to Python 3.12 and asyncio removes it from 3.13 on.
+            path = self._directory / KUBELET_SOCKET
+            if not path.exists():
+                with socket.socket(socket.AF_UNIX) as stale:
+                    stale.bind(str(path))
+        self._server = None
+
+    async def register(self, register_request: RegisterRequest) -> Empty:
+        """Dials the plugin back inside the call, then follows its list."""
+        if register_request.version != API_VERSION:
+            raise GRPCError(Status.UNKNOWN, f"unsupported version {register_request.version!r}")
+        channel = Channel(path=str(self._directory / register_request.endpoint))
+        plugin = DevicePluginStub(channel)
+        try:
+            options = await plugin.get_device_plugin_options(Empty(), timeout=DIAL_TIMEOUT)
+        except (OSError, GRPCError, StreamTerminatedError) as error:
+            channel.close()
+            raise GRPCError(Status.UNKNOWN, f"cannot dial the plugin back: {error}") from error
+        if self._plugin is not None:
+            self._plugin.cancel()
+        self._channel = channel
+        self._pre_start = options.pre_start_required
+        self._see(
+            resource_name=register_request.resource_name,
+            registrations=self.observed.value.registrations + 1,
+        )
+        self._tasks.start_soon(self._follow, channel)
+        return Empty()
+
+    async def _follow(self, channel: Channel) -> None:
+        with CancelScope() as scope:
+            self._plugin = scope
+            try:
+                async for each in DevicePluginStub(channel).list_and_watch(Empty()):
+                    self._list(each)
+            except (OSError, GRPCError, StreamTerminatedError):
+                pass  # the end of a stream is the end of it, however it came
+        channel.close()
+        self._see(ended=self.observed.value.ended + 1, health={})
+
+    def _list(self, devices: ListAndWatchResponse) -> None:
+        self._see(
+            lists=self.observed.value.lists + 1,
+            health={device.id: device.health for device in devices.devices},
+        )
+
+    def _see(self, **seen: object) -> None:
+        self.observed.publish(replace(self.observed.value, **seen))  # type: ignore[arg-type]
+
+    async def admit(self, pod: str, count: int) -> Admitted:
+        """Gives a pod `count` devices, asking the plugin as the kubelet does. Raises GRPCError."""
+        if self._channel is None:
+            raise GRPCError(Status.UNAVAILABLE, "no plugin is registered")
+        plugin = DevicePluginStub(self._channel)
+        held = {vgpu for each in self._held.values() for vgpu in each.device_ids}
+        health = self.observed.value.health or {}
+        free = [vgpu for vgpu, state in health.items() if state == HEALTHY and vgpu not in held]
+        preferred = await plugin.get_preferred_allocation(
+            PreferredAllocationRequest(
+                container_requests=[
+                    ContainerPreferredAllocationRequest(
+                        available_device_i_ds=free, allocation_size=count
+                    )
+                ]
+            )
+        )
+        device_ids = preferred.container_responses[0].device_i_ds
+        answer = await plugin.allocate(
+            AllocateRequest(container_requests=[ContainerAllocateRequest(devices_ids=device_ids)])
+        )
+        if self._pre_start:
+            await plugin.pre_start_container(PreStartContainerRequest(devices_ids=device_ids))
+        container = answer.container_responses[0]
+        admitted = Admitted(
+            pod,
+            tuple(device_ids),
+            dict(container.envs),
+            tuple(f"{mount.host_path} on {mount.container_path}" for mount in container.mounts),
+        )
+        self._held[pod] = admitted
+        return admitted

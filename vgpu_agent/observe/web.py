@@ -1,0 +1,208 @@
+"""The HTTP side: /metrics, /healthz and /readyz, on the agent's own loop.
+
+uvicorn speaks HTTP; the application here answers from the newest snapshot and renders metrics in a
+worker thread, so that a scrape does not delay the kubelet.
+"""
+
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import uvicorn
+from anyio import CancelScope, CapacityLimiter
+from anyio.abc import TaskStatus
+
+from vgpu_agent.errors import ListenError
+from vgpu_agent.model.state import NodeState
+from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.settings import Address
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+BEAT = 1.0
+"""Seconds between two signs of life of the loop."""
+
+ALIVE = 10.0
+"""Seconds without a sign of life after which /healthz says no."""
+
+GRACE = 1
+"""Seconds that requests get to end at shutdown."""
+
+PLAIN = "text/plain; charset=utf-8"
+
+
+def listen(address: Address) -> socket.socket:
+    """A listening socket. Raises ListenError with the address and the reason."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server(
+            address, family=family, dualstack_ipv6=address.host == "::", backlog=64
+        )
+    except OSError as error:
+        # create_server puts the address into its message; ours has it already.
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ListenError(
+            f"VGPU_METRICS_ADDRESS={address}: cannot listen there: {reason};"
+            " set another host:port, or end what uses this one"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP response."""
+
+    status: int
+    body: bytes
+    content_type: str = PLAIN
+    headers: Mapping[str, str] | None = None
+
+
+class Web:
+    """Serves one node's state. Owns the sign of life and the listening socket."""
+
+    def __init__(
+        self,
+        *,
+        listener: socket.socket,
+        state: NodeState,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._listener = listener
+        self._state = state
+        self._metrics = metrics
+        self._clock = clock
+        self._last_beat = clock()
+        self._rendering = CapacityLimiter(1)
+
+    @property
+    def address(self) -> Address:
+        """Where it listens, with the port that was found for port 0."""
+        host, port = self._listener.getsockname()[:2]
+        return Address(host, port)
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Serves until cancelled, then lets requests end for a moment."""
+        server = _Server(self._answer_request)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._beat)
+            tasks.start_soon(server.serve_shielded, self._listener)
+            task_status.started()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                server.stop()
+
+    async def _beat(self) -> None:
+        while True:
+            self._last_beat = self._clock()
+            await anyio.sleep(BEAT)
+
+    # Answers
+
+    async def _answer_request(
+        self,
+        scope: Mapping[str, Any],
+        receive: Receive,  # noqa: ARG002 - a request's body is nothing to us
+        send: Send,
+    ) -> None:
+        """The ASGI application."""
+        if scope["type"] != "http":
+            return
+        method, path = scope["method"], scope["path"]
+        pages = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
+        page = pages.get(path)
+        if page is None:
+            paths = ", ".join(pages)
+            answer = Answer(404, f"no such path; there are {paths}\n".encode())
+        elif method not in ("GET", "HEAD"):
+            answer = Answer(405, b"only GET and HEAD\n", headers={"allow": "GET, HEAD"})
+        else:
+            answer = await page(scope)
+        headers = {
+            "content-type": answer.content_type,
+            "content-length": str(len(answer.body)),
+            "cache-control": "no-store",
+            **(answer.headers or {}),
+        }
+        await send(
+            {
+                "type": "http.response.start",
+                "status": answer.status,
+                "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            }
+        )
+        body = b"" if method == "HEAD" else answer.body
+        await send({"type": "http.response.body", "body": body})
+
+    async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
+        accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
+        body, content_type = await anyio.to_thread.run_sync(
+            self._metrics.render,
+            self._state.snapshot,
+            accept.decode("latin-1"),
+            limiter=self._rendering,
+        )
+        return Answer(200, body, content_type)
+
+    async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+        """Whether the loop lives. That this is answered proves half of it, the beat the rest."""
+        age = self._clock() - self._last_beat
+        if age > ALIVE:
+            return Answer(503, f"no sign of life for {age:.0f} s\n".encode())
+        return Answer(200, b"ok\n")
+
+    async def _readyz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+        """Whether the kubelet is registered with and follows the list, zero cards included."""
+        kubelet = self._state.snapshot.kubelet
+        if kubelet.connected:
+            return Answer(200, b"ready\n")
+        return Answer(503, f"not registered: {kubelet.error or 'starting'}\n".encode())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers and without its ten ticks a second."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                loop="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
+        self._stopping = anyio.Event()
+
+    def stop(self) -> None:
+        """Ends `serve_shielded`."""
+        self.should_exit = True
+        self._stopping.set()
+
+    async def serve_shielded(self, listener: socket.socket) -> None:
+        """Serves until `stop`, whatever is cancelled around it."""
+        with CancelScope(shield=True):
+            await self.serve(sockets=[listener])
+
+    async def main_loop(self) -> None:
+        """Waits. uvicorn's own loop wakes up for a date header and signals that are not used."""
+        await self.on_tick(0)
+        await self._stopping.wait()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the agent's."""
+        yield

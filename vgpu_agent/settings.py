@@ -1,0 +1,469 @@
+"""Every VGPU_* variable, validated once at the start. The only reader of the environment.
+
+`load` either returns frozen settings or raises one SettingsError that names every wrong variable,
+its value and what is allowed.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.config import JsonDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from vgpu_agent.errors import SettingsError
+from vgpu_agent.model.container import MpsSharing, Sharing, Threads
+from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.share import MIB
+
+PREFIX = "VGPU_"
+
+MAX_SOCKET_PATH = 107
+"""Longest path of a unix socket in bytes (`sockaddr_un.sun_path` less the final zero)."""
+
+MPS_SERVER_MARGIN = 512 * MIB
+"""What `VGPU_MEMORY_RESERVED=auto` keeps for the MPS server of a card, in bytes."""
+
+MPS_MAX_CLIENTS = 48
+"""Client contexts of a card that every MPS from Volta on can serve."""
+
+
+class GpuDriverKind(StrEnum):
+    """Where GPUs come from."""
+
+    NVML = "nvml"
+    SIMULATED = "simulated"
+
+
+class SharingKind(StrEnum):
+    """How containers share a card."""
+
+    MPS = "mps"
+    TIME_SLICING = "time-slicing"
+
+
+class LogLevel(StrEnum):
+    """The least important lines that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class Address(NamedTuple):
+    """Where to listen. Port 0 is any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _address(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\s\[\]]+)):(\d{1,5})", value.strip())
+    if match is None or int(match[3]) > 65535:
+        raise ValueError
+    return Address(match[1] or match[2], int(match[3]))
+
+
+_UNITS = {"": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("i", 1024), ("", 1000))
+}
+
+
+def _size(value: object) -> object:
+    """A Kubernetes quantity of bytes, such as 8Gi; a bare number is bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?i?)B?", value.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _switch(value: object) -> object:
+    match value:
+        case "on":
+            return True
+        case "off":
+            return False
+        case bool():
+            return value
+    raise ValueError
+
+
+def _auto(parse: Callable[[object], object]) -> Callable[[object], object]:
+    return lambda value: None if value in ("auto", None) else parse(value)
+
+
+def _threads(value: object) -> object:
+    return Threads(value) if isinstance(value, str) and value in tuple(Threads) else value
+
+
+def _numa_nodes(value: object) -> object:
+    if isinstance(value, str):
+        words = [word.strip() for word in value.split(",")]
+        return tuple(None if word == "none" else int(word) for word in words)
+    return value
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError
+    return path
+
+
+_LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+
+
+def _resource_name(name: str) -> str:
+    """An extended resource as the kubelet checks it (`IsExtendedResourceName`)."""
+    domain, _, word = name.partition("/")
+    well_formed = (
+        re.fullmatch(rf"{_LABEL}(?:\.{_LABEL})*", domain)
+        and len("requests." + domain) <= 253
+        and re.fullmatch(r"[A-Za-z0-9](?:[-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?", word)
+    )
+    if not well_formed or "kubernetes.io/" in name or name.startswith("requests."):
+        raise ValueError
+    return name
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Seconds = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Switch = Annotated[bool, BeforeValidator(_switch)]
+Bytes = Annotated[int, Field(ge=1), BeforeValidator(_size)]
+
+
+def _allowed(text: str) -> JsonDict:
+    return {"allowed": text}
+
+
+class Settings(BaseSettings):
+    """What the agent runs with. A field `name` is the variable `VGPU_NAME`.
+
+    Fields that others are checked against stand first: pydantic validates in order.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="ignore",
+        validate_default=True,
+        # Values are plain text with parsers of our own, never JSON.
+        enable_decoding=False,
+    )
+
+    gpu_driver: GpuDriverKind = Field(
+        GpuDriverKind.NVML,
+        description="Where GPUs come from: real cards, or cards that exist in memory.",
+        json_schema_extra=_allowed("`nvml` or `simulated`"),
+    )
+    sharing: SharingKind = Field(
+        SharingKind.MPS,
+        description="How containers share a card.",
+        json_schema_extra=_allowed(
+            "`mps` or `time-slicing`; real cards (`nvml`) take only `time-slicing` for now"
+        ),
+    )
+    mps_max_clients: Annotated[
+        int | None, Field(ge=1, le=1024), BeforeValidator(_auto(lambda value: value))
+    ] = Field(
+        None,
+        description="Most vGPUs of a card under MPS; a bound of the MPS server on CUDA contexts.",
+        json_schema_extra=_allowed(f"`auto` ({MPS_MAX_CLIENTS}) or a whole number from 1 to 1024"),
+    )
+    replicas: Annotated[int, Field(ge=1, le=1024)] = Field(
+        10,
+        description="vGPUs made of each card.",
+        json_schema_extra=_allowed(
+            "a whole number from 1 to 1024; under MPS at most VGPU_MPS_MAX_CLIENTS"
+        ),
+    )
+    resource_name: Annotated[str, AfterValidator(_resource_name)] = Field(
+        "k8s.amazonaws.com/vgpu",
+        description="The extended resource that pods ask for.",
+        json_schema_extra=_allowed(
+            "an extended resource domain/name, not of kubernetes.io, not beginning with requests."
+        ),
+    )
+    kubelet_dir: AbsolutePath = Field(
+        Path("/var/lib/kubelet"),
+        description="The kubelet's root directory.",
+        json_schema_extra=_allowed(
+            "an absolute path, short enough for the socket"
+            f" DIR/device-plugins/RESOURCE.sock to fit in {MAX_SOCKET_PATH} bytes"
+        ),
+    )
+    mps_threads: Annotated[
+        Threads | Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_threads)
+    ] = Field(
+        Threads.SHARE,
+        description="Thread percentage of a container: its share, no limit, or share times factor.",
+        json_schema_extra=_allowed("`share`, `none` or a factor above 0"),
+    )
+    mps_directory: AbsolutePath = Field(
+        Path("/run/vgpu-agent/mps"),
+        description="Holds the MPS daemon's `pipe` directory, on the host and in containers.",
+        json_schema_extra=_allowed("an absolute path"),
+    )
+    mps_shm: Switch = Field(
+        True,
+        description="Whether MPS containers share the host directory below as their /dev/shm.",
+        json_schema_extra=_allowed("`on` or `off`"),
+    )
+    mps_shm_directory: AbsolutePath = Field(
+        Path("/dev/shm/vgpu-mps"),  # noqa: S108 - a path on the host, not a temporary file
+        description="The host directory that MPS containers share as /dev/shm.",
+        json_schema_extra=_allowed("an absolute path"),
+    )
+    memory_reserved: Annotated[int | None, Field(ge=0), BeforeValidator(_auto(_size))] = Field(
+        None,
+        description="Memory of each card kept out of the shares, for the MPS server.",
+        json_schema_extra=_allowed(
+            f"`auto` ({MPS_SERVER_MARGIN // MIB}Mi under MPS, else 0) or a size such as 512Mi"
+        ),
+    )
+    placement: Placement = Field(
+        Placement.SPREAD,
+        description="Put containers on the card with the most free vGPUs, or fill cards up.",
+        json_schema_extra=_allowed("`spread` or `pack`"),
+    )
+    health_interval: Seconds = Field(
+        5,
+        description="Seconds between two probes of every card.",
+        json_schema_extra=_allowed("a number of seconds from 1"),
+    )
+    recovery_seconds: Seconds = Field(
+        60,
+        description="Seconds of passed probes after which a card that needs no reset is healthy.",
+        json_schema_extra=_allowed("a number of seconds from 1"),
+    )
+    metrics_address: Annotated[Address, BeforeValidator(_address)] = Field(
+        Address("0.0.0.0", 9408),  # noqa: S104 - scraped from outside the pod
+        description="Where /metrics, /healthz and /readyz are served.",
+        json_schema_extra=_allowed("host:port or [IPv6]:port, port 0 (any free) to 65535"),
+    )
+    log_level: LogLevel = Field(
+        LogLevel.INFO,
+        description="The least important log lines that are written.",
+        json_schema_extra=_allowed("`debug`, `info`, `warning` or `error`"),
+    )
+    log_format: LogFormat = Field(
+        LogFormat.TEXT,
+        description="How log lines look.",
+        json_schema_extra=_allowed("`text` or `json`"),
+    )
+    simulated_gpus: Annotated[int, Field(ge=0, le=64)] = Field(
+        2,
+        description="Number of simulated cards.",
+        json_schema_extra=_allowed("a whole number from 0 to 64"),
+    )
+    simulated_model: Annotated[str, Field(min_length=1)] = Field(
+        "NVIDIA Simulated 24GB",
+        description="Model name of the simulated cards.",
+        json_schema_extra=_allowed("any text"),
+    )
+    simulated_memory: Bytes = Field(
+        24 * 1024 * MIB,
+        description="Memory of each simulated card.",
+        json_schema_extra=_allowed("a size such as 24Gi"),
+    )
+    simulated_numa_nodes: Annotated[
+        tuple[Annotated[int, Field(ge=0)] | None, ...],
+        Field(min_length=1),
+        BeforeValidator(_numa_nodes),
+    ] = Field(
+        (0, 1),
+        description="NUMA nodes of the simulated cards, in turn.",
+        json_schema_extra=_allowed("numbers from 0, or `none`, separated by commas"),
+    )
+
+    @field_validator("sharing")
+    @classmethod
+    def _mps_needs_simulated_cards(cls, value: SharingKind, info: ValidationInfo) -> SharingKind:
+        if value is SharingKind.MPS and info.data.get("gpu_driver") is GpuDriverKind.NVML:
+            raise ValueError
+        return value
+
+    @field_validator("replicas")
+    @classmethod
+    def _clients_of_a_card(cls, value: int, info: ValidationInfo) -> int:
+        most = info.data.get("mps_max_clients") or MPS_MAX_CLIENTS
+        if info.data.get("sharing") is SharingKind.MPS and value > most:
+            raise ValueError
+        return value
+
+    @field_validator("kubelet_dir")
+    @classmethod
+    def _socket_path_fits(cls, value: Path, info: ValidationInfo) -> Path:
+        name = info.data.get("resource_name")
+        if name is not None:
+            path = value / "device-plugins" / endpoint_name(name)
+            if len(str(path).encode()) > MAX_SOCKET_PATH:
+                raise ValueError
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic's
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments and the environment; no files."""
+        return init_settings, env_settings
+
+    @property
+    def plugin_directory(self) -> Path:
+        """Where the kubelet's and the plugins' sockets are."""
+        return self.kubelet_dir / "device-plugins"
+
+    @property
+    def endpoint(self) -> str:
+        """File name of our socket."""
+        return endpoint_name(self.resource_name)
+
+    def sharing_rules(self) -> Sharing:
+        """The settings of sharing as the model takes them."""
+        if self.sharing is SharingKind.TIME_SLICING:
+            return Sharing(mps=None, memory_held_back=self.memory_reserved or 0)
+        held_back = MPS_SERVER_MARGIN if self.memory_reserved is None else self.memory_reserved
+        return Sharing(
+            mps=MpsSharing(
+                pipe_directory=str(self.mps_directory / "pipe"),
+                shm_directory=str(self.mps_shm_directory) if self.mps_shm else None,
+                threads=self.mps_threads,
+            ),
+            memory_held_back=held_back,
+        )
+
+
+class EmbeddedSettings(Settings):
+    """Settings of which none comes from the environment: what `vgpu-agent dev` runs with."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic's
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments alone."""
+        return (init_settings,)
+
+
+def endpoint_name(resource_name: str) -> str:
+    """The socket's file name for a resource: the same for every agent that serves it.
+
+    The name is not unique to a process on purpose: two agents for one resource must meet.
+    """
+    return f"vgpu-{resource_name.replace('/', '_')}.sock"
+
+
+def load() -> Settings:
+    """The settings of this process. Raises SettingsError."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = {}
+    for problem in error.errors(include_url=False, include_context=False):
+        name = str(problem["loc"][0])
+        # One line for a variable, whatever the number of ways in which it is wrong.
+        value = problem["input"]
+        if name in lines:
+            continue
+        lines[name] = f"  {variable(name)}={_shown(value)!r} is wrong; allowed: {allowed(name)}"
+    count = len(lines)
+    head = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
+    return "\n".join([head, *lines.values()])
+
+
+def _shown(value: object) -> str:
+    return str(value)
+
+
+def variable(name: str) -> str:
+    """The variable of a field."""
+    return PREFIX + name.upper()
+
+
+def allowed(name: str) -> str:
+    """What a field's variable may say, in words."""
+    extra = Settings.model_fields[name].json_schema_extra
+    return str(extra["allowed"]) if isinstance(extra, dict) else ""
+
+
+# What Kubernetes puts into a pod for each Service of the namespace; a Service whose name begins
+# with "vgpu" makes variables that look like ours.
+_SERVICE_VARIABLE = re.compile(
+    r"VGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    r"|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """VGPU_* variables that are no setting, each with the nearest name that is one."""
+    known = {variable(name) for name in Settings.model_fields}
+    return {
+        name: next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
+        for name in sorted(environment)
+        if name.upper().startswith(PREFIX)
+        and name.upper() not in known
+        and not _SERVICE_VARIABLE.fullmatch(name)
+    }
+
+
+def _default_text(value: object) -> str:
+    match value:
+        case None:
+            return "auto"
+        case bool():
+            return "on" if value else "off"
+        case tuple() if not isinstance(value, Address):
+            return ",".join("none" if item is None else str(item) for item in value)
+        case _:
+            return str(value)
+
+
+def markdown_table() -> str:
+    """All settings as the table of the README."""
+    rows = ["| variable | default | allowed | what it is |", "| --- | --- | --- | --- |"]
+    for name, field in sorted(Settings.model_fields.items()):
+        rows.append(
+            f"| `{variable(name)}` | `{_default_text(field.default)}` | {allowed(name)}"
+            f" | {field.description} |"
+        )
+    return "\n".join(rows)
