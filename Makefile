@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FOR ?=
 
-.PHONY: help run test quick cover lint fmt proto lock clean
+.PHONY: help run test quick cover bench lint fmt proto lock clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -21,6 +21,9 @@ cover: .venv/ready ## all tests with coverage, its bound checked
 
 lint: .venv/ready ## style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/ready ## print what the agent costs and how fast it is
+	$(BIN)/python -m tests.bench
 
 fmt: .venv/ready ## put the code into the common format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_nvml.fixtures import fake_nvml, fake_nvml_library
+
+__all__ = ["fake_nvml", "fake_nvml_library"]
+
 
 @pytest.fixture
 def anyio_backend() -> str:

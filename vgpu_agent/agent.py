@@ -7,11 +7,11 @@ by nature: everything is cancelled, and each part cleans up after itself.
 
 import logging
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import anyio
 from anyio.abc import TaskStatus
 
+from vgpu_agent import __version__
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
@@ -63,7 +63,7 @@ async def run_agent(
     want to see that this is noticed.
     """
     state = NodeState(settings.replicas)
-    metrics = Metrics(version=version("vgpu-agent"), resource_name=settings.resource_name)
+    metrics = Metrics(version=__version__, resource_name=settings.resource_name)
     web = Web(listener=listen(settings.metrics_address), state=state, metrics=metrics)
     health = HealthWatch(
         driver, state, interval=settings.health_interval, recovery=settings.recovery_seconds

@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import anyio
 from anyio.abc import TaskStatus
 
+from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_driver, run_agent
 from vgpu_agent.dev import run_dev
@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="vgpu-agent",
         description="Shares each NVIDIA GPU of a Kubernetes node as many virtual GPUs.",
     )
-    parser.add_argument("--version", action="version", version=version("vgpu-agent"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run the agent; settings are VGPU_* variables")
     dev = commands.add_parser(

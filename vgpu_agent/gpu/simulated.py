@@ -35,7 +35,7 @@ def simulated_gpus(
             index=index,
             model=model,
             memory_bytes=memory_bytes,
-            pci_bus_id=f"00000000:{index + 1:02x}:00.0",
+            pci_bus_id=f"0000:{index + 1:02x}:00.0",
             numa_node=numa_nodes[index % len(numa_nodes)],
             compute_capability=(9, 0),
         )

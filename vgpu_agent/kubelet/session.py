@@ -149,11 +149,16 @@ class KubeletSession:
 
     async def run(self) -> Never:
         """Runs until cancelled, which leaves no socket and no connection behind."""
+        last: Identity | None = None
         while True:
             await self._kubelet_there()
             kubelet = self._identity(self.kubelet_path)
-            await self._once()
-            await self._pause(self._delay(kubelet), kubelet)
+            if kubelet != last:
+                # Another kubelet: what the last one did says nothing of this one.
+                self._failures = self._short_lived = 0
+                last = kubelet
+            if await self._waited(self._delay(), kubelet):
+                await self._once()
 
     # Waiting
 
@@ -178,20 +183,20 @@ class KubeletSession:
     def _poll_interval(self, since: float) -> float:
         return KUBELET_POLL if self.clock() - since < EAGER else KUBELET_POLL_LATER
 
-    async def _pause(self, seconds: float, kubelet: Identity | None) -> None:
-        """Waits so long, or until another kubelet is there."""
+    async def _waited(self, seconds: float, kubelet: Identity | None) -> bool:
+        """Waits so long; False, and sooner, where another kubelet is there, or none."""
         started = self.clock()
         while (left := started + seconds - self.clock()) > 0:
             if self._identity(self.kubelet_path) != kubelet:
-                self._failures = self._short_lived = 0
-                return
+                return False
             await anyio.sleep(min(left, self._poll_interval(started)))
+        return True
 
-    def _delay(self, kubelet: Identity | None) -> float:
+    def _delay(self) -> float:
         """Seconds until the next attempt: none at first, more with every failure in a row."""
         if self._failures:
             seconds = min(BACK_OFF_MAX, 0.1 * 2.0 ** min(self._failures, 16))
-        elif self._short_lived >= RIVAL_AFTER and self._identity(self.kubelet_path) == kubelet:
+        elif self._short_lived >= RIVAL_AFTER:
             seconds = min(RIVAL_BACK_OFF_MAX, 2.0 ** min(self._short_lived - RIVAL_AFTER, 16))
             self._warn(
                 "the kubelet ends the stream soon after each registration: another agent seems to"
@@ -223,7 +228,9 @@ class KubeletSession:
             except KubeletError as error:
                 self._failures += 1
                 self.state.registration_tried(_result(error), str(error))
-                self._warn(f"cannot register {self.resource_name}: {error}")
+                # A kubelet that goes away just now is told when it is seen to be away.
+                if self._failures > 1 or not isinstance(error, KubeletAwayError):
+                    self._warn(f"cannot register {self.resource_name}: {error}")
             tasks.cancel_scope.cancel()
 
     @asynccontextmanager

@@ -174,6 +174,8 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                interface="asgi3",
+                proxy_headers=False,
                 http="h11",
                 ws="none",
                 loop="none",

@@ -1,0 +1,116 @@
+"""Prints what the agent costs and how fast it is: `make bench`. Nothing here is a test.
+
+The agent is the real process with simulated cards; the kubelet is the grpcio one of the tests.
+The machine is noisy: compare figures of one run.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median, quantiles
+
+from tests.kubelet_peer import KubeletPeer
+
+IDLE = 30.0
+CARDS, REPLICAS = 4, 10
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1000:8.2f} ms"
+
+
+def p99(values: Iterable[float]) -> float:
+    return quantiles(values, n=100)[98]
+
+
+def memory(pid: int) -> tuple[float, float]:
+    """RSS and PSS in MiB."""
+    fields = dict(
+        line.split(":", 1)
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    )
+    return tuple(int(fields[name].split()[0]) / 1024 for name in ("Rss", "Pss"))
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="vgpu-") as directory, KubeletPeer(directory) as kubelet:
+        environment = os.environ | {
+            "VGPU_GPU_DRIVER": "simulated",
+            "VGPU_SIMULATED_GPUS": str(CARDS),
+            "VGPU_REPLICAS": str(REPLICAS),
+            "VGPU_KUBELET_DIR": directory,
+            "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
+            "VGPU_LOG_LEVEL": "error",
+        }
+        started = time.monotonic()
+        agent = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
+        try:
+            kubelet.wait_list(1)
+            print(f"{CARDS} cards x {REPLICAS}, Python {sys.version.split()[0]}")
+            first = kubelet.registrations[0].time
+            print(f"process start to Register      {ms(first - started)}")
+            print(f"Register to first list         {ms(kubelet.lists[0].time - first)}")
+            measure_calls(kubelet)
+            measure_registrations(kubelet)
+            time.sleep(2)
+            before, since = cpu(agent.pid), time.monotonic()
+            time.sleep(IDLE)
+            spent = (cpu(agent.pid) - before) / (time.monotonic() - since) * 60
+            print(f"idle CPU in a minute           {ms(spent)}  (over {IDLE:.0f} s)")
+            rss, pss = memory(agent.pid)
+            print(f"RSS / PSS                      {rss:.1f} / {pss:.1f} MiB")
+        finally:
+            agent.terminate()
+            print(f"exit code {agent.wait()}")
+
+
+def measure_calls(kubelet: KubeletPeer) -> None:
+    ids = [device.id for device in kubelet.devices]
+    for name, call in (
+        ("Allocate", lambda: kubelet.allocate(ids[:1])),
+        ("GetPreferredAllocation", lambda: kubelet.preferred(ids, [], 3)),
+    ):
+        times = []
+        for _ in range(500):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        print(f"{name + ' p50 / p99':30} {ms(median(times))} / {ms(p99(times))}")
+
+
+def measure_registrations(kubelet: KubeletPeer) -> None:
+    """Pauses between two rounds: short-lived streams in a row look like a rival agent."""
+    restarts, drops = [], []
+    for _ in range(7):
+        count = len(kubelet.registrations)
+        kubelet.stop(clean=False)
+        time.sleep(0.3)
+        kubelet.start()
+        began = time.monotonic()
+        kubelet.wait_registrations(count + 1)
+        restarts.append(kubelet.registrations[-1].time - began)
+        kubelet.wait_list(lambda devices: len(devices) == CARDS * REPLICAS)
+    print(f"new kubelet.sock to Register   {ms(median(restarts))}  (median of {len(restarts)})")
+    for _ in range(3):
+        time.sleep(5.5)
+        count = len(kubelet.registrations)
+        began = time.monotonic()
+        kubelet.drop_stream()
+        kubelet.wait_registrations(count + 1)
+        drops.append(kubelet.registrations[-1].time - began)
+        kubelet.wait_list(lambda devices: len(devices) == CARDS * REPLICAS)
+    print(f"dropped stream to Register     {ms(median(drops))}  (median of {len(drops)})")
+
+
+if __name__ == "__main__":
+    main()

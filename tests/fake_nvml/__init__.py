@@ -1,0 +1,163 @@
+"""A stand-in for NVIDIA's libnvidia-ml.so.1, told by a file what to say. See nvml.c for the format.
+
+`FakeNvml` writes that file; a process started with its `environment()` finds the library.
+"""
+
+import dataclasses
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("nvml.c")
+
+XID_EVENTS = 0x8
+ALL_EVENTS = XID_EVENTS | 0x8000
+
+
+def build(directory: Path) -> Path:
+    """Compiles the library with `cc` into that directory; raises CalledProcessError."""
+    library = directory / "libnvidia-ml.so.1"
+    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run([*command, "-o", library, SOURCE], check=True, capture_output=True, text=True)
+    return library
+
+
+@dataclass(frozen=True)
+class FakeCard:
+    """What a card answers. None: it does not offer that value. Memory is in MiB.
+
+    `error` is the NVML error that its memory call answers; a new `epoch` makes older handles lost;
+    every call takes `hang` seconds, or until that is 0 again.
+    """
+
+    uuid: str
+    name: str = "NVIDIA L4"
+    memory: int = 23034
+    reserved: int = 512
+    used: int = 0
+    bus: str = "00000000:3B:00.0"
+    cc: tuple[int, int] = (8, 9)
+    numa: int | None = None
+    mig: int | None = None
+    compute_mode: int | None = 0
+    lost: bool = False
+    error: int = 0
+    ecc: int | None = 0
+    remap_failed: int | None = 0
+    remap_pending: int | None = 0
+    action: int | None = None
+    events: int | None = ALL_EVENTS
+    memory_v2: bool = True
+    epoch: int = 0
+    hang: float = 0
+
+    def line(self) -> str:
+        """The card in the words of the control file."""
+        values = dataclasses.asdict(self)
+        del values["numa"]  # sysfs's, not NVML's
+        values["cc"] = ".".join(map(str, self.cc))
+        values["name"] = f'"{self.name}"'
+        return "card " + " ".join(f"{key}={_word(value)}" for key, value in values.items())
+
+
+@dataclass
+class FakeNvml:
+    """One set of cards, as the fake library and the folders of the kernel show them.
+
+    Every change is there at once, as a whole, for every process that uses `environment()`.
+    """
+
+    library: Path
+    directory: Path
+    cards: dict[str, FakeCard] = field(default_factory=dict)
+    driver: str = "570.1"
+    init_code: int = 0
+    wait_code: int = 0
+    _events: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.numa_root.mkdir(parents=True)
+        self.proc_root.mkdir()
+        self._write()
+
+    @property
+    def control(self) -> Path:
+        """The control file."""
+        return self.directory / "control"
+
+    @property
+    def numa_root(self) -> Path:
+        """Stands for /sys/bus/pci/devices."""
+        return self.directory / "pci"
+
+    @property
+    def proc_root(self) -> Path:
+        """Stands for /proc/driver/nvidia/gpus. Only ever grows."""
+        return self.directory / "proc"
+
+    def environment(self) -> Mapping[str, str]:
+        """What a process needs in its environment to find the library and this file."""
+        return {
+            "LD_LIBRARY_PATH": str(self.library.parent),
+            "FAKE_NVML_CONTROL": str(self.control),
+        }
+
+    def set_cards(self, *cards: FakeCard) -> None:
+        """Makes these the cards of the machine. NVML sees new ones when it is opened anew."""
+        self.cards = {card.uuid: card for card in cards}
+        for card in cards:
+            domain, _, rest = card.bus.lower().partition(":")
+            bus_id = f"{domain[-4:]}:{rest}"
+            (self.proc_root / bus_id).mkdir(exist_ok=True)
+            (self.numa_root / bus_id).mkdir(exist_ok=True)
+            if card.numa is not None:
+                (self.numa_root / bus_id / "numa_node").write_text(f"{card.numa}\n")
+        self._write()
+
+    def update(self, uuid: str, **changes: object) -> None:
+        """Changes fields of one card."""
+        self.cards[uuid] = dataclasses.replace(self.cards[uuid], **changes)  # type: ignore[arg-type]
+        self._write()
+
+    def xid(self, uuid: str | None, xid: int) -> None:
+        """Reports an XID on that card, or on one that cannot be told."""
+        self._events.append(f"event {len(self._events) + 1} {uuid or '-'} {xid}")
+        self._write()
+
+    def action_event(self, uuid: str | None) -> None:
+        """Reports that the card's recovery action has changed."""
+        self._events.append(f"action_event {len(self._events) + 1} {uuid or '-'}")
+        self._write()
+
+    def init_error(self, code: int | None) -> None:
+        """Makes opening NVML fail, or work again."""
+        self.init_code = code or 0
+        self._write()
+
+    def wait_error(self, code: int | None) -> None:
+        """Makes waiting for events fail, or work again."""
+        self.wait_code = code or 0
+        self._write()
+
+    def _write(self) -> None:
+        lines = [
+            f"driver {self.driver}",
+            f"init_error {self.init_code}",
+            f"wait_error {self.wait_code}",
+            *(card.line() for card in self.cards.values()),
+            *self._events,
+        ]
+        new = self.control.with_name("control.new")
+        new.write_text("\n".join(lines) + "\n")
+        new.replace(self.control)
+
+
+def _word(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return str(int(value))
+        case _:
+            return str(value)

@@ -1,0 +1,800 @@
+/*
+ * A libnvidia-ml.so.1 for tests: no GPU, no driver, only what a text file says.
+ *
+ * FAKE_NVML_CONTROL names the file. It is read again whenever it was replaced:
+ *
+ *   driver 570.1                 the driver's version
+ *   init_error 9                 what nvmlInit answers (0: it works)
+ *   wait_error 999               what the wait for events answers at once (0: it works)
+ *   card uuid=GPU-a name="NVIDIA L4" memory=24576 ...
+ *                                a card; memory in MiB, the fields are in struct card
+ *   event 7 GPU-a 79             XID 79 on that card; "-" is a card that cannot be told
+ *   action_event 8 GPU-a         the card's recovery action has changed
+ *
+ * "-" as a number means that the card does not offer the value. Every event has a number of its
+ * own and is delivered once per process, as soon as a thread waits with the card in its event set
+ * (NVML would lose what comes earlier; a test could not tell when to send it). Those in the file at
+ * the first nvmlInit are of the past.
+ *
+ * As in NVML, the cards are those of the first nvmlInit until the last nvmlShutdown. One that has
+ * left the file since then, or whose `epoch` is not that of the handle, answers GPU_IS_LOST. A
+ * shutdown while a thread waits for events is a crash waiting to happen: here it always does.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+typedef int nvmlReturn_t;
+
+enum {
+    SUCCESS = 0,
+    UNINITIALIZED = 1,
+    INVALID_ARGUMENT = 2,
+    NOT_SUPPORTED = 3,
+    NOT_FOUND = 6,
+    INSUFFICIENT_SIZE = 7,
+    DRIVER_NOT_LOADED = 9,
+    TIMEOUT = 10,
+    FUNCTION_NOT_FOUND = 13,
+    GPU_IS_LOST = 15,
+    VERSION_MISMATCH = 25,
+};
+
+enum {
+    MAX_CARDS = 32,
+    MAX_EVENTS = 4096,
+    MAX_HANDLES = 4096,
+    NONE = -1,             /* the value is not offered */
+    UNCORRECTED = 1,
+    VALUE_UNSIGNED_INT = 1,
+    FIELD_RECOVERY_ACTION = 230,
+    MEMORY_V2 = 0x02000028,
+    EVENT_XID = 0x8,
+    EVENT_RECOVERY_ACTION = 0x8000,
+};
+
+struct card {
+    char uuid[96], name[96], bus[32];
+    long long memory, reserved, used; /* MiB */
+    int major, minor;
+    long long mig;           /* 0, 1 */
+    long long compute_mode;
+    long long lost;          /* every call answers GPU_IS_LOST */
+    long long error;         /* what the memory calls answer */
+    long long ecc;           /* uncorrectable errors */
+    long long remap_failed, remap_pending;
+    long long action;        /* recovery action */
+    long long events;        /* event types that the card supports, as a mask */
+    long long memory_v2;     /* 0: only the first version of the memory call works */
+    long long epoch;         /* grows when the card was enumerated anew */
+    double hang;             /* seconds that every call takes, until the file says 0 */
+};
+
+struct event {
+    long long number, xid;
+    int type;
+    char uuid[96]; /* "-": not known */
+};
+
+struct control {
+    char driver[80];
+    int init_error, wait_error;
+    int cards, events;
+    struct card card[MAX_CARDS];
+    struct event event[MAX_EVENTS];
+};
+
+struct nvmlDevice_st {
+    char uuid[96];
+    long long epoch;
+    int session;
+};
+typedef struct nvmlDevice_st *nvmlDevice_t;
+
+struct nvmlEventSet_st {
+    int count;
+    nvmlDevice_t device[MAX_CARDS];
+    unsigned long long types[MAX_CARDS];
+};
+typedef struct nvmlEventSet_st *nvmlEventSet_t;
+
+typedef struct {
+    unsigned long long total, free, used;
+} nvmlMemory_t;
+
+typedef struct {
+    unsigned int version;
+    unsigned long long total, reserved, free, used;
+} nvmlMemory_v2_t;
+
+typedef struct {
+    char busIdLegacy[16];
+    unsigned int domain, bus, device, pciDeviceId, pciSubSystemId;
+    char busId[32];
+} nvmlPciInfo_t;
+
+typedef struct {
+    unsigned int fieldId, scopeId;
+    long long timestamp, latencyUsec;
+    unsigned int valueType;
+    nvmlReturn_t nvmlReturn;
+    union {
+        double dVal;
+        unsigned int uiVal;
+        unsigned long long ullVal;
+    } value;
+} nvmlFieldValue_t;
+
+typedef struct {
+    nvmlDevice_t device;
+    unsigned long long eventType, eventData;
+    unsigned int gpuInstanceId, computeInstanceId;
+} nvmlEventData_t;
+
+/* Everything below is guarded by `mutex`; nothing sleeps while it is held. */
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct control control;
+static struct stat control_stat;
+static bool control_read;
+static int references, session, waiters;
+static int enumerated;
+static char enumerated_uuid[MAX_CARDS][96];
+static struct nvmlDevice_st handle[MAX_HANDLES];
+static int handles;
+static bool delivered[MAX_EVENTS];
+static bool past_is_known;
+
+__attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("fake NVML: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    abort();
+}
+
+static void copy(char *to, size_t size, const char *from)
+{
+    size_t length = strlen(from);
+    if (length >= size)
+        fail("too long: %s", from);
+    memcpy(to, from, length + 1);
+}
+
+static void sleep_ms(double milliseconds)
+{
+    struct timespec pause = {(time_t)(milliseconds / 1e3), 0};
+    pause.tv_nsec = (long)((milliseconds - (double)pause.tv_sec * 1e3) * 1e6);
+    nanosleep(&pause, NULL);
+}
+
+static double now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec * 1e3 + (double)now.tv_nsec / 1e6;
+}
+
+/* The control file */
+
+static long long number(const char *text)
+{
+    char *end;
+    long long value;
+    if (strcmp(text, "-") == 0)
+        return NONE;
+    value = strtoll(text, &end, 10);
+    if (*end != '\0' || end == text)
+        fail("not a number: %s", text);
+    return value;
+}
+
+static void set_field(struct card *card, const char *key, const char *value)
+{
+    const struct {
+        const char *key;
+        long long *value;
+    } numbers[] = {
+        {"memory", &card->memory},
+        {"reserved", &card->reserved},
+        {"used", &card->used},
+        {"mig", &card->mig},
+        {"compute_mode", &card->compute_mode},
+        {"lost", &card->lost},
+        {"error", &card->error},
+        {"ecc", &card->ecc},
+        {"remap_failed", &card->remap_failed},
+        {"remap_pending", &card->remap_pending},
+        {"action", &card->action},
+        {"events", &card->events},
+        {"memory_v2", &card->memory_v2},
+        {"epoch", &card->epoch},
+    };
+    size_t i;
+
+    for (i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (strcmp(key, numbers[i].key) == 0) {
+            *numbers[i].value = number(value);
+            return;
+        }
+    if (strcmp(key, "uuid") == 0)
+        copy(card->uuid, sizeof card->uuid, value);
+    else if (strcmp(key, "name") == 0)
+        copy(card->name, sizeof card->name, value);
+    else if (strcmp(key, "bus") == 0)
+        copy(card->bus, sizeof card->bus, value);
+    else if (strcmp(key, "cc") == 0) {
+        if (sscanf(value, "%d.%d", &card->major, &card->minor) != 2)
+            fail("not a compute capability: %s", value);
+    } else if (strcmp(key, "hang") == 0)
+        card->hang = strtod(value, NULL);
+    else
+        fail("unknown field of a card: %s", key);
+}
+
+static void parse_card(char *rest)
+{
+    struct card *card = &control.card[control.cards];
+
+    if (control.cards++ == MAX_CARDS)
+        fail("too many cards");
+    memset(card, 0, sizeof *card);
+    card->memory_v2 = 1;
+    for (;;) {
+        char *key, *value;
+        rest += strspn(rest, " ");
+        if (*rest == '\0')
+            break;
+        key = rest;
+        rest = strchr(rest, '=');
+        if (rest == NULL)
+            fail("no value: %s", key);
+        *rest++ = '\0';
+        value = rest;
+        if (*value == '"') {
+            rest = strchr(++value, '"');
+            if (rest == NULL)
+                fail("no closing quote: %s", value);
+            *rest++ = '\0';
+        }
+        rest += strcspn(rest, " ");
+        if (*rest != '\0')
+            *rest++ = '\0';
+        set_field(card, key, value);
+    }
+}
+
+static void parse_event(char *line)
+{
+    struct event *event = &control.event[control.events];
+
+    if (control.events++ == MAX_EVENTS)
+        fail("too many events");
+    memset(event, 0, sizeof *event);
+    if (sscanf(line, "event %lld %95s %lld", &event->number, event->uuid, &event->xid) == 3)
+        event->type = EVENT_XID;
+    else if (sscanf(line, "action_event %lld %95s", &event->number, event->uuid) == 2)
+        event->type = EVENT_RECOVERY_ACTION;
+    else
+        fail("not an event: %s", line);
+    if (event->number < 0 || event->number >= MAX_EVENTS)
+        fail("number of an event out of range: %s", line);
+}
+
+/* Whether there is a control file; reads it if it is not the one that was read last. */
+static bool refresh(void)
+{
+    const char *path = getenv("FAKE_NVML_CONTROL");
+    struct stat found;
+    char *line = NULL;
+    size_t size = 0;
+    FILE *file;
+
+    if (path == NULL || stat(path, &found) != 0)
+        return false;
+    if (control_read && found.st_ino == control_stat.st_ino &&
+        found.st_size == control_stat.st_size &&
+        found.st_mtim.tv_sec == control_stat.st_mtim.tv_sec &&
+        found.st_mtim.tv_nsec == control_stat.st_mtim.tv_nsec)
+        return true;
+    file = fopen(path, "re");
+    if (file == NULL)
+        return false;
+    /* What is read is what was opened, also if the file was replaced after the stat above. */
+    if (fstat(fileno(file), &control_stat) != 0)
+        fail("cannot stat %s", path);
+    control_read = true;
+    control.cards = control.events = control.init_error = control.wait_error = 0;
+    copy(control.driver, sizeof control.driver, "570.1");
+    while (getline(&line, &size, file) > 0) {
+        line[strcspn(line, "\n")] = '\0';
+        if (strncmp(line, "driver ", 7) == 0)
+            copy(control.driver, sizeof control.driver, line + 7);
+        else if (strncmp(line, "init_error ", 11) == 0)
+            control.init_error = (int)number(line + 11);
+        else if (strncmp(line, "wait_error ", 11) == 0)
+            control.wait_error = (int)number(line + 11);
+        else if (strncmp(line, "card ", 5) == 0)
+            parse_card(line + 5);
+        else if (strstr(line, "event ") != NULL)
+            parse_event(line);
+        else if (line[0] != '\0' && line[0] != '#')
+            fail("unknown line: %s", line);
+    }
+    free(line);
+    fclose(file);
+    return true;
+}
+
+static struct card *find_card(const char *uuid)
+{
+    int i;
+    for (i = 0; i < control.cards; i++)
+        if (strcmp(control.card[i].uuid, uuid) == 0)
+            return &control.card[i];
+    return NULL;
+}
+
+/* Handles */
+
+static nvmlDevice_t handle_of(const struct card *card)
+{
+    int i;
+    for (i = 0; i < handles; i++)
+        if (handle[i].session == session && handle[i].epoch == card->epoch &&
+            strcmp(handle[i].uuid, card->uuid) == 0)
+            return &handle[i];
+    if (handles == MAX_HANDLES)
+        fail("too many handles");
+    copy(handle[handles].uuid, sizeof handle[handles].uuid, card->uuid);
+    handle[handles].epoch = card->epoch;
+    handle[handles].session = session;
+    return &handle[handles++];
+}
+
+static nvmlReturn_t judge(nvmlDevice_t device, struct card *card)
+{
+    struct card *found;
+
+    if (references == 0)
+        return UNINITIALIZED;
+    if (device == NULL || device->session != session)
+        return INVALID_ARGUMENT;
+    found = find_card(device->uuid);
+    if (found == NULL || found->lost > 0 || found->epoch != device->epoch)
+        return GPU_IS_LOST;
+    *card = *found;
+    return SUCCESS;
+}
+
+/* The card of a handle as it is now, after its hang; what every call on a card begins with. */
+static nvmlReturn_t enter(nvmlDevice_t device, struct card *card)
+{
+    double start = now_ms();
+    memset(card, 0, sizeof *card);
+    for (;;) {
+        nvmlReturn_t result;
+        pthread_mutex_lock(&mutex);
+        refresh();
+        result = judge(device, card);
+        pthread_mutex_unlock(&mutex);
+        if (result != SUCCESS || now_ms() - start >= card->hang * 1e3)
+            return result;
+        sleep_ms(2);
+    }
+}
+
+static nvmlReturn_t take_handle(const char *uuid, nvmlDevice_t *device)
+{
+    struct card *card = find_card(uuid), ignored;
+
+    if (card == NULL || card->lost > 0) {
+        pthread_mutex_unlock(&mutex);
+        return GPU_IS_LOST;
+    }
+    *device = handle_of(card);
+    pthread_mutex_unlock(&mutex);
+    return enter(*device, &ignored);
+}
+
+static nvmlReturn_t text(char *to, unsigned int length, const char *from)
+{
+    if (strlen(from) >= length)
+        return INSUFFICIENT_SIZE;
+    copy(to, length, from);
+    return SUCCESS;
+}
+
+/* Library and system */
+
+nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
+{
+    nvmlReturn_t result = SUCCESS;
+    int i;
+
+    (void)flags;
+    pthread_mutex_lock(&mutex);
+    if (!refresh())
+        result = DRIVER_NOT_LOADED;
+    else if (control.init_error != 0)
+        result = control.init_error;
+    else if (references++ == 0) {
+        session++;
+        enumerated = control.cards;
+        for (i = 0; i < enumerated; i++)
+            copy(enumerated_uuid[i], sizeof enumerated_uuid[i], control.card[i].uuid);
+        for (i = 0; !past_is_known && i < control.events; i++)
+            delivered[control.event[i].number] = true;
+        past_is_known = true;
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+nvmlReturn_t nvmlInit_v2(void)
+{
+    return nvmlInitWithFlags(0);
+}
+
+nvmlReturn_t nvmlShutdown(void)
+{
+    nvmlReturn_t result = SUCCESS;
+
+    pthread_mutex_lock(&mutex);
+    if (references == 0)
+        result = UNINITIALIZED;
+    else if (--references == 0 && waiters > 0)
+        fail("shutdown while a thread waits for events");
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+const char *nvmlErrorString(nvmlReturn_t result)
+{
+    switch (result) {
+    case SUCCESS:
+        return "The operation was successful";
+    case GPU_IS_LOST:
+        return "GPU is lost";
+    default:
+        return "Fake Error";
+    }
+}
+
+/* Answers `from` where the library is initialised. */
+static nvmlReturn_t system_text(char *to, unsigned int length, const char *from)
+{
+    nvmlReturn_t result = UNINITIALIZED;
+
+    pthread_mutex_lock(&mutex);
+    if (references > 0) {
+        refresh();
+        result = text(to, length, from);
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
+{
+    return system_text(version, length, control.driver);
+}
+
+nvmlReturn_t nvmlSystemGetNVMLVersion(char *version, unsigned int length)
+{
+    return system_text(version, length, "12.570.1");
+}
+
+nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *version)
+{
+    *version = 12080;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlSystemGetCudaDriverVersion(int *version)
+{
+    return nvmlSystemGetCudaDriverVersion_v2(version);
+}
+
+/* Cards */
+
+nvmlReturn_t nvmlDeviceGetCount_v2(unsigned int *count)
+{
+    nvmlReturn_t result = SUCCESS;
+
+    pthread_mutex_lock(&mutex);
+    if (references == 0)
+        result = UNINITIALIZED;
+    *count = (unsigned int)enumerated;
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvmlDevice_t *device)
+{
+    pthread_mutex_lock(&mutex);
+    refresh();
+    if (references == 0 || index >= (unsigned int)enumerated) {
+        nvmlReturn_t result = references == 0 ? UNINITIALIZED : INVALID_ARGUMENT;
+        pthread_mutex_unlock(&mutex);
+        return result;
+    }
+    return take_handle(enumerated_uuid[index], device);
+}
+
+nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device)
+{
+    int i;
+
+    pthread_mutex_lock(&mutex);
+    refresh();
+    for (i = 0; references > 0 && i < enumerated; i++)
+        if (strcmp(enumerated_uuid[i], uuid) == 0)
+            return take_handle(enumerated_uuid[i], device);
+    i = references;
+    pthread_mutex_unlock(&mutex);
+    return i == 0 ? UNINITIALIZED : NOT_FOUND;
+}
+
+nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t device, char *uuid, unsigned int length)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    return result != SUCCESS ? result : text(uuid, length, card.uuid);
+}
+
+nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned int length)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    return result != SUCCESS ? result : text(name, length, card.name);
+}
+
+nvmlReturn_t nvmlDeviceGetIndex(nvmlDevice_t device, unsigned int *index)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    if (result != SUCCESS)
+        return result;
+    pthread_mutex_lock(&mutex);
+    for (*index = 0; strcmp(enumerated_uuid[*index], card.uuid) != 0;)
+        ++*index;
+    pthread_mutex_unlock(&mutex);
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    if (result != SUCCESS)
+        return result;
+    memset(pci, 0, sizeof *pci);
+    if (sscanf(card.bus, "%x:%x:%x", &pci->domain, &pci->bus, &pci->device) != 3)
+        fail("not a bus ID: %s", card.bus);
+    snprintf(pci->busIdLegacy, sizeof pci->busIdLegacy, "%04X:%02X:%02X.0", pci->domain & 0xFFFF,
+             pci->bus & 0xFF, pci->device & 0xFF);
+    copy(pci->busId, sizeof pci->busId, card.bus);
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    if (result != SUCCESS || card.error != 0)
+        return result != SUCCESS ? result : (nvmlReturn_t)card.error;
+    /* The first version counts what the driver reserves as used. */
+    memory->total = (unsigned long long)card.memory << 20;
+    memory->used = (unsigned long long)(card.used + card.reserved) << 20;
+    memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    if (result != SUCCESS)
+        return result;
+    if (card.memory_v2 == 0)
+        return FUNCTION_NOT_FOUND;
+    if (card.error != 0)
+        return (nvmlReturn_t)card.error;
+    if (memory->version != MEMORY_V2)
+        return VERSION_MISMATCH;
+    memory->total = (unsigned long long)card.memory << 20;
+    memory->reserved = (unsigned long long)card.reserved << 20;
+    memory->used = (unsigned long long)card.used << 20;
+    memory->free = memory->total - memory->reserved - memory->used;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetCudaComputeCapability(nvmlDevice_t device, int *major, int *minor)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    *major = card.major;
+    *minor = card.minor;
+    return result;
+}
+
+/* A value that the card may not offer. */
+static nvmlReturn_t offered(nvmlReturn_t result, long long value, unsigned int *to)
+{
+    if (result == SUCCESS && value == NONE)
+        result = NOT_SUPPORTED;
+    if (result == SUCCESS)
+        *to = (unsigned int)value;
+    return result;
+}
+
+nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int *current, unsigned int *pending)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    result = offered(result, card.mig, current);
+    return offered(result, card.mig, pending);
+}
+
+nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, unsigned int *mode)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    return offered(result, card.compute_mode, mode);
+}
+
+nvmlReturn_t nvmlDeviceGetTotalEccErrors(nvmlDevice_t device, unsigned int kind,
+                                         unsigned int counter, unsigned long long *count)
+{
+    struct card card;
+    unsigned int value = 0;
+    nvmlReturn_t result = enter(device, &card);
+    (void)counter;
+    result = offered(result, card.ecc, &value);
+    *count = kind == UNCORRECTED ? value : 0;
+    return result;
+}
+
+nvmlReturn_t nvmlDeviceGetRemappedRows(nvmlDevice_t device, unsigned int *correctable,
+                                       unsigned int *uncorrectable, unsigned int *pending,
+                                       unsigned int *failed)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    *correctable = *uncorrectable = 0;
+    result = offered(result, card.remap_pending, pending);
+    return offered(result, card.remap_failed, failed);
+}
+
+nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldValue_t *values)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    int i;
+    for (i = 0; result == SUCCESS && i < count; i++) {
+        long long value = values[i].fieldId == FIELD_RECOVERY_ACTION ? card.action : NONE;
+        values[i].valueType = VALUE_UNSIGNED_INT;
+        values[i].nvmlReturn = offered(SUCCESS, value, &values[i].value.uiVal);
+    }
+    return result;
+}
+
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
+                                                     void *processes)
+{
+    struct card card;
+    (void)processes;
+    *count = 0;
+    return enter(device, &card);
+}
+
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
+                                                        void *processes)
+{
+    return nvmlDeviceGetComputeRunningProcesses_v3(device, count, processes);
+}
+
+/* Events */
+
+nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    unsigned int value = 0;
+    result = offered(result, card.events, &value);
+    *types = value;
+    return result;
+}
+
+nvmlReturn_t nvmlEventSetCreate(nvmlEventSet_t *set)
+{
+    *set = calloc(1, sizeof **set);
+    return *set == NULL ? UNINITIALIZED : SUCCESS;
+}
+
+nvmlReturn_t nvmlEventSetFree(nvmlEventSet_t set)
+{
+    free(set);
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long types,
+                                      nvmlEventSet_t set)
+{
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    if (result != SUCCESS)
+        return result;
+    if (card.events == NONE || (types & ~(unsigned long long)card.events) != 0)
+        return NOT_SUPPORTED;
+    if (set->count == MAX_CARDS)
+        fail("too many cards in an event set");
+    pthread_mutex_lock(&mutex);
+    set->device[set->count] = device;
+    set->types[set->count++] = types;
+    pthread_mutex_unlock(&mutex);
+    return SUCCESS;
+}
+
+/* The next event for the cards of the set. */
+static bool next_event(nvmlEventSet_t set, nvmlEventData_t *data)
+{
+    int i, j;
+    for (i = 0; i < control.events; i++) {
+        const struct event *event = &control.event[i];
+        bool unknown = strcmp(event->uuid, "-") == 0;
+        if (delivered[event->number])
+            continue;
+        for (j = 0; j < set->count; j++)
+            if ((set->types[j] & (unsigned long long)event->type) != 0 &&
+                (unknown || strcmp(set->device[j]->uuid, event->uuid) == 0)) {
+                delivered[event->number] = true;
+                memset(data, 0, sizeof *data);
+                data->device = unknown ? NULL : set->device[j];
+                data->eventType = (unsigned long long)event->type;
+                data->eventData = (unsigned long long)event->xid;
+                data->gpuInstanceId = data->computeInstanceId = 0xFFFFFFFF;
+                return true;
+            }
+    }
+    return false;
+}
+
+nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int timeout)
+{
+    double end = now_ms() + timeout;
+    nvmlReturn_t result = TIMEOUT;
+    bool over = false;
+
+    pthread_mutex_lock(&mutex);
+    waiters++;
+    while (!over) {
+        over = now_ms() >= end;
+        refresh();
+        if (references == 0)
+            result = UNINITIALIZED;
+        else if (control.wait_error != 0)
+            result = control.wait_error;
+        else if (next_event(set, data))
+            result = SUCCESS;
+        if (result != TIMEOUT)
+            break;
+        if (!over) {
+            pthread_mutex_unlock(&mutex);
+            sleep_ms(1);
+            pthread_mutex_lock(&mutex);
+        }
+    }
+    waiters--;
+    pthread_mutex_unlock(&mutex);
+    return result;
+}

@@ -1,0 +1,356 @@
+"""NvmlDriver against a fake libnvidia-ml.so.1, through the real pynvml."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_nvml import XID_EVENTS, FakeCard, FakeNvml
+
+ROOT = Path(__file__).parents[2]
+
+MIB = 1 << 20
+
+DRIVER_NOT_LOADED = 9
+GPU_IS_LOST = 15
+VERSION_MISMATCH = 18
+UNKNOWN = 999
+
+L4 = FakeCard("GPU-a")
+SECOND = FakeCard("GPU-b", bus="00000000:AF:00.0")
+
+
+@dataclass
+class Child:
+    """A process with an NvmlDriver in it."""
+
+    process: subprocess.Popen[str]
+
+    def ask(self, *command: object) -> Any:
+        self.send(*command)
+        return self.answer()
+
+    def send(self, *command: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the child has ended"
+        return json.loads(line)
+
+    def end(self) -> float:
+        """Lets it end; how many seconds that took."""
+        assert self.process.stdin is not None
+        start = time.monotonic()
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+        return time.monotonic() - start
+
+
+Start = Callable[..., Child]
+
+
+@pytest.fixture
+def start(fake_nvml: FakeNvml) -> Iterator[Start]:
+    """Starts children; at the end each has to leave in order, with nothing on stderr."""
+    children: list[Child] = []
+
+    def start(
+        *, min_compute_capability: tuple[int, int] | None = None, library: bool = True
+    ) -> Child:
+        roots = (str(fake_nvml.numa_root), str(fake_nvml.proc_root))
+        argument = json.dumps([*roots, min_compute_capability])
+        environment = {**os.environ, **(fake_nvml.environment() if library else {})}
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tests.fake_nvml.child", argument],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children.append(Child(process))
+        return children[-1]
+
+    yield start
+    for child in children:
+        with child.process as process:
+            child.end()
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+
+
+def uuids(scan: dict[str, Any]) -> list[str]:
+    return [gpu["uuid"] for gpu in scan["gpus"]]
+
+
+def test_without_the_library_says_what_is_missing(start: Start) -> None:
+    child = start(library=False)
+    assert "libnvidia-ml.so.1 is not here" in child.ask("scan")["error"]
+    assert child.ask("events", 1) == []
+    assert child.ask("probe", "GPU-a")["lost"]
+
+
+def test_a_driver_that_is_not_loaded_can_be_loaded_later(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    fake_nvml.set_cards(L4)
+    for code, words in (
+        (DRIVER_NOT_LOADED, "driver is not loaded"),
+        (VERSION_MISMATCH, "different versions"),
+        (4, "may not be opened"),
+        (UNKNOWN, "Unknown Error"),
+    ):
+        fake_nvml.init_error(code)
+        assert words in child.ask("scan")["error"]
+    fake_nvml.init_error(None)
+    assert uuids(child.ask("scan")) == ["GPU-a"]
+
+
+def test_no_cards_then_cards(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    assert child.ask("scan") == {"driver_version": "570.1", "gpus": [], "excluded": []}
+    fake_nvml.set_cards(L4)
+    assert uuids(child.ask("scan")) == ["GPU-a"]
+
+
+def test_describes_cards_with_their_numa_nodes(start: Start, fake_nvml: FakeNvml) -> None:
+    fake_nvml.set_cards(
+        FakeCard("GPU-a", bus="00000000:3B:00.0", numa=0),
+        FakeCard("GPU-b", bus="00000000:AF:00.0", numa=1),
+        FakeCard("GPU-c", bus="00000001:3B:00.0", numa=-1, memory_v2=False),
+        FakeCard("GPU-d", name="NVIDIA H100 80GB HBM3", bus="00000002:3B:00.0", cc=(9, 0)),
+    )
+    gpus = start().ask("scan")["gpus"]
+    assert gpus[0] == {
+        "uuid": "GPU-a",
+        "index": 0,
+        "model": "NVIDIA L4",
+        "memory_bytes": 23034 * MIB,
+        "pci_bus_id": "0000:3b:00.0",
+        "reserved_bytes": 512 * MIB,
+        "numa_node": 0,
+        "compute_capability": [8, 9],
+    }
+    assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
+    assert [gpu["numa_node"] for gpu in gpus] == [0, 1, None, None]
+    assert [gpu["reserved_bytes"] // MIB for gpu in gpus] == [512, 512, 0, 512]
+    assert gpus[3]["model"] == "NVIDIA H100 80GB HBM3"
+    assert gpus[3]["compute_capability"] == [9, 0]
+
+
+def test_leaves_out_mig_and_old_cards(start: Start, fake_nvml: FakeNvml) -> None:
+    fake_nvml.set_cards(
+        L4,
+        FakeCard("GPU-mig", mig=1),
+        FakeCard("GPU-old", cc=(6, 1)),
+        FakeCard("GPU-whole", mig=0),
+    )
+    scan = start(min_compute_capability=(7, 0)).ask("scan")
+    assert uuids(scan) == ["GPU-a", "GPU-whole"]
+    mig, old = scan["excluded"]
+    assert (mig["gpu"]["uuid"], mig["reason"]) == ("GPU-mig", "mig")
+    assert "nvidia-smi -i 1 -mig 0" in mig["detail"]
+    assert (old["gpu"]["uuid"], old["reason"]) == ("GPU-old", "compute-capability")
+    assert "6.1 is below 7.0" in old["detail"]
+    assert "GPU-old" in uuids(start().ask("scan"))
+
+
+def test_reads_a_card(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    fake_nvml.set_cards(L4)
+    child.ask("scan")
+    healthy = {
+        "lost": False,
+        "error": None,
+        "uncorrectable_ecc": 0,
+        "remap_failed": False,
+        "remap_pending": False,
+        "recovery_action": None,
+        "memory_used_bytes": 0,
+    }
+    assert child.ask("probe", "GPU-a") == healthy
+    fake_nvml.update("GPU-a", ecc=3, remap_failed=1, remap_pending=1, action=1, used=7)
+    assert child.ask("probe", "GPU-a") == {
+        **healthy,
+        "uncorrectable_ecc": 3,
+        "remap_failed": True,
+        "remap_pending": True,
+        "recovery_action": 1,
+        "memory_used_bytes": 7 * MIB,
+    }
+    fake_nvml.update("GPU-a", ecc=0, remap_failed=0, remap_pending=0, action=0, used=0)
+    assert child.ask("probe", "GPU-a") == {**healthy, "recovery_action": 0}
+
+
+def test_what_a_card_does_not_offer_is_no_fault(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    missing = {"ecc": None, "remap_failed": None, "remap_pending": None, "action": None}
+    fake_nvml.set_cards(FakeCard("GPU-a", memory_v2=False, used=1, **missing))
+    child.ask("scan")
+    assert child.ask("probe", "GPU-a") == {
+        "lost": False,
+        "error": None,
+        "uncorrectable_ecc": None,
+        "remap_failed": None,
+        "remap_pending": None,
+        "recovery_action": None,
+        "memory_used_bytes": 513 * MIB,  # the old call counts what is reserved
+    }
+
+
+def test_an_error_is_told_in_the_words_of_nvml(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    fake_nvml.set_cards(L4, FakeCard("GPU-new", error=UNKNOWN))
+    scan = child.ask("scan")
+    fake_nvml.update("GPU-a", error=UNKNOWN)
+    assert child.ask("probe", "GPU-a")["error"] == "nvmlDeviceGetMemoryInfo: Unknown Error"
+    # A card that was described once stays what it is; one that never was is left out, and told.
+    assert child.ask("scan") == scan
+    assert uuids(scan) == ["GPU-a"]
+    assert [(card["gpu"]["uuid"], card["reason"]) for card in scan["excluded"]] == [
+        ("GPU-new", "error")
+    ]
+
+
+def test_a_lost_card_is_lost_to_probe_and_scan_until_it_is_back(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(L4, SECOND)
+    child.ask("scan")
+    fake_nvml.update("GPU-a", lost=True)
+    assert child.ask("probe", "GPU-a")["lost"]
+    assert not child.ask("probe", "GPU-b")["lost"]
+    assert uuids(child.ask("scan")) == ["GPU-b"]
+    fake_nvml.update("GPU-b", lost=True)
+    assert uuids(child.ask("scan")) == []
+    fake_nvml.update("GPU-a", lost=False)
+    assert uuids(child.ask("scan")) == ["GPU-a"]
+
+
+def test_a_reset_card_is_lost_to_its_old_handle_and_found_by_the_next_scan(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(L4, SECOND)
+    child.ask("scan")
+    child.ask("cancel", 0.05)  # long enough to register for events
+    fake_nvml.update("GPU-a", epoch=1)
+    assert child.ask("probe", "GPU-a")["lost"]
+    assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b"]
+    assert not child.ask("probe", "GPU-a")["lost"]
+    child.send("events", 3)
+    fake_nvml.xid("GPU-a", 13)
+    assert child.answer() == [["XidEvent", "GPU-a", 13]]
+
+
+def test_a_card_that_was_added_is_seen_after_a_while(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    fake_nvml.set_cards(L4)
+    child.ask("scan")
+    child.ask("advance", 31)
+    assert uuids(child.ask("scan")) == ["GPU-a"]
+    fake_nvml.set_cards(L4, SECOND)
+    assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b"]
+    assert not child.ask("probe", "GPU-b")["lost"]
+
+
+def test_events_name_their_card_where_it_can_be_told(start: Start, fake_nvml: FakeNvml) -> None:
+    fake_nvml.set_cards(L4, SECOND, FakeCard("GPU-mute", events=None))
+    fake_nvml.xid("GPU-a", 31)  # of the past
+    child = start()
+    child.ask("scan")
+    child.send("events", 5)
+    fake_nvml.xid("GPU-b", 48)
+    assert child.answer() == [["XidEvent", "GPU-b", 48]]
+    child.send("events", 5)
+    fake_nvml.xid(None, 79)
+    assert child.answer() == [["XidEvent", None, 79]]
+    # A card that is off the bus no longer says its name, but its event does.
+    fake_nvml.update("GPU-a", lost=True)
+    fake_nvml.xid("GPU-a", 79)
+    fake_nvml.action_event("GPU-b")
+    fake_nvml.xid("GPU-mute", 31)
+    found = child.ask("events", 5)
+    assert found == [["XidEvent", "GPU-a", 79], ["RecoveryActionChanged", "GPU-b"]]
+
+
+def test_events_go_on_when_cards_come_back_and_after_errors(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(FakeCard("GPU-a", events=XID_EVENTS), SECOND)
+    child.ask("scan")
+    child.ask("cancel", 0.05)
+    fake_nvml.wait_error(GPU_IS_LOST)
+    started = time.monotonic()
+    assert child.ask("events", 1) == []
+    assert time.monotonic() - started > 0.5  # it does not spin
+    fake_nvml.wait_error(None)
+    fake_nvml.update("GPU-b", lost=True)
+    child.ask("scan")
+    child.ask("cancel", 0.05)
+    fake_nvml.update("GPU-b", lost=False)
+    child.ask("scan")
+    child.send("events", 5)
+    fake_nvml.xid("GPU-b", 94)
+    assert child.answer() == [["XidEvent", "GPU-b", 94]]
+
+
+def test_waiting_without_any_events_takes_its_second(start: Start, fake_nvml: FakeNvml) -> None:
+    child = start()
+    fake_nvml.set_cards(FakeCard("GPU-a", events=0))
+    child.ask("scan")
+    started = time.monotonic()
+    assert child.ask("events", 1) == []
+    assert time.monotonic() - started > 0.9
+
+
+def test_a_cancelled_wait_is_over_at_once_and_leaves_no_thread(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(L4)
+    child.ask("scan")
+    assert child.ask("cancel", 0.1) < 0.4
+    assert child.end() < 1
+
+
+def test_leaving_while_a_thread_waits_is_orderly(start: Start, fake_nvml: FakeNvml) -> None:
+    # The fake library aborts if it is shut down under a waiting thread.
+    child = start()
+    fake_nvml.set_cards(L4)
+    child.ask("scan")
+    assert child.ask("leave") < 1
+    assert child.ask("probe", "GPU-a")["lost"]
+    assert uuids(child.ask("scan")) == ["GPU-a"]
+    child.send("events", 5)
+    fake_nvml.xid("GPU-a", 13)
+    assert child.answer() == [["XidEvent", "GPU-a", 13]]
+
+
+def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(L4, SECOND)
+    child.ask("scan")
+    fake_nvml.update("GPU-a", hang=60)
+    found = child.ask("hang", "GPU-a", 0.1, 4)
+    assert found["timeouts"] == 4
+    assert found["ticks"] > 10
+    assert found["threads"] <= 1
+    assert child.ask("leave") < 2  # nor does it hold up the end
+    fake_nvml.update("GPU-a", hang=0)
+    assert not child.ask("probe", "GPU-b")["lost"]
