@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
@@ -98,6 +99,12 @@ def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> 
         for card in sorted(inventory.cards, key=lambda card: card.gpu.pci_bus_id.lower())
         if card.gpu.uuid in counts
     ]
+    for part in parts:
+        if part.memory < MIB:
+            raise UnavailableDeviceError(
+                f"card {part.card.gpu.uuid} has {part.usable} usable bytes: {part.share} of them is"
+                " less than 1 MiB; VGPU_REPLICAS or VGPU_MEMORY_RESERVED is too large for it"
+            )
     environment = {
         # In PCI order, and CUDA told to count so, or its ordinals would not be ours.
         "NVIDIA_VISIBLE_DEVICES": ",".join(part.card.gpu.uuid for part in parts),
@@ -130,8 +137,7 @@ def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:
     card counts. Raises InvalidRequestError for an ID of no card's form and UnavailableDeviceError
     where the card is gone or unhealthy.
     """
-    if not device_ids:
-        raise InvalidRequestError("the request names no device")
+    _refuse_empty(device_ids)
     for vgpu in device_ids:
         parts = split_device_id(vgpu)
         if parts is None:
@@ -139,16 +145,16 @@ def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:
         card = inventory.find(parts[0])
         if card is None:
             raise UnavailableDeviceError(f"device {vgpu!r}: its card is not on this node")
-        if not card.healthy:
-            raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {card.fault_text}")
+        _refuse_unhealthy(vgpu, card)
 
 
 def _thread_percentage(threads: Threads | float, shares: Sequence[Share]) -> int | None:
     """MPS knows one number per client: of several cards the smallest share is given."""
     if threads is Threads.NONE:
         return None
-    smallest = min(share.thread_percentage() for share in shares)
-    return smallest if isinstance(threads, Threads) else max(1, min(100, int(smallest * threads)))
+    # By its text, since a factor of 0.29 is meant, and not the nearest binary number below it.
+    factor = Fraction(1) if isinstance(threads, Threads) else Fraction(str(threads))
+    return min(share.thread_percentage(factor) for share in shares)
 
 
 def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[Card]:
@@ -157,8 +163,7 @@ def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[Card]
     Raises InvalidRequestError for an empty request, an unknown ID or the same ID twice, and
     UnavailableDeviceError for an unhealthy vGPU; the message names the ID and the reason.
     """
-    if not device_ids:
-        raise InvalidRequestError("the request names no device")
+    _refuse_empty(device_ids)
     repeated = [vgpu for vgpu, count in Counter(device_ids).items() if count > 1]
     if repeated:
         raise InvalidRequestError(f"device {repeated[0]!r} is requested more than once")
@@ -170,7 +175,16 @@ def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[Card]
                 f"device {vgpu!r} is not one of the {sum(1 for _ in inventory.device_ids)}"
                 " vGPUs of this node"
             )
-        if not card.healthy:
-            raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {card.fault_text}")
+        _refuse_unhealthy(vgpu, card)
         cards.append(card)
     return cards
+
+
+def _refuse_empty(device_ids: Sequence[str]) -> None:
+    if not device_ids:
+        raise InvalidRequestError("the request names no device")
+
+
+def _refuse_unhealthy(vgpu: str, card: Card) -> None:
+    if not card.healthy:
+        raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {card.fault_text}")

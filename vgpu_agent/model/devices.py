@@ -98,6 +98,8 @@ def device_id(uuid: str, replica: int) -> str:
 
 def split_device_id(text: str) -> tuple[str, int] | None:
     """The card's UUID and the vGPU's number, or None where `text` is no ID of ours."""
+    if len(text) > MAX_DEVICE_ID:
+        return None
     uuid, separator, number = text.rpartition("::")
     # str(int()) refuses "01" and "+1", which would make two spellings of one vGPU.
     if not (uuid and separator and number.isascii() and number.isdigit()):

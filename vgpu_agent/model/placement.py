@@ -14,12 +14,12 @@ the smallest share decides it; `pack` fills the fullest cards and leaves the lar
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
 
-from vgpu_agent.model.devices import Inventory, split_device_id
+from vgpu_agent.model.devices import Inventory, device_id, split_device_id
 
 
 class Placement(StrEnum):
@@ -39,11 +39,17 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A card as placement sees it: its place and its free vGPUs, lowest number first."""
+    """A card as placement sees it: where it is, and the numbers of its free vGPUs, in order."""
 
     index: int
+    uuid: str
     numa_node: int | None
-    free: tuple[str, ...]
+    free: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The order of cards. Two can share an index while one of them is lost."""
+        return self.index, self.uuid
 
 
 def prefer(
@@ -58,45 +64,46 @@ def prefer(
     IDs that are unknown or unhealthy are normal in a race with the device list: they are passed
     over (Allocate judges), except that whatever must be included and exists is.
     """
-    cards = {card.gpu.uuid: card for card in inventory.cards}
-    must = [vgpu for vgpu in dict.fromkeys(must_include) if inventory.card_of(vgpu) is not None]
-    free: dict[str, list[str]] = {}
-    passed_over = [vgpu for vgpu in must_include if inventory.card_of(vgpu) is None]
-    for vgpu in set(available) - set(must):
-        card = inventory.card_of(vgpu)
-        if card is None or not card.healthy:
+    named = list(dict.fromkeys(must_include))
+    must = [vgpu for vgpu in named if inventory.card_of(vgpu) is not None]
+    passed_over = [vgpu for vgpu in named if inventory.card_of(vgpu) is None]
+    free: dict[str, list[int]] = {}
+    for vgpu in set(available).difference(named):
+        card, parts = inventory.card_of(vgpu), split_device_id(vgpu)
+        if card is None or parts is None or not card.healthy:
             passed_over.append(vgpu)
         else:
-            free.setdefault(card.gpu.uuid, []).append(vgpu)
-    slots = {
-        uuid: _Slot(
-            cards[uuid].gpu.index, cards[uuid].gpu.numa_node, tuple(sorted(ids, key=_number))
+            free.setdefault(card.gpu.uuid, []).append(parts[1])
+    held = Counter(card.gpu.uuid for vgpu in must if (card := inventory.card_of(vgpu)))
+    slots = [
+        _Slot(
+            card.gpu.index,
+            card.gpu.uuid,
+            card.gpu.numa_node,
+            tuple(sorted(free.get(card.gpu.uuid, ()))),
         )
-        for uuid, ids in free.items()
-    }
-    held = Counter(vgpu.rpartition("::")[0] for vgpu in must)
-    for uuid in held:
-        gpu = cards[uuid].gpu
-        slots.setdefault(uuid, _Slot(gpu.index, gpu.numa_node, ()))
-    wanted = max(0, min(size - len(must), sum(len(slot.free) for slot in slots.values())))
-    base = [slots[uuid] for uuid in held]
-    others = [slot for uuid, slot in slots.items() if uuid not in held]
-    chosen = base + _choose_cards(base, others, wanted, placement)
-    taken = {slots[uuid].index: count for uuid, count in held.items()}
-    picked = _split(chosen, taken, wanted, placement)
+        for card in inventory.cards
+        if card.gpu.uuid in free or card.gpu.uuid in held
+    ]
+    wanted = max(0, min(size - len(must), sum(len(slot.free) for slot in slots)))
+    had = [slot for slot in slots if slot.uuid in held]
+    others = [slot for slot in slots if slot.uuid not in held]
+    chosen = had + _more_cards(had, others, wanted, placement)
+    split = _fill_fullest if placement is Placement.PACK else _split_evenly
+    counts = split(chosen, held, wanted)
+    picked = tuple(
+        device_id(slot.uuid, number)
+        for slot in sorted(chosen, key=lambda slot: slot.key)
+        for number in slot.free[: counts[slot.uuid]]
+    )
     return Preference(tuple(must) + picked, tuple(sorted(passed_over)))
 
 
-def _number(vgpu: str) -> int:
-    parts = split_device_id(vgpu)
-    return parts[1] if parts else -1
-
-
-def _choose_cards(
-    base: Sequence[_Slot], others: Sequence[_Slot], wanted: int, placement: Placement
+def _more_cards(
+    had: Sequence[_Slot], others: Sequence[_Slot], wanted: int, placement: Placement
 ) -> list[_Slot]:
-    """The cards to use beside those of `base`, which the container has anyway."""
-    wanted -= sum(len(slot.free) for slot in base)
+    """The cards to use beside those that the container has anyway."""
+    wanted -= sum(len(slot.free) for slot in had)
     by_free = sorted((len(slot.free) for slot in others), reverse=True)
     count = 0
     while sum(by_free[:count]) < wanted:
@@ -108,10 +115,10 @@ def _choose_cards(
         if placement is Placement.SPREAD
         else _fullest_profile(by_free, count, wanted)
     )
-    return _nearest(base, others, profile)
+    return _nearest(had, others, profile)
 
 
-def _fullest_profile(by_free: Sequence[int], count: int, wanted: int) -> Counter[int]:
+def _fullest_profile(by_free: Iterable[int], count: int, wanted: int) -> Counter[int]:
     """How many vGPUs are free on each of the `count` cards that `pack` takes.
 
     Largest first, each as small as it can be while the rest still fits on the cards that are no
@@ -130,25 +137,29 @@ def _fullest_profile(by_free: Sequence[int], count: int, wanted: int) -> Counter
     return profile
 
 
-def _nearest(base: Sequence[_Slot], others: Sequence[_Slot], profile: Counter[int]) -> list[_Slot]:
-    """Cards that match `profile` on the fewest NUMA nodes, then of the lowest indices."""
-    near = {slot.numa_node for slot in base}
+def _nearest(had: Sequence[_Slot], others: Sequence[_Slot], profile: Counter[int]) -> list[_Slot]:
+    """Cards that match `profile` on the fewest NUMA nodes, then of the lowest indices.
+
+    Cards of no known node count as of one node of their own.
+    """
+    near = {slot.numa_node for slot in had}
     far = sorted({slot.numa_node for slot in others} - near, key=lambda node: (node is None, node))
-    ordered = sorted(others, key=lambda slot: slot.index)
-    for extra in range(len(far) + 1):
+    ordered = sorted(others, key=lambda slot: slot.key)
+    for more_nodes in range(len(far) + 1):
         found = [
             picked
-            for nodes in combinations(far, extra)
+            for nodes in combinations(far, more_nodes)
             if (picked := _match(ordered, near.union(nodes), profile)) is not None
         ]
         if found:
-            return min(found, key=lambda slots: [slot.index for slot in slots])
+            return min(found, key=lambda slots: [slot.key for slot in slots])
     raise AssertionError("all cards together match the profile that was made of them")
 
 
 def _match(
     ordered: Iterable[_Slot], nodes: Collection[int | None], profile: Counter[int]
 ) -> list[_Slot] | None:
+    """The first cards on those nodes that match `profile`, or None where they do not."""
     left = profile.copy()
     picked = []
     for slot in ordered:
@@ -158,22 +169,26 @@ def _match(
     return picked if left.total() == 0 else None
 
 
-def _split(
-    chosen: Sequence[_Slot], taken: dict[int, int], wanted: int, placement: Placement
-) -> tuple[str, ...]:
-    """How many vGPUs of each chosen card, as the IDs themselves."""
-    counts = {slot.index: 0 for slot in chosen}
-    ordered = sorted(chosen, key=lambda slot: (len(slot.free), slot.index))
-    if placement is Placement.PACK:
-        for slot in ordered:
-            counts[slot.index] = min(len(slot.free), wanted - sum(counts.values()))
-    else:
-        for _ in range(wanted):
-            roomy = [slot for slot in chosen if counts[slot.index] < len(slot.free)]
-            slot = min(
-                roomy,
-                key=lambda s: (counts[s.index] + taken.get(s.index, 0), -len(s.free), s.index),
-            )
-            counts[slot.index] += 1
-    by_index = sorted(chosen, key=lambda slot: slot.index)
-    return tuple(vgpu for slot in by_index for vgpu in slot.free[: counts[slot.index]])
+def _split_evenly(chosen: Sequence[_Slot], held: Mapping[str, int], wanted: int) -> dict[str, int]:
+    """One by one to the card of which the container has least; then the one with most free."""
+    counts = dict.fromkeys((slot.uuid for slot in chosen), 0)
+    for _ in range(wanted):
+        slot = min(
+            (slot for slot in chosen if counts[slot.uuid] < len(slot.free)),
+            key=lambda s: (counts[s.uuid] + held.get(s.uuid, 0), -len(s.free), s.key),
+        )
+        counts[slot.uuid] += 1
+    return counts
+
+
+def _fill_fullest(
+    chosen: Sequence[_Slot],
+    held: Mapping[str, int],  # noqa: ARG001 - what is held does not matter to a card that is filled
+    wanted: int,
+) -> dict[str, int]:
+    """The fullest card first, so that the largest rest stays on one card."""
+    counts = {}
+    for slot in sorted(chosen, key=lambda slot: (len(slot.free), slot.key)):
+        counts[slot.uuid] = min(len(slot.free), wanted)
+        wanted -= counts[slot.uuid]
+    return counts

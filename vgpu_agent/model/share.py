@@ -4,6 +4,7 @@ Rounding down is what keeps the shares of one card together within the card.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 MIB = 2**20
 
@@ -33,9 +34,9 @@ class Share:
         """
         return self.memory_bytes(usable) * 10_000 // total / 10_000 if total else 0.0
 
-    def thread_percentage(self) -> int:
-        """The share of the card's threads in percent, at least 1 (MPS takes no 0)."""
-        return max(1, 100 * self.vgpus // self.of)
+    def thread_percentage(self, factor: Fraction = Fraction(1)) -> int:
+        """The share of the card's threads times `factor`, in percent from 1 (MPS takes no 0)."""
+        return max(1, min(100, int(100 * self.vgpus * factor / self.of)))
 
 
 def usable_bytes(total: int, driver_reserved: int, held_back: int) -> int:

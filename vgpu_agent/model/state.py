@@ -1,8 +1,8 @@
 """The one owner of what the node knows.
 
-Facts come in through plain methods, called on the event loop only, that return whether anything
-changed. What goes out is a frozen snapshot; watchers wait for a newer one. Nothing here awaits
-while it changes something, so there is no lock and no torn view.
+Facts come in through plain methods, called on the event loop only; where it matters they return
+whether anything changed. What goes out is a frozen snapshot; watchers wait for a newer one. Nothing
+here awaits while it changes something, so there is no lock and no torn view.
 """
 
 import asyncio
@@ -20,7 +20,8 @@ T = TypeVar("T")
 class Latest(Generic[T]):
     """A value that any number of watchers follow; the latest one wins.
 
-    A slow watcher skips to the newest value, no queue grows, and the final value is never lost.
+    A slow watcher skips to the newest value, no queue grows, and as long as it is not closed the
+    final value is never lost.
     """
 
     def __init__(self, value: T) -> None:

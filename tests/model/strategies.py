@@ -1,0 +1,145 @@
+"""Cards, nodes and requests as hypothesis makes them up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from random import Random
+from uuid import NAMESPACE_OID, uuid5
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from vgpu_agent.model.devices import Card, Fault, Gpu, Inventory, Reason, device_id
+
+MOST_CARDS = 8
+MOST_REPLICAS = 12
+
+
+def tried(examples: int) -> settings:
+    """So many examples, however slow or busy the machine is."""
+    return settings(
+        max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+
+def uuid_of(seed: int) -> str:
+    """A UUID in the form of NVML; those of neighbouring seeds are in no order."""
+    return f"GPU-{uuid5(NAMESPACE_OID, str(seed))}"
+
+
+def a_gpu(index: int, **described) -> Gpu:
+    """A card with 16 GiB, made for an example: its UUID is `gpu-<index>`."""
+    known = {
+        "uuid": f"gpu-{index}",
+        "model": "Model",
+        "memory_bytes": 16 * 2**30,
+        "pci_bus_id": f"00000000:{index:02x}:00.0",
+    }
+    return Gpu(index=index, **{**known, **described})
+
+
+def ids(uuid: str, *numbers: int) -> list[str]:
+    return [device_id(uuid, number) for number in numbers]
+
+
+faults = st.builds(
+    Fault,
+    reason=st.sampled_from(Reason),
+    since=st.floats(0, 2e9),
+    detail=st.sampled_from(["", "XID 79", "no answer"]),
+    until_reset=st.booleans(),
+)
+
+fault_sets = st.lists(faults, max_size=3, unique_by=lambda fault: fault.reason).map(tuple)
+chances = st.integers(0, 9999).map(Random)
+"""Shuffles with one draw where a permutation of hypothesis takes one for each place."""
+
+memory_sizes = st.tuples(st.integers(2**34, 2**38), st.integers(0, 2**30))
+
+
+@cache
+def _shapes(replicas: int, healthy: bool) -> st.SearchStrategy[tuple[int, int | None, bool]]:
+    """Replicas, NUMA node and whether the card may have faults, in one draw: draws are slow."""
+    maybe_ill = (False,) if healthy else (False, False, False, True)
+    return st.sampled_from(list(product(range(1, replicas + 1), (None, 0, 1, 2), maybe_ill)))
+
+
+@st.composite
+def inventories(
+    draw, *, fewest=0, most=MOST_CARDS, replicas=MOST_REPLICAS, healthy=False
+) -> Inventory:
+    """Cards in the order of their index, which is neither that of UUIDs nor that of PCI."""
+    shapes = draw(st.lists(_shapes(replicas, healthy), min_size=fewest, max_size=most))
+    chance = draw(chances)
+    indices = sorted(chance.sample(range(MOST_CARDS + 2), len(shapes)))
+    buses = chance.sample(range(9, 9 + MOST_CARDS), len(shapes))
+    seeds = chance.sample(range(100), len(shapes))
+    total, reserved = draw(memory_sizes)
+    made = []
+    for n, (count, numa_node, maybe_ill) in enumerate(shapes):
+        gpu = Gpu(
+            uuid=uuid_of(seeds[n]),
+            index=indices[n],
+            model="NVIDIA L4",
+            memory_bytes=total // (n + 1),
+            pci_bus_id=f"00000000:{buses[n]:02X}:00.0",
+            reserved_bytes=min(total, reserved) // (n + 1),
+            numa_node=numa_node,
+        )
+        made.append(Card(gpu, count, draw(fault_sets) if maybe_ill else ()))
+    return Inventory(tuple(made))
+
+
+cards = inventories(fewest=1, most=1).map(lambda inventory: inventory.cards[0])
+gpus = cards.map(lambda card: card.gpu)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the kubelet asks of `prefer`."""
+
+    inventory: Inventory
+    available: Sequence[str]
+    must_include: Sequence[str]
+    size: int
+
+
+_must_counts = st.sampled_from([0, 0, 1, 1, 2, 3, 4])
+_masks = st.integers(0, 2**MOST_REPLICAS - 1)
+
+
+def _picked(mask: int, card: Card) -> list[str]:
+    return [vgpu for n, vgpu in enumerate(card.device_ids) if mask >> n & 1]
+
+
+@st.composite
+def requests(draw, *, most=MOST_CARDS, replicas=MOST_REPLICAS, healthy=False) -> Request:
+    """Well-formed: all IDs exist, and what must be included is available."""
+    inventory = draw(inventories(most=most, replicas=replicas, healthy=healthy))
+    available = [vgpu for card in inventory.cards for vgpu in _picked(draw(_masks), card)]
+    draw(chances).shuffle(available)
+    must = available[: draw(_must_counts)]
+    size = draw(st.integers(0, len(available) + 2))
+    draw(chances).shuffle(available)
+    return Request(inventory, available, must, size)
+
+
+strangers = st.lists(
+    st.sampled_from(["gpu-99::0", "", "::", "nonsense", "GPU-0::x", "::0"]), max_size=2
+)
+
+
+@st.composite
+def racing_requests(draw) -> Request:
+    """Of a kubelet that is behind: unknown and repeated IDs, must not within available."""
+    request = draw(requests())
+    outside = [
+        vgpu for vgpu in request.inventory.device_ids if vgpu not in set(request.available)
+    ] + [device_id(card.gpu.uuid, card.replicas) for card in request.inventory.cards]
+    chance = draw(chances)
+    chance.shuffle(outside)
+    must = [*request.must_include, *outside[: draw(_must_counts)], *draw(strangers)]
+    available = [*request.available, *draw(strangers)]
+    size = draw(st.sampled_from([0, 1, -1, 3, -(2**31), 2**31 - 1])) + request.size
+    return Request(request.inventory, available, must + must[:1], size)

@@ -1,0 +1,326 @@
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.model.strategies import a_gpu, ids, inventories, tried
+from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
+from vgpu_agent.model.container import (
+    Mount,
+    MpsSharing,
+    Sharing,
+    Threads,
+    check_devices,
+    check_start,
+    grant,
+)
+from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
+from vgpu_agent.model.share import MIB, usable_bytes
+
+PIPE = "/run/vgpu-agent/mps/pipe"
+SHM = "/dev/shm/vgpu-mps"
+MPS = Sharing(MpsSharing(PIPE, SHM), memory_held_back=300 * MIB)
+TIME_SLICING = Sharing(mps=None)
+
+L4 = "GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10"
+GPU = a_gpu(0, uuid=L4, memory_bytes=23034 * MIB, reserved_bytes=438 * MIB)
+"""22296 MiB of it are usable, with what `MPS` holds back."""
+
+ONE_CARD = Inventory((Card(GPU, 10),))
+
+
+def by_mps(threads: Threads | float = Threads.SHARE, *, shm: str | None = SHM) -> Sharing:
+    return Sharing(MpsSharing(PIPE, shm, threads))
+
+
+# One card
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "share", "memory", "fraction", "limit", "percentage"),
+    [
+        (1, "1/10", "2337905049", "0.0967", "0=2229M", "10"),
+        (2, "2/10", "4675810099", "0.1935", "0=4459M", "20"),
+        (10, "10/10", "23379050496", "0.9679", "0=22296M", "100"),
+    ],
+)
+def test_under_mps_a_container_is_told_its_share(vgpus, share, memory, fraction, limit, percentage):
+    got = grant(ONE_CARD, ids(L4, *range(vgpus)), MPS)
+    assert got.environment == {
+        "NVIDIA_VISIBLE_DEVICES": L4,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "VGPU_SHARE": share,
+        "VGPU_MEMORY_BYTES": memory,
+        "VGPU_MEMORY_FRACTION": fraction,
+        "CUDA_MPS_PIPE_DIRECTORY": PIPE,
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": limit,
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage,
+    }
+    assert got.mounts == (Mount(PIPE, PIPE), Mount(SHM, "/dev/shm"))
+
+
+def test_under_time_slicing_nothing_of_mps_is_given():
+    got = grant(ONE_CARD, ids(L4, 3, 7), TIME_SLICING)
+    assert got.environment == {
+        "NVIDIA_VISIBLE_DEVICES": L4,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "VGPU_SHARE": "2/10",
+        "VGPU_MEMORY_BYTES": "4738724659",
+        "VGPU_MEMORY_FRACTION": "0.1961",
+    }
+    assert got.mounts == ()
+
+
+def test_without_shared_memory_directory_the_container_keeps_its_own():
+    assert grant(ONE_CARD, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(PIPE, PIPE),)
+
+
+def test_the_directories_of_mps_are_writable():
+    assert [mount.read_only for mount in grant(ONE_CARD, ids(L4, 0), MPS).mounts] == [False, False]
+
+
+def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reason():
+    sharing = Sharing(MpsSharing(PIPE, SHM), memory_held_back=2**40)
+    with pytest.raises(UnavailableDeviceError, match="0 usable bytes.*VGPU_MEMORY_RESERVED"):
+        grant(ONE_CARD, ids(L4, 0), sharing)
+
+
+# Several cards
+
+LARGE = a_gpu(0, uuid="large", memory_bytes=4000 * MIB, pci_bus_id="00000000:0B:00.0")
+SMALL = a_gpu(1, uuid="small", memory_bytes=1000 * MIB, pci_bus_id="00000000:0a:00.0")
+UNUSED = a_gpu(2, uuid="unused", memory_bytes=1000 * MIB, pci_bus_id="00000000:01:00.0")
+THREE_CARDS = Inventory((Card(LARGE, 10), Card(SMALL, 4), Card(UNUSED, 4)))
+
+
+def test_several_cards_are_told_in_pci_order_and_so_are_their_limits():
+    got = grant(THREE_CARDS, [*ids("large", 9, 0, 5), *ids("small", 1)], by_mps())
+    assert got.environment == {
+        "NVIDIA_VISIBLE_DEVICES": "small,large",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "VGPU_SHARE": "1/4,3/10",
+        "VGPU_MEMORY_BYTES": str(250 * MIB),
+        "VGPU_MEMORY_FRACTION": "0.2500",
+        "CUDA_MPS_PIPE_DIRECTORY": PIPE,
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=250M,1=1200M",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25",
+    }
+
+
+def test_one_number_for_several_cards_is_the_smallest_of_each_kind():
+    got = grant(THREE_CARDS, [*ids("large", 0), *ids("small", 0, 1, 2)], by_mps()).environment
+    assert got["VGPU_MEMORY_BYTES"] == str(400 * MIB)
+    assert got["VGPU_MEMORY_FRACTION"] == "0.1000"
+    assert got["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
+
+
+@given(inventories(fewest=1, healthy=True), st.data())
+@tried(60)
+def test_ordinals_of_limits_match_the_places_of_the_cards(inventory, data):
+    vgpus = data.draw(st.lists(st.sampled_from(list(inventory.device_ids)), min_size=1))
+    environment = grant(inventory, list(dict.fromkeys(vgpus)), by_mps()).environment
+    visible = environment["NVIDIA_VISIBLE_DEVICES"].split(",")
+    limits = environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"].split(",")
+    buses = [inventory.find(uuid).gpu.pci_bus_id for uuid in visible]
+    assert buses == sorted(buses)
+    assert set(visible) == {inventory.card_of(vgpu).gpu.uuid for vgpu in vgpus}
+    for ordinal, (uuid, limit) in enumerate(zip(visible, limits, strict=True)):
+        card = inventory.find(uuid)
+        held = sum(inventory.card_of(vgpu) is card for vgpu in set(vgpus))
+        usable = card.gpu.memory_bytes - card.gpu.reserved_bytes
+        assert limit == f"{ordinal}={usable * held // card.replicas // MIB}M"
+
+
+# Threads
+
+
+def percentage(vgpus: int, of: int, threads: Threads | float) -> str | None:
+    inventory = Inventory((Card(GPU, of),))
+    environment = grant(inventory, ids(L4, *range(vgpus)), by_mps(threads)).environment
+    return environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+
+
+def test_without_a_limit_on_threads_none_is_told():
+    assert percentage(1, 10, Threads.NONE) is None
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "of", "factor", "expected"),
+    [
+        (1, 10, 1, "10"),
+        (1, 10, 1.5, "15"),
+        (2, 10, 2.0, "40"),
+        (6, 10, 2, "100"),
+        (10, 10, 1.0, "100"),
+        (1, 10, 1e6, "100"),
+        (10, 10, 0.005, "1"),
+        (1, 10, 0.01, "1"),
+        (1, 200, 1, "1"),
+    ],
+)
+def test_a_factor_multiplies_the_share_within_1_and_100(vgpus, of, factor, expected):
+    assert percentage(vgpus, of, factor) == expected
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "of", "factor", "expected"), [(1, 3, 3, "100"), (1, 60, 6, "10"), (1, 48, 1.5, "3")]
+)
+def test_a_factor_multiplies_the_share_itself_not_its_rounded_percentage(
+    vgpus, of, factor, expected
+):
+    assert percentage(vgpus, of, factor) == expected
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.29, "29"), (0.57, "57"), (0.58, "58")])
+def test_a_factor_is_as_exact_as_it_is_written(factor, expected):
+    assert percentage(10, 10, factor) == expected
+
+
+@given(st.integers(1, 300), st.floats(0.001, 1e6))
+@example(of=300, factor=0.001)
+@tried(60)
+def test_a_percentage_of_threads_is_one_that_mps_takes(of, factor):
+    assert 1 <= int(percentage(1, of, factor)) <= 100
+
+
+# What is refused
+
+ILL = Card(
+    a_gpu(3, uuid="ill"),
+    2,
+    (Fault(Reason.XID, 0.0, "XID 79"), Fault(Reason.LOST, 0.0, "not on the bus")),
+)
+NODE = Inventory((Card(LARGE, 10), ILL))
+
+
+def test_a_request_that_names_no_device_is_refused():
+    with pytest.raises(InvalidRequestError, match=r"^the request names no device$"):
+        grant(NODE, [], MPS)
+
+
+@pytest.mark.parametrize("vgpu", ["large::10", "large::01", "large", "elsewhere::0", ""])
+def test_an_unknown_device_is_refused_by_name(vgpu):
+    message = f"device {vgpu!r} is not one of the 12 vGPUs of this node"
+    with pytest.raises(InvalidRequestError, match=f"^{re.escape(message)}$"):
+        grant(NODE, ["large::0", vgpu], MPS)
+
+
+def test_a_device_that_is_named_twice_is_refused_by_name():
+    message = r"^device 'large::4' is requested more than once$"
+    with pytest.raises(InvalidRequestError, match=message):
+        grant(NODE, ["large::0", "large::4", "large::4"], MPS)
+
+
+def test_an_unhealthy_device_is_refused_by_name_and_with_every_reason():
+    message = r"^device 'ill::1' is unhealthy: xid: XID 79; lost: not on the bus$"
+    with pytest.raises(UnavailableDeviceError, match=message):
+        grant(NODE, ["large::0", "ill::1"], MPS)
+
+
+@pytest.mark.parametrize("sharing", [MPS, TIME_SLICING], ids=["mps", "time-slicing"])
+def test_a_fault_of_one_card_does_not_keep_others_from_being_given(sharing):
+    assert grant(NODE, ["large::0"], sharing).environment["NVIDIA_VISIBLE_DEVICES"] == "large"
+
+
+def test_checked_devices_come_with_their_cards_in_the_order_of_the_request():
+    assert check_devices(THREE_CARDS, ["small::0", "large::1", "small::1"]) == [
+        THREE_CARDS.cards[1],
+        THREE_CARDS.cards[0],
+        THREE_CARDS.cards[1],
+    ]
+
+
+# What may start again
+
+
+def test_a_container_starts_again_with_a_vgpu_that_is_no_longer_made():
+    check_start(NODE, ["large::0", "large::99"])
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "error", "message"),
+    [
+        ([], InvalidRequestError, "the request names no device"),
+        (
+            ["large::0", "large::x"],
+            InvalidRequestError,
+            "device 'large::x' is not of the form <GPU UUID>::<number>",
+        ),
+        (
+            ["large::0", "gone::1"],
+            UnavailableDeviceError,
+            "device 'gone::1': its card is not on this node",
+        ),
+        (
+            ["large::0", "ill::7"],
+            UnavailableDeviceError,
+            "device 'ill::7' is unhealthy: xid: XID 79; lost: not on the bus",
+        ),
+    ],
+)
+def test_a_container_does_not_start_without_its_cards(vgpus, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        check_start(NODE, vgpus)
+
+
+# Same request, same answer
+
+sharings = st.builds(
+    Sharing,
+    mps=st.none()
+    | st.builds(
+        MpsSharing,
+        pipe_directory=st.just(PIPE),
+        shm_directory=st.sampled_from([None, SHM]),
+        threads=st.sampled_from(Threads) | st.floats(0.1, 10),
+    ),
+    memory_held_back=st.integers(0, 2**26),
+)
+
+
+@given(inventories(fewest=1, healthy=True), sharings, st.data())
+@tried(60)
+def test_the_order_of_a_request_and_of_the_cards_does_not_matter(inventory, sharing, data):
+    vgpus = data.draw(
+        st.lists(st.sampled_from(list(inventory.device_ids)), min_size=1, unique=True)
+    )
+    shuffled = Inventory(tuple(data.draw(st.permutations(inventory.cards))))
+    again = data.draw(st.permutations(vgpus))
+    got = grant(inventory, vgpus, sharing)
+    assert grant(shuffled, again, sharing) == got
+    # Equal as text too: what is sent must not depend on the order either.
+    assert list(grant(shuffled, again, sharing).environment) == list(got.environment)
+
+
+def test_an_answer_cannot_be_changed_by_who_holds_it():
+    with pytest.raises(TypeError):
+        grant(ONE_CARD, ids(L4, 0), MPS).environment["CUDA_VISIBLE_DEVICES"] = "0"
+
+
+# All containers of one card
+
+
+@given(
+    inventories(fewest=1, most=1, healthy=True),
+    st.integers(0, 2**26),
+    st.lists(st.integers(0, 3), min_size=12, max_size=12),
+)
+@tried(100)
+def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(
+    inventory, held_back, owners
+):
+    (card,) = inventory.cards
+    sharing = Sharing(MpsSharing(PIPE, SHM), held_back)
+    groups: dict[int, list[str]] = {}
+    for owner, vgpu in zip(owners, card.device_ids, strict=False):
+        groups.setdefault(owner, []).append(vgpu)
+    told = [grant(inventory, group, sharing).environment for group in groups.values()]
+    limits = [
+        int(environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"].removeprefix("0=").removesuffix("M"))
+        for environment in told
+    ]
+    usable = usable_bytes(card.gpu.memory_bytes, card.gpu.reserved_bytes, held_back)
+    assert sum(limits) * MIB <= usable
+    assert sum(int(environment["VGPU_MEMORY_BYTES"]) for environment in told) <= usable
+    assert sum(int(e["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) for e in told) <= 100

@@ -1,0 +1,130 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.model.strategies import tried
+from vgpu_agent.model.share import Share, usable_bytes
+
+memory = st.integers(0, 2**40)
+
+
+@st.composite
+def partitions(draw, most=200):
+    """The vGPUs of one card in parts, each of which is some container's."""
+    n = draw(st.integers(1, most))
+    cuts = draw(st.sets(st.integers(1, n - 1))) if n > 1 else set()
+    return [Share(end - start, n) for start, end in pairwise([0, *sorted(cuts), n])]
+
+
+@given(partitions(), memory)
+@tried(100)
+def test_memory_of_all_parts_of_a_card_stays_within_what_is_usable(parts, usable):
+    assert sum(part.memory_bytes(usable) for part in parts) <= usable
+
+
+@given(partitions(), memory)
+@tried(100)
+def test_rounding_costs_less_than_one_byte_a_part(parts, usable):
+    assert usable - sum(part.memory_bytes(usable) for part in parts) < len(parts)
+
+
+@given(partitions(), memory, st.integers(0, 2**34))
+@tried(100)
+def test_fractions_of_all_parts_of_a_card_stay_within_the_usable_fraction(parts, total, reserved):
+    usable = usable_bytes(total, reserved, 0)
+    ten_thousandths = [round(part.memory_fraction(usable, total) * 10_000) for part in parts]
+    assert sum(ten_thousandths) * total <= usable * 10_000
+
+
+@given(partitions(most=100))
+@tried(100)
+def test_percentages_of_all_parts_of_a_card_stay_within_100_up_to_100_vgpus(parts):
+    assert sum(part.thread_percentage() for part in parts) <= 100
+
+
+@given(partitions(most=400))
+@tried(100)
+def test_percentages_exceed_100_only_by_parts_that_are_worth_less_than_one_percent(parts):
+    floored = [part for part in parts if 100 * part.vgpus >= part.of]
+    slivers = len(parts) - len(floored)
+    assert sum(part.thread_percentage() for part in floored) <= 100
+    assert sum(part.thread_percentage() for part in parts) <= 100 + slivers
+
+
+def test_the_minimum_of_one_percent_breaks_the_sum_from_101_vgpus_on():
+    assert sum(Share(1, 100).thread_percentage() for _ in range(100)) == 100
+    assert sum(Share(1, 101).thread_percentage() for _ in range(101)) == 101
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "of", "percentage"),
+    [
+        (1, 1, 100),
+        (1, 10, 10),
+        (2, 10, 20),
+        (10, 10, 100),
+        (1, 3, 33),
+        (2, 3, 66),
+        (1, 48, 2),
+        (47, 48, 97),
+        (1, 60, 1),
+        (1, 100, 1),
+        (1, 101, 1),
+        (1, 9999, 1),
+        (199, 9999, 1),
+    ],
+)
+def test_threads_are_the_share_in_percent_rounded_down_and_at_least_one(vgpus, of, percentage):
+    assert Share(vgpus, of).thread_percentage() == percentage
+
+
+@given(st.integers(2, 300), memory, memory)
+@example(n=10, usable=99, total=100)
+@tried(60)
+def test_one_vgpu_more_is_never_worth_less(n, usable, total):
+    usable = min(usable, total)
+    for fewer, more in pairwise(Share(k, n) for k in range(1, n + 1)):
+        assert fewer.memory_bytes(usable) <= more.memory_bytes(usable)
+        assert fewer.memory_fraction(usable, total) <= more.memory_fraction(usable, total)
+        assert fewer.thread_percentage() <= more.thread_percentage()
+
+
+@given(st.integers(1, 10_000), memory)
+@tried(60)
+def test_all_vgpus_of_a_card_are_all_that_is_usable(n, usable):
+    whole = Share(n, n)
+    assert whole.memory_bytes(usable) == usable
+    assert whole.memory_fraction(usable, usable) == (1.0 if usable else 0.0)
+    assert whole.thread_percentage() == 100
+
+
+def test_the_fraction_is_of_the_whole_card_and_rounded_down_to_four_places():
+    assert Share(1, 3).memory_fraction(usable=900, total=1000) == 0.3
+    assert Share(2, 3).memory_fraction(usable=1000, total=1000) == 0.666
+    assert Share(2, 3).memory_fraction(usable=10**9, total=10**9) == 0.6666
+
+
+def test_a_card_that_shows_no_memory_has_fraction_zero():
+    assert Share(1, 2).memory_fraction(usable=0, total=0) == 0.0
+
+
+def test_a_share_is_written_as_vgpus_of_vgpus():
+    assert str(Share(2, 10)) == "2/10"
+
+
+@pytest.mark.parametrize(("vgpus", "of"), [(0, 1), (-1, 10), (11, 10), (0, 0), (1, 0), (1, -1)])
+def test_what_is_no_part_of_a_card_is_refused(vgpus, of):
+    with pytest.raises(ValueError, match=f"of {of} vGPUs, not {vgpus}$"):
+        Share(vgpus, of)
+
+
+@given(memory, memory, memory)
+@tried(60)
+def test_usable_memory_is_what_neither_driver_nor_server_keep_and_never_negative(
+    total, reserved, held_back
+):
+    usable = usable_bytes(total, reserved, held_back)
+    assert usable >= 0
+    assert usable + reserved + held_back == max(total, reserved + held_back)
