@@ -98,6 +98,7 @@ class _Endpoint:
     stalled: "StalledPeer | None" = None
     watcher: threading.Thread | None = None
     closed: bool = False
+    replaced: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
@@ -125,6 +126,8 @@ class KubeletPeer:
     `never_watch`      Register succeeds, but ListAndWatch is never opened
     `stall`            ListAndWatch is opened by a `StalledPeer`; there are no other calls then
     `hold_connection`  after the end of a stream its connection stays open until `stop`
+    `stop_replaced`    a registration stops the endpoint that the resource had before, as some
+                       kubelets do: the newest agent wins, and the others see their stream end
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class KubeletPeer:
         never_watch: bool = False,
         stall: bool = False,
         hold_connection: bool = False,
+        stop_replaced: bool = False,
     ) -> None:
         self.kubelet_dir = Path(kubelet_dir)
         self.directory = self.kubelet_dir / "device-plugins"
@@ -147,12 +151,15 @@ class KubeletPeer:
         self.never_watch = never_watch
         self.stall = stall
         self.hold_connection = hold_connection
+        self.stop_replaced = stop_replaced
 
         self.registrations: list[Registration] = []
         self.lists: list[Listing] = []
         self.stream_ends: list[StreamEnd] = []
         self.errors: list[str] = []
         self.streams = 0
+        # Calls of Register that are not answered yet.
+        self.registering = 0
 
         # Guards everything above and below, and wakes the waits.
         self._changed = threading.Condition()
@@ -266,6 +273,10 @@ class KubeletPeer:
         self.wait(lambda: len(self.registrations) >= n, f"registration {n}", timeout)
         return self.registrations[n - 1]
 
+    def wait_registering(self, timeout: float = 10.0) -> None:
+        """Until a call of Register is under way."""
+        self.wait(lambda: self.registering, "Register under way", timeout)
+
     def wait_list(
         self, wanted: int | Callable[[list[Device]], Any], timeout: float = 10.0
     ) -> Listing:
@@ -340,11 +351,14 @@ class KubeletPeer:
 
     def Register(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         at = time.monotonic()
+        self._under_way(+1)
         try:
             endpoint, options = self._accept(request, context)
         except _RefusedError as refusal:
             self._record(self.registrations, Registration(at, request, error=str(refusal)))
             context.abort(grpc.StatusCode.UNKNOWN, str(refusal))
+        finally:
+            self._under_way(-1)
         self._record(self.registrations, Registration(at, request, options))
         # The stream is opened when the answer is out.
         if not self.never_watch and not context.add_callback(partial(self._open, endpoint)):
@@ -366,6 +380,7 @@ class KubeletPeer:
         endpoint = _Endpoint(request.resource_name, path, channel)
         with self._changed:
             self._endpoints.append(endpoint)
+            before = self._clients.get(endpoint.resource)
             self._clients[endpoint.resource] = endpoint
         try:
             options = self._dial(channel, until)
@@ -377,6 +392,9 @@ class KubeletPeer:
             raise
         with self._changed:
             self._serving = endpoint
+        if self.stop_replaced and before is not None:
+            before.replaced = True
+            before.close()
         return endpoint, options
 
     def _dial(self, channel: grpc.Channel, until: float) -> Any:
@@ -468,7 +486,7 @@ class KubeletPeer:
             self.stream_ends.append(end)
             # It knows its clients by resource name only, so the late end of an old stream takes
             # the new endpoint away; and with no client of that name nothing happens at all.
-            client = self._clients.pop(endpoint.resource, None)
+            client = None if endpoint.replaced else self._clients.pop(endpoint.resource, None)
             if client is endpoint:
                 self._devices = [device._replace(health="Unhealthy") for device in self._devices]
             elif client is not None:
@@ -481,6 +499,11 @@ class KubeletPeer:
             endpoint.close()
         if client is not None and client is not endpoint:
             client.close()
+
+    def _under_way(self, change: int) -> None:
+        with self._changed:
+            self.registering += change
+            self._changed.notify_all()
 
     def _record(self, where: list[Any], what: Any) -> None:
         with self._changed:

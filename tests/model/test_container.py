@@ -82,7 +82,7 @@ def test_the_directories_of_mps_are_writable():
 
 def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reason():
     sharing = Sharing(MpsSharing(PIPE, SHM), memory_held_back=2**40)
-    with pytest.raises(UnavailableDeviceError, match="0 usable bytes.*VGPU_MEMORY_RESERVED"):
+    with pytest.raises(UnavailableDeviceError, match=r"0 usable bytes.*VGPU_MEMORY_RESERVED"):
         grant(ONE_CARD, ids(L4, 0), sharing)
 
 
