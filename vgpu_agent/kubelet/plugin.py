@@ -69,11 +69,28 @@ class WireCodec(ProtoCodec):
     def decode(self, data: bytes, message_type: Any) -> Any:
         """The message. Raises GRPCError INVALID_ARGUMENT."""
         try:
-            return super().decode(data, message_type)
+            message: Message = message_type().parse(data)
+            _check_types(message)
         except Exception as error:  # betterproto raises whatever its parser stumbles on
             raise GRPCError(
                 Status.INVALID_ARGUMENT, f"cannot decode {message_type.__name__}: {error}"
             ) from error
+        return message
+
+
+_PYTHON_TYPES = {"message": Message, "string": str, "bool": bool, "int32": int, "int64": int}
+
+
+def _check_types(message: Message) -> None:
+    """Raises TypeError: betterproto keeps a value whose wire type is not that of its field."""
+    for name, meta in message._betterproto.meta_by_field_name.items():
+        value = getattr(message, name)
+        repeated = isinstance(message._get_field_default(name), list)
+        for each in value if repeated and isinstance(value, list) else [value]:
+            if not isinstance(each, _PYTHON_TYPES[meta.proto_type]):
+                raise TypeError(f"{name} is of another type")
+            if isinstance(each, Message):
+                _check_types(each)
 
 
 class EncodedList(ListAndWatchResponse):

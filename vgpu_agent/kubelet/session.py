@@ -24,7 +24,6 @@ import anyio.lowlevel
 from anyio import CancelScope
 from grpclib import GRPCError
 from grpclib.client import Channel
-from grpclib.exceptions import ProtocolError, StreamTerminatedError
 from grpclib.protocol import H2Protocol
 from grpclib.server import Server
 
@@ -65,6 +64,10 @@ SHORT_LIVED = 5.0
 
 RIVAL_AFTER = 3
 """So many short-lived streams in a row mean that another agent takes our place each time."""
+
+SETTLE = 0.1
+"""Seconds that a kubelet gets to see the end of a stream that we ended, before we register again:
+taken for the end of the new one, it would drop that."""
 
 CLEAN_END = 0.25
 """Seconds that open streams get to end cleanly before their connections are cut."""
@@ -221,6 +224,9 @@ class KubeletSession:
                     opened = self.clock()
                     ended = await self._watch(plugin, own)
                     lived = self.clock() - opened
+                    ended_by_kubelet = plugin.streams.value.ended > 0
+                if not ended_by_kubelet:
+                    await anyio.sleep(SETTLE)
                 self._short_lived = self._short_lived + 1 if lived < SHORT_LIVED else 0
                 if self.state.registration_ended(ended):
                     self._said = None
@@ -239,6 +245,7 @@ class KubeletSession:
         self._clear_endpoint()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         server = _PluginServer(plugin)
+        own: Identity | None = None
         try:
             listener.bind(str(self.socket_path))
             # Only root talks to it, and nobody before the mode is right.
@@ -248,6 +255,10 @@ class KubeletSession:
         except OSError as error:
             listener.close()
             raise EndpointError(_os_problem("cannot bind", self.socket_path, error)) from error
+        except BaseException:
+            listener.close()
+            self._remove(own)
+            raise
         try:
             yield own
         finally:
@@ -272,7 +283,11 @@ class KubeletSession:
         server.abort_connections()
         with anyio.move_on_after(1):
             await server.wait_closed()
-        if self._identity(self.socket_path) == own:
+        self._remove(own)
+
+    def _remove(self, own: Identity | None) -> None:
+        """Removes our socket, and nobody else's."""
+        if own is not None and self._identity(self.socket_path) == own:
             self.socket_path.unlink(missing_ok=True)
 
     def _clear_endpoint(self) -> None:
@@ -318,7 +333,7 @@ class KubeletSession:
             raise RegistrationError(
                 f"the kubelet did not answer Register within {REGISTER_TIMEOUT:.0f} s"
             ) from error
-        except (OSError, StreamTerminatedError, ProtocolError) as error:
+        except Exception as error:  # grpclib and h2 stumble in many ways over a lost connection
             raise KubeletAwayError(f"no kubelet at {self.kubelet_path}: {error}") from error
         with anyio.move_on_after(STREAM_TIMEOUT):
             async for streams in plugin.streams.follow():
@@ -372,8 +387,8 @@ def _identity(found: os.stat_result) -> Identity:
 def _listens(path: Path) -> bool:
     """Whether a process accepts connections there; a stale socket refuses them."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        # EAGAIN: its queue is full, so it lives.
-        return probe.connect_ex(str(path)) in (0, errno.EAGAIN, errno.EINPROGRESS)
+        # EAGAIN: its queue is full; EPROTOTYPE: it is of another kind. Both live.
+        return probe.connect_ex(str(path)) in (0, errno.EAGAIN, errno.EPROTOTYPE)
 
 
 def _os_problem(what: str, path: Path, error: OSError) -> str:

@@ -1,0 +1,230 @@
+"""An agent's kubelet side in this process: real state, plugin and session, no cards, no web."""
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import grpc
+
+from tests.kubelet_peer import CHANNEL_OPTIONS, KubeletPeer, off_loop
+from vgpu_agent.gpu.simulated import simulated_gpus
+from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
+from vgpu_agent.kubelet.session import KubeletSession, StatFunction
+from vgpu_agent.model.container import MpsSharing, Sharing
+from vgpu_agent.model.devices import Card, Fault, Gpu, Reason, device_id
+from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.state import NodeState, Snapshot
+
+RESOURCE = "example.com/vgpu"
+ENDPOINT = "vgpu.sock"
+GIB = 2**30
+MPS = Sharing(
+    mps=MpsSharing(pipe_directory="/run/vgpu-agent/mps/pipe", shm_directory="/dev/shm/vgpu-mps"),
+    memory_held_back=GIB // 2,
+)
+TIME_SLICING = Sharing(mps=None, memory_held_back=GIB // 2)
+LOST = Fault(Reason.LOST, 0.0, "fell off the bus")
+
+
+def cards_of(count: int, numa: Sequence[int | None] = (0, 0, 1, 1)) -> tuple[Gpu, ...]:
+    """Cards of 16 GiB."""
+    return simulated_gpus(count, "Simulated", 16 * GIB, numa)
+
+
+class RpcRecord:
+    """Every unary call that was observed."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.seconds: list[float] = []
+
+    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
+        self.calls.append((method, code))
+        self.seconds.append(seconds)
+
+
+@dataclass
+class Rig:
+    """The parts of a running agent."""
+
+    state: NodeState
+    session: KubeletSession
+    observer: RpcRecord
+    plugins: list[DevicePlugin]
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    ended: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def path(self) -> Path:
+        return self.session.socket_path
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        return self.state.snapshot.inventory.cards
+
+    def ids(self, card: int, *numbers: int) -> list[str]:
+        """Those vGPUs of a card, or all of them."""
+        made = self.cards[card]
+        return [device_id(made.gpu.uuid, n) for n in numbers or range(made.replicas)]
+
+    def registrations(self, result: str) -> int:
+        """How often an attempt to register ended so."""
+        return self.state.snapshot.registrations.get(result, 0)
+
+    def fail(self, card: int, fault: Fault = LOST) -> None:
+        assert self.state.fault_found([self.cards[card].gpu.uuid], fault)
+
+    def heal(self, card: int, fault: Fault = LOST) -> None:
+        assert self.state.faults_cleared(self.cards[card].gpu.uuid, [fault.reason])
+
+    async def until(self, condition: Callable[[Snapshot], Any], within: float = 10.0) -> Snapshot:
+        """The first snapshot from now on that the condition holds for."""
+        with anyio.move_on_after(within):
+            async for snapshot in self.state.latest.follow():
+                if condition(snapshot):
+                    return snapshot
+        raise AssertionError(f"not within {within} s; the last was {self.state.snapshot}")
+
+    async def registered(self, times: int = 1, within: float = 10.0) -> None:
+        """Until the kubelet follows the list, and has been sent one, the n-th time."""
+
+        def done(snapshot: Snapshot) -> bool:
+            often = snapshot.registrations.get("registered", 0) >= times
+            return often and snapshot.kubelet.connected and snapshot.lists_sent >= times
+
+        await self.until(done, within)
+
+    async def call(self, method: str, *requests: bytes) -> "Answer":
+        """One call over a connection of its own, in bytes; with no request it is half-closed."""
+        return await off_loop(raw_call, self.path, method, requests)
+
+    async def stop(self) -> float:
+        """Ends the session as the end of the agent does; the seconds that it took."""
+        started = time.monotonic()
+        self.scope.cancel()
+        with anyio.fail_after(10):
+            await self.ended.wait()
+        return time.monotonic() - started
+
+    async def run(self) -> None:
+        try:
+            with self.scope:
+                await self.session.run()
+        finally:
+            self.ended.set()
+
+
+@asynccontextmanager
+async def agent(
+    kubelet_dir: Path,
+    *,
+    gpus: int | Iterable[Gpu] = 4,
+    replicas: int = 10,
+    sharing: Sharing = MPS,
+    placement: Placement = Placement.SPREAD,
+    stat_file: StatFunction = os.stat,
+) -> AsyncIterator[Rig]:
+    """An agent that keeps itself registered in `kubelet_dir`; its failure ends the block."""
+    state = NodeState(replicas)
+    state.driver_answered("simulated", cards_of(gpus) if isinstance(gpus, int) else gpus)
+    observer, encoder, plugins = RpcRecord(), ListEncoder(), []
+
+    def make_plugin() -> DevicePlugin:
+        plugins.append(
+            DevicePlugin(
+                state=state,
+                sharing=sharing,
+                placement=placement,
+                encoder=encoder,
+                observer=observer,
+            )
+        )
+        return plugins[-1]
+
+    session = KubeletSession(
+        directory=kubelet_dir / "device-plugins",
+        endpoint=ENDPOINT,
+        resource_name=RESOURCE,
+        state=state,
+        make_plugin=make_plugin,
+        stat_file=stat_file,
+    )
+    rig = Rig(state, session, observer, plugins)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rig.run)
+        yield rig
+        tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def kubelet_in(kubelet_dir: Path, **options: Any) -> AsyncIterator[KubeletPeer]:
+    """A kubelet, started and stopped without holding up the loop."""
+    peer = KubeletPeer(kubelet_dir, **options)
+    await off_loop(peer.start)
+    try:
+        yield peer
+    finally:
+        with anyio.CancelScope(shield=True):
+            await off_loop(peer.stop)
+
+
+@asynccontextmanager
+async def registered(kubelet_dir: Path, **options: Any) -> AsyncIterator[tuple[KubeletPeer, Rig]]:
+    """A kubelet, and an agent that it follows; the options are the agent's."""
+    async with kubelet_in(kubelet_dir) as kubelet, agent(kubelet_dir, **options) as rig:
+        await rig.registered()
+        await off_loop(kubelet.wait_list, 1)
+        yield kubelet, rig
+
+
+def unchanging(snapshot: Snapshot) -> Snapshot:
+    """The snapshot without what only counts."""
+    return replace(snapshot, lists_sent=0, registrations={})
+
+
+# Calls in bytes
+
+
+class Answer(NamedTuple):
+    code: grpc.StatusCode
+    details: str
+    response: bytes | None
+
+
+@asynccontextmanager
+async def channel_to(path: Path) -> AsyncIterator[grpc.Channel]:
+    channel = grpc.insecure_channel(f"unix:{path}", CHANNEL_OPTIONS)
+    try:
+        yield channel
+    finally:
+        with anyio.CancelScope(shield=True):
+            await off_loop(channel.close)
+
+
+def raw_call(path: Path, method: str, requests: Sequence[bytes]) -> Answer:
+    with grpc.insecure_channel(f"unix:{path}", CHANNEL_OPTIONS) as channel:
+        call = channel.stream_unary(f"/v1beta1.DevicePlugin/{method}")
+        try:
+            response, ended = call.with_call(iter(requests), timeout=10)
+        except grpc.RpcError as error:
+            return Answer(error.code(), error.details(), None)
+        return Answer(ended.code(), ended.details(), response)
+
+
+async def wait_for(condition: Callable[[], Any], what: str, within: float = 10.0) -> Any:
+    """For what neither the state nor the kubelet tells: looks every few milliseconds."""
+    until = time.monotonic() + within
+    while not (found := condition()):
+        assert time.monotonic() < until, f"no {what} within {within} s"
+        await anyio.sleep(0.005)
+    return found
+
+
+next_message = partial(off_loop, next)
+"""The next message of a grpcio stream."""

@@ -1,0 +1,587 @@
+import asyncio
+import logging
+
+import anyio
+import grpc
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+import pytest
+
+from tests.kubelet.rig import (
+    ENDPOINT,
+    GIB,
+    LOST,
+    MPS,
+    TIME_SLICING,
+    agent,
+    cards_of,
+    channel_to,
+    kubelet_in,
+    next_message,
+    registered,
+    unchanging,
+)
+from tests.kubelet_peer import LIST_AND_WATCH, Device, off_loop
+from tests.wire import dp
+from vgpu_agent.kubelet import plugin as plugin_module
+from vgpu_agent.kubelet._proto import v1beta1
+from vgpu_agent.kubelet.plugin import ListEncoder
+from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
+from vgpu_agent.model.placement import Placement
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+UNAVAILABLE_NOW = grpc.StatusCode.FAILED_PRECONDITION
+METHODS = [
+    "GetDevicePluginOptions",
+    "GetPreferredAllocation",
+    "Allocate",
+    "PreStartContainer",
+]
+
+
+def allocation(*containers):
+    requests = [dp.ContainerAllocateRequest(devices_ids=ids) for ids in containers]
+    return dp.AllocateRequest(container_requests=requests).SerializeToString()
+
+
+def preference(available, must, size):
+    one = dp.ContainerPreferredAllocationRequest(
+        available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
+    )
+    return dp.PreferredAllocationRequest(container_requests=[one]).SerializeToString()
+
+
+def start(*ids):
+    return dp.PreStartContainerRequest(devices_ids=ids).SerializeToString()
+
+
+def healthy(devices, uuid):
+    return {device.health == "Healthy" for device in devices if device.id.startswith(f"{uuid}::")}
+
+
+# GetDevicePluginOptions
+
+
+@pytest.mark.parametrize(("sharing", "pre_start"), [(MPS, True), (TIME_SLICING, False)])
+async def test_options_ask_for_pre_start_under_mps_only(kubelet_dir, sharing, pre_start):
+    async with registered(kubelet_dir, sharing=sharing) as (kubelet, rig):
+        expected = dp.DevicePluginOptions(
+            pre_start_required=pre_start, get_preferred_allocation_available=True
+        )
+        assert await off_loop(kubelet.options) == expected
+        assert kubelet.registrations[0].options == expected
+        assert kubelet.registrations[0].request.options == expected
+        assert rig.observer.calls == [("GetDevicePluginOptions", "OK")] * 2
+
+
+# ListAndWatch
+
+
+async def test_every_vgpu_is_listed_with_its_cards_numa_node(kubelet_dir):
+    cards = cards_of(3, numa=(0, 1, None))
+    async with registered(kubelet_dir, gpus=cards, replicas=3) as (kubelet, _):
+        assert kubelet.devices == [
+            Device(f"{card.uuid}::{n}", "Healthy", card.numa_node)
+            for card in cards
+            for n in (0, 1, 2)
+        ]
+        raw = dp.ListAndWatchResponse.FromString(kubelet.lists[0].raw).devices
+        # NUMA node 0 is told, which is not the same as telling none.
+        assert [len(raw[n * 3].topology.nodes) for n in range(3)] == [1, 1, 0]
+        assert [raw[n * 3].HasField("topology") for n in range(3)] == [True, True, False]
+
+
+async def test_a_node_without_cards_sends_an_empty_list(kubelet_dir):
+    async with registered(kubelet_dir, gpus=0) as (kubelet, rig):
+        assert kubelet.lists[0].devices == []
+        rig.state.driver_answered("simulated", cards_of(1))
+        assert len((await off_loop(kubelet.wait_list, 2)).devices) == 10
+
+
+async def test_a_fault_takes_all_vgpus_of_its_card_in_one_update_and_only_those(kubelet_dir):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        ill = set(rig.ids(2))
+        rig.fail(2)
+        update = await off_loop(kubelet.wait_list, 2)
+        assert {one.id for one in update.devices if one.health == "Unhealthy"} == ill
+        assert {one.id for one in update.devices} == {one.id for one in kubelet.lists[0].devices}
+        rig.fail(2, Fault(Reason.ECC, 0.0, "an error more"))  # the same list: not sent
+        rig.heal(2, Fault(Reason.ECC, 0.0, ""))
+        rig.heal(2)
+        update = await off_loop(kubelet.wait_list, 3)
+        assert update.devices == kubelet.lists[0].devices
+        rig.fail(0)
+        update = await off_loop(kubelet.wait_list, 4)
+        assert {one.id for one in update.devices if one.health == "Unhealthy"} == set(rig.ids(0))
+        assert len(kubelet.lists) == 4
+        await rig.until(lambda snapshot: snapshot.lists_sent == 4)
+
+
+async def test_every_one_of_several_streams_follows_the_list(kubelet_dir):
+    async with (
+        registered(kubelet_dir, gpus=2) as (kubelet, rig),
+        channel_to(rig.path) as one,
+        channel_to(rig.path) as other,
+    ):
+        streams = [each.unary_stream(LIST_AND_WATCH)(b"") for each in (one, other)]
+        for stream in streams:
+            assert await next_message(stream) == kubelet.lists[0].raw
+        assert rig.state.snapshot.kubelet.streams == 3
+        rig.fail(1)
+        update = await off_loop(kubelet.wait_list, 2)
+        for stream in streams:
+            assert await next_message(stream) == update.raw
+        assert not healthy(update.devices, rig.cards[1].gpu.uuid) - {False}
+
+
+async def test_a_slow_watcher_skips_to_the_newest_list(kubelet_dir):
+    async with registered(kubelet_dir, gpus=2) as (kubelet, rig), Reader(rig.path) as slow:
+        await slow.headers()  # the first list is under way, and has no room
+        for wanted in range(2, 7):
+            (rig.heal if wanted % 2 else rig.fail)(0)
+            await off_loop(kubelet.wait_list, wanted)
+        rig.fail(1)
+        newest = await off_loop(kubelet.wait_list, 7)
+        slow.make_room()
+        assert await slow.message() == kubelet.lists[0].raw
+        assert await slow.message() == newest.raw
+        assert [one.health for one in newest.devices] == ["Unhealthy"] * 20
+
+
+class Reader:
+    """A ListAndWatch stream by hand that takes no data before `make_room`."""
+
+    def __init__(self, path):
+        self.path = path
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        self.data = b""
+        self.answered = False
+
+    async def __aenter__(self):
+        self.h2.initiate_connection()
+        self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        headers = {":method": "POST", ":scheme": "http", ":path": LIST_AND_WATCH}
+        headers |= {":authority": "localhost", "content-type": "application/grpc", "te": "trailers"}
+        self.h2.send_headers(1, headers.items())
+        self.h2.send_data(1, b"\0\0\0\0\0", end_stream=True)
+        self.reader, self.writer = await asyncio.open_unix_connection(self.path)
+        self.writer.write(self.h2.data_to_send())
+        return self
+
+    async def __aexit__(self, *_):
+        self.writer.close()
+        await self.writer.wait_closed()
+
+    def make_room(self):
+        self.h2.increment_flow_control_window(2**20, stream_id=1)
+        self.writer.write(self.h2.data_to_send())
+
+    async def headers(self):
+        while not self.answered:
+            await self._read()
+
+    async def message(self):
+        while len(self.data) < 5 or len(self.data) < 5 + int.from_bytes(self.data[1:5]):
+            await self._read()
+        end = 5 + int.from_bytes(self.data[1:5])
+        message, self.data = self.data[5:end], self.data[end:]
+        return message
+
+    async def _read(self):
+        with anyio.fail_after(10):
+            data = await self.reader.read(65536)
+        assert data, "closed"
+        for event in self.h2.receive_data(data):
+            self.answered |= isinstance(event, h2.events.ResponseReceived)
+            if isinstance(event, h2.events.DataReceived):
+                self.data += event.data
+        self.writer.write(self.h2.data_to_send())
+
+
+@pytest.mark.slow
+async def test_a_list_of_sixteen_hundred_vgpus_arrives(kubelet_dir):
+    async with registered(kubelet_dir, gpus=16, replicas=100) as (kubelet, rig):
+        assert len(set(kubelet.allocatable)) == 1600
+        rig.fail(15)
+        await off_loop(kubelet.wait_list, 2)
+        assert len(kubelet.allocatable) == 1500
+
+
+# Allocate
+
+USABLE = 16 * GIB - GIB // 2
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "memory", "limit", "fraction", "threads"),
+    [
+        (1, USABLE // 10, "1587M", "0.0968", "10"),
+        (2, USABLE * 2 // 10, "3174M", "0.1937", "20"),
+        (10, USABLE, "15872M", "0.9687", "100"),
+    ],
+)
+async def test_a_container_is_told_its_share(kubelet_dir, vgpus, memory, limit, fraction, threads):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        ids = rig.ids(1, *range(vgpus))
+        answer = await off_loop(kubelet.allocate, ids[::-1])  # a kubelet's order is random
+        (one,) = answer.container_responses
+        assert one.envs == {
+            "NVIDIA_VISIBLE_DEVICES": rig.cards[1].gpu.uuid,
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "VGPU_SHARE": f"{vgpus}/10",
+            "VGPU_MEMORY_BYTES": str(memory),
+            "VGPU_MEMORY_FRACTION": fraction,
+            "CUDA_MPS_PIPE_DIRECTORY": "/run/vgpu-agent/mps/pipe",
+            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={limit}",
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": threads,
+        }
+        assert list(one.mounts) == [
+            dp.Mount(
+                container_path="/run/vgpu-agent/mps/pipe", host_path="/run/vgpu-agent/mps/pipe"
+            ),
+            dp.Mount(container_path="/dev/shm", host_path="/dev/shm/vgpu-mps"),
+        ]
+        assert (one.devices, one.annotations, one.cdi_devices) == ([], {}, [])
+        assert await off_loop(kubelet.allocate, ids) == answer
+
+
+async def test_time_slicing_tells_nothing_of_mps(kubelet_dir):
+    async with registered(kubelet_dir, sharing=TIME_SLICING) as (kubelet, rig):
+        answer = await off_loop(kubelet.allocate, rig.ids(0, 7))
+        (one,) = answer.container_responses
+        assert one.envs == {
+            "NVIDIA_VISIBLE_DEVICES": rig.cards[0].gpu.uuid,
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "VGPU_SHARE": "1/10",
+            "VGPU_MEMORY_BYTES": str(USABLE // 10),
+            "VGPU_MEMORY_FRACTION": "0.0968",
+        }
+        assert list(one.mounts) == []
+
+
+async def test_vgpus_of_two_cards_are_told_in_pci_order(kubelet_dir):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        answer = await off_loop(kubelet.allocate, [*rig.ids(3, 1), *rig.ids(0, 4, 5)])
+        envs = answer.container_responses[0].envs
+        uuids = [rig.cards[n].gpu.uuid for n in (0, 3)]
+        assert envs["NVIDIA_VISIBLE_DEVICES"] == ",".join(uuids)
+        assert envs["VGPU_SHARE"] == "2/10,1/10"
+        assert envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=3174M,1=1587M"
+        assert envs["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
+
+
+async def test_several_containers_of_one_request_get_an_answer_each_in_order(kubelet_dir):
+    async with registered(kubelet_dir) as (_, rig):
+        answer = await rig.call("Allocate", allocation(rig.ids(1, 0), rig.ids(0, 0, 1)))
+        told = dp.AllocateResponse.FromString(answer.response).container_responses
+        assert [one.envs["VGPU_SHARE"] for one in told] == ["1/10", "2/10"]
+
+
+# GetPreferredAllocation
+
+
+@pytest.mark.parametrize(("placement", "card"), [(Placement.SPREAD, 1), (Placement.PACK, 0)])
+async def test_the_preferred_vgpus_come_from_one_card_by_placement(kubelet_dir, placement, card):
+    async with registered(kubelet_dir, gpus=2, placement=placement) as (kubelet, rig):
+        available = [*rig.ids(0, 0, 1, 2, 3), *rig.ids(1)]
+        assert await off_loop(kubelet.preferred, available, [], 3) == rig.ids(card, 0, 1, 2)
+        must = rig.ids(1, 9)
+        assert await off_loop(kubelet.preferred, available, must, 2) == rig.ids(1, 9, 0)
+        assert await off_loop(kubelet.preferred, available, [], 0) == []
+
+
+async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, caplog):
+    caplog.set_level(logging.INFO)
+    async with registered(kubelet_dir, gpus=2) as (kubelet, rig):
+        rig.fail(1)
+        await off_loop(kubelet.wait_list, 2)
+        before = unchanging(rig.state.snapshot)
+        available = ["GPU-gone::0", *rig.ids(1, 0, 1), *rig.ids(0, 0, 1), "nonsense"]
+        # There are two to be had, and an error would reject the pod.
+        assert await off_loop(kubelet.preferred, available, [], 4) == rig.ids(0, 0, 1)
+        assert await off_loop(kubelet.preferred, available, ["GPU-gone::1"], 1) == rig.ids(0, 0)
+        assert await off_loop(kubelet.preferred, rig.ids(1), [], 1) == []
+        passed = ", ".join(sorted(["GPU-gone::0", *rig.ids(1, 0, 1), "nonsense"]))
+        assert f"passed over as unknown or unhealthy: {passed}" in caplog.text
+        assert unchanging(rig.state.snapshot) == before
+        assert rig.observer.calls[-3:] == [("GetPreferredAllocation", "OK")] * 3
+
+
+# PreStartContainer
+
+
+async def test_a_container_may_start_while_its_card_is_well(kubelet_dir):
+    async with registered(kubelet_dir, gpus=2) as (kubelet, rig):
+        assert await off_loop(kubelet.pre_start, rig.ids(0, 0, 9)) == dp.PreStartContainerResponse()
+        # What was allocated when the card was cut into more is still the container's.
+        held = f"{rig.cards[0].gpu.uuid}::47"
+        assert await off_loop(kubelet.pre_start, [held]) == dp.PreStartContainerResponse()
+        rig.fail(0)
+        with pytest.raises(grpc.RpcError) as refused:
+            await off_loop(kubelet.pre_start, [held])
+        assert refused.value.code() is UNAVAILABLE_NOW
+        rig.heal(0)
+        await off_loop(kubelet.pre_start, [held])
+
+
+# Wrong requests. The card of index 3 is unhealthy in all of them.
+
+UUIDS = [card.uuid for card in cards_of(4)]
+WELL, ILL = f"{UUIDS[0]}::0", f"{UUIDS[3]}::0"
+MANY = [[f"{uuid}::{n}"] for uuid in UUIDS for n in range(10)] + [["x::0"]]
+REFUSED = {
+    "no container": ("Allocate", allocation(), INVALID, ["names no container"]),
+    "a container without devices": ("Allocate", allocation([]), INVALID, ["names no device"]),
+    "a second container without": (
+        "Allocate",
+        allocation([WELL], []),
+        INVALID,
+        ["names no device"],
+    ),
+    "an unknown ID": ("Allocate", allocation([WELL, "GPU-x::0"]), INVALID, ["'GPU-x::0'", "40"]),
+    "a number too high": (
+        "Allocate",
+        allocation([f"{UUIDS[0]}::10"]),
+        INVALID,
+        [f"{UUIDS[0]}::10"],
+    ),
+    "another spelling": ("Allocate", allocation([f"{UUIDS[0]}::00"]), INVALID, [f"{UUIDS[0]}::00"]),
+    "an empty ID": ("Allocate", allocation([""]), INVALID, ["''"]),
+    "an ID in other letters": ("Allocate", allocation(["värld\n::0"]), INVALID, ["'värld\\n::0'"]),
+    "the same ID twice": ("Allocate", allocation([WELL, WELL]), INVALID, [WELL, "more than once"]),
+    "one ID for two containers": (
+        "Allocate",
+        allocation([WELL], [WELL]),
+        INVALID,
+        [WELL, "two containers"],
+    ),
+    "an unhealthy vGPU": (
+        "Allocate",
+        allocation([WELL, ILL]),
+        UNAVAILABLE_NOW,
+        [ILL, "unhealthy", "lost: fell off the bus"],
+    ),
+    "an unhealthy one in the second container": (
+        "Allocate",
+        allocation([WELL], [ILL]),
+        UNAVAILABLE_NOW,
+        [ILL, "lost: fell off the bus"],
+    ),
+    "more containers than vGPUs": ("Allocate", allocation(*MANY), INVALID, ["41", "40 vGPUs"]),
+    "a negative size": (
+        "GetPreferredAllocation",
+        preference([WELL], [], -1),
+        INVALID,
+        ["allocation_size", "-1"],
+    ),
+    "no device to start with": ("PreStartContainer", start(), INVALID, ["names no device"]),
+    "an ID of another form": ("PreStartContainer", start("7"), INVALID, ["'7'", "<GPU UUID>::"]),
+    "a card that is not here": (
+        "PreStartContainer",
+        start(WELL, "GPU-x::0"),
+        UNAVAILABLE_NOW,
+        ["'GPU-x::0'", "not on this node"],
+    ),
+    "a card that is ill": (
+        "PreStartContainer",
+        start(WELL, ILL),
+        UNAVAILABLE_NOW,
+        [ILL, "lost: fell off the bus"],
+    ),
+}
+
+
+async def refused(kubelet_dir, method, requests, code, told, observed=None):
+    """The call is refused like that; nothing has changed, and the agent serves on."""
+    async with registered(kubelet_dir) as (kubelet, rig):
+        rig.fail(3)
+        await off_loop(kubelet.wait_list, 2)
+        await rig.until(lambda snapshot: snapshot.lists_sent == 2)
+        before = rig.state.snapshot
+        answer = await rig.call(method, *requests)
+        assert answer.code is code
+        for words in told:
+            assert words in answer.details
+        assert rig.state.snapshot == before
+        assert rig.observer.calls[-1] == (method, observed or code.name)
+        assert all(seconds >= 0 for seconds in rig.observer.seconds)
+        await off_loop(kubelet.allocate, [WELL])
+        assert (kubelet.streams, len(kubelet.lists), kubelet.stream_ends) == (1, 2, [])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_wrong_request_is_refused_in_words_and_changes_nothing(kubelet_dir, case):
+    method, request, code, told = REFUSED[case]
+    await refused(kubelet_dir, method, [request], code, told)
+
+
+TYPES = {
+    "GetDevicePluginOptions": "Empty",
+    "GetPreferredAllocation": "PreferredAllocationRequest",
+    "Allocate": "AllocateRequest",
+    "PreStartContainer": "PreStartContainerRequest",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_bytes_that_are_no_message_are_the_callers_mistake(kubelet_dir, method):
+    await refused(kubelet_dir, method, [b"\x0a\xff"], INVALID, ["cannot decode", TYPES[method]])
+
+
+@pytest.mark.parametrize(
+    ("method", "request_bytes"),
+    [
+        # Field 1 as a number, where it is a message or a text.
+        ("GetPreferredAllocation", b"\x08\x01"),
+        ("Allocate", b"\x08\x01"),
+        ("PreStartContainer", b"\x08\x01"),
+        # allocation_size as a text.
+        ("GetPreferredAllocation", b"\x0a\x03\x1a\x01\x61"),
+        # An ID that is no UTF-8.
+        ("Allocate", b"\x0a\x04\x0a\x02\xff\xfe"),
+        ("PreStartContainer", b"\x0a\x02\xff\xfe"),
+    ],
+)
+async def test_a_field_of_the_wrong_type_is_the_callers_mistake(kubelet_dir, method, request_bytes):
+    await refused(kubelet_dir, method, [request_bytes], INVALID, [TYPES[method]])
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+async def test_a_call_that_ends_without_a_message_is_the_callers_mistake(kubelet_dir, method):
+    await refused(kubelet_dir, method, [], INVALID, ["the call carries no message"])
+
+
+async def test_options_and_the_list_need_no_message(kubelet_dir):
+    async with registered(kubelet_dir, gpus=1) as (kubelet, rig), channel_to(rig.path) as channel:
+        answer = await rig.call("GetDevicePluginOptions")
+        assert answer.code is grpc.StatusCode.OK
+        assert dp.DevicePluginOptions.FromString(answer.response).pre_start_required
+        stream = channel.stream_stream(LIST_AND_WATCH)(iter(()))
+        assert await next_message(stream) == kubelet.lists[0].raw
+
+
+async def test_a_list_asked_for_in_bytes_that_are_no_message_is_refused(kubelet_dir):
+    async with registered(kubelet_dir, gpus=1) as (_, rig), channel_to(rig.path) as channel:
+        stream = channel.unary_stream(LIST_AND_WATCH)(b"\x0a\xff")
+        with pytest.raises(grpc.RpcError) as refused:
+            await next_message(stream)
+        assert refused.value.code() is INVALID
+        assert "cannot decode Empty" in refused.value.details()
+
+
+async def test_a_method_that_does_not_exist_is_unimplemented(kubelet_dir):
+    async with registered(kubelet_dir, gpus=1) as (_, rig):
+        assert (await rig.call("Deallocate", b"")).code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_no_preference_at_all_is_answered_with_none(kubelet_dir):
+    async with registered(kubelet_dir, gpus=1) as (_, rig):
+        answer = await rig.call("GetPreferredAllocation", b"")
+        assert (answer.code, answer.response) == (grpc.StatusCode.OK, b"")
+
+
+# Unexpected errors
+
+
+async def test_a_bug_in_a_call_is_internal_to_the_caller_and_ends_the_agent(
+    kubelet_dir, monkeypatch
+):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(plugin_module, "grant", broken)
+    async with kubelet_in(kubelet_dir) as kubelet:
+        with pytest.RaisesGroup(
+            pytest.RaisesExc(RuntimeError, match="a bug"), flatten_subgroups=True
+        ):
+            async with agent(kubelet_dir) as rig:
+                await rig.registered()
+                with pytest.raises(grpc.RpcError) as failed:
+                    await off_loop(kubelet.allocate, [WELL])
+                await anyio.sleep(10)  # cancelled
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert "a bug" in failed.value.details()
+        assert rig.observer.calls[-1] == ("Allocate", "INTERNAL")
+        # Even so the kubelet is told: its devices are unhealthy, the socket is gone.
+        assert (await off_loop(kubelet.wait_stream_ends, 1)).code is grpc.StatusCode.OK
+        assert not (kubelet.directory / ENDPOINT).exists()
+
+
+# The encoder
+
+
+def whole_list(inventory):
+    """The same list, made in one piece."""
+    return v1beta1.ListAndWatchResponse(
+        devices=[
+            v1beta1.Device(
+                id=vgpu,
+                health="Healthy" if card.healthy else "Unhealthy",
+                **(
+                    {}
+                    if card.gpu.numa_node is None
+                    else {
+                        "topology": v1beta1.TopologyInfo(
+                            nodes=[v1beta1.NumaNode(id=card.gpu.numa_node)]
+                        )
+                    }
+                ),
+            )
+            for card in inventory.cards
+            for vgpu in card.device_ids
+        ]
+    )
+
+
+@pytest.fixture
+def encoded_cards(monkeypatch):
+    """The cards that were encoded, in each call."""
+    seen, encode = [], plugin_module._encode_cards
+
+    def recording(cards):
+        seen.append([card.gpu.index for card in cards])
+        return encode(cards)
+
+    monkeypatch.setattr(plugin_module, "_encode_cards", recording)
+    return seen
+
+
+def inventory_of(*cards, replicas=10, ill=()):
+    gpus = cards_of(4, numa=(0, 1, None, 300))
+    return Inventory(
+        tuple(Card(gpus[n], replicas, (LOST,) if n in ill else ()) for n in cards or range(4))
+    )
+
+
+async def test_the_joined_bytes_are_those_of_the_whole_list():
+    encoder = ListEncoder()
+    for inventory in (Inventory(), inventory_of(), inventory_of(ill=(0, 2)), inventory_of(3, 1)):
+        assert await encoder.encode(inventory) == bytes(whole_list(inventory))
+
+
+async def test_a_card_is_encoded_once_for_both_states_of_its_health(encoded_cards):
+    encoder = ListEncoder()
+    well = await encoder.encode(inventory_of())
+    assert await encoder.encode(inventory_of()) == well
+    assert await encoder.encode(inventory_of(ill=(1,))) != well
+    assert await encoder.encode(inventory_of(ill=(0, 1, 2, 3))) != well
+    assert encoded_cards == [[0, 1, 2, 3]]
+
+
+async def test_only_a_card_that_is_new_or_differs_is_encoded(encoded_cards):
+    encoder = ListEncoder()
+    await encoder.encode(inventory_of(0, 1))
+    await encoder.encode(inventory_of(0, 1, 3))
+    assert encoded_cards == [[0, 1], [3]]
+    await encoder.encode(inventory_of(0, 1, 3, replicas=7))
+    assert encoded_cards[2:] == [[0, 1, 3]]
+
+
+async def test_the_encoder_forgets_cards_that_are_gone(encoded_cards):
+    encoder = ListEncoder()
+    await encoder.encode(inventory_of(0, 1, ill=(1,)))
+    await encoder.encode(inventory_of(2))
+    await encoder.encode(inventory_of(2, 0))
+    assert encoded_cards == [[0, 1], [2], [0]]

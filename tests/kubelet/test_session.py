@@ -1,0 +1,730 @@
+import asyncio
+import errno
+import logging
+import os
+import shutil
+import socket
+import stat
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+import anyio
+import grpc
+import grpclib.client
+import grpclib.server
+import pytest
+
+from tests.kubelet.rig import (
+    ENDPOINT,
+    RESOURCE,
+    agent,
+    kubelet_in,
+    registered,
+    wait_for,
+)
+from tests.kubelet_peer import off_loop
+from tests.wire import dp, dp_grpc
+from vgpu_agent.kubelet import session as session_module
+
+
+def told(caplog, words):
+    """The log lines with these words."""
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+class Stats:
+    """The seam for the identity of sockets: counts the looks, and can tell another ctime."""
+
+    def __init__(self):
+        self.looks = 0
+        self.later = {}
+
+    def __call__(self, path):
+        self.looks += 1
+        found = path.stat()
+        if path.name not in self.later:
+            return found
+        fields = {name: getattr(found, name) for name in ("st_dev", "st_ino", "st_ctime_ns")}
+        fields["st_ctime_ns"] += self.later[path.name]
+        return type("Found", (), fields)
+
+    async def more(self, looks):
+        until = self.looks + looks
+        await wait_for(lambda: self.looks >= until, f"{looks} more looks at the sockets")
+
+
+@contextmanager
+def listening(path, kind=socket.SOCK_STREAM):
+    """A socket of another process, as far as anyone can tell."""
+    with socket.socket(socket.AF_UNIX, kind) as other:
+        other.bind(str(path))
+        if kind != socket.SOCK_DGRAM:
+            other.listen()
+        yield other
+    path.unlink(missing_ok=True)
+
+
+def stale(path):
+    """What a process that was killed leaves behind."""
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(path))
+        gone.listen()
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def made_at(path):
+    """When the file got its name, by the clock of the kubelet's records."""
+    return path.stat().st_ctime - (time.time() - time.monotonic())
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """For tests that need a second attempt and not the time until then."""
+    monkeypatch.setattr(session_module, "BACK_OFF_MAX", 0.05)
+
+
+# Registering
+
+
+async def test_it_registers_its_endpoint_and_is_connected(kubelet_dir, caplog):
+    caplog.set_level(logging.INFO)
+    async with registered(kubelet_dir) as (kubelet, rig):
+        request = kubelet.registrations[0].request
+        assert (request.version, request.endpoint, request.resource_name) == (
+            "v1beta1",
+            ENDPOINT,
+            RESOURCE,
+        )
+        assert len(kubelet.allocatable) == 40
+        assert rig.registrations("registered") == 1
+        assert rig.state.snapshot.kubelet.error is None
+        assert len(told(caplog, f"registered {RESOURCE}")) == 1
+        assert kubelet.errors == []
+
+
+async def test_its_socket_is_roots_alone_before_anyone_can_connect(kubelet_dir, monkeypatch):
+    modes, listen = [], socket.socket.listen
+
+    def recording(self, *backlog):
+        if str(self.getsockname()).endswith(f"/{ENDPOINT}"):
+            modes.append(mode_of(Path(self.getsockname())))
+        listen(self, *backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", recording)
+    async with registered(kubelet_dir) as (_, rig):
+        assert modes == [0o600]
+        assert mode_of(rig.path) == 0o600
+
+
+async def test_it_waits_for_a_kubelet_that_is_not_there_yet_and_says_so_once(kubelet_dir, caplog):
+    looks = Stats()
+    async with agent(kubelet_dir, stat_file=looks) as rig:
+        await looks.more(5)
+        assert rig.state.snapshot.kubelet.error == (
+            f"no kubelet at {rig.session.kubelet_path}: there is no such socket"
+        )
+        assert len(told(caplog, "no kubelet at")) == 1
+        assert not rig.path.exists()
+        async with kubelet_in(kubelet_dir) as kubelet:
+            await rig.registered()
+            waited = kubelet.registrations[0].time - made_at(kubelet.socket)
+            assert waited < 1
+            assert rig.state.snapshot.registrations == {"registered": 1}
+
+
+async def test_a_stale_kubelet_socket_is_one_line_and_no_attempt(kubelet_dir, caplog, monkeypatch):
+    monkeypatch.setattr(session_module, "KUBELET_POLL_LATER", 0.02)
+    looks = Stats()
+    (kubelet_dir / "device-plugins").mkdir()
+    stale(kubelet_dir / "device-plugins" / "kubelet.sock")
+    async with agent(kubelet_dir, stat_file=looks) as rig:
+        await looks.more(10)
+        assert len(told(caplog, "nobody listens on it")) == 1
+        assert len(caplog.records) == 1
+        assert rig.state.snapshot.registrations == {}
+        async with kubelet_in(kubelet_dir):
+            await rig.registered()
+
+
+@pytest.mark.slow
+async def test_a_refused_registration_is_told_once_in_the_kubelets_words_and_tried_less_and_less(
+    kubelet_dir, caplog
+):
+    async with (
+        kubelet_in(kubelet_dir, refuse_register="not today") as kubelet,
+        agent(kubelet_dir) as rig,
+    ):
+        await rig.until(lambda _: rig.registrations("refused") == 3)
+        times = [one.time for one in kubelet.registrations]
+        pauses = [later - sooner for sooner, later in pairwise(times)]
+        assert pauses[0] >= 0.15
+        assert pauses[1] >= 0.3
+        words = f"cannot register {RESOURCE}: the kubelet refused with UNKNOWN: not today"
+        assert told(caplog, "not today") == [words]
+        assert rig.state.snapshot.kubelet.error == words.partition(": ")[2]
+        assert not rig.path.exists()  # nothing is served that nobody asks for
+        kubelet.refuse_register = None
+        await rig.registered()
+        assert rig.state.snapshot.registrations == {"refused": 3, "registered": 1}
+
+
+async def test_a_kubelet_that_does_not_answer_is_tried_again(kubelet_dir, caplog, monkeypatch):
+    monkeypatch.setattr(session_module, "REGISTER_TIMEOUT", 0.05)
+    async with kubelet_in(kubelet_dir, slow_options=0.1) as kubelet, agent(kubelet_dir) as rig:
+        await rig.until(lambda _: rig.registrations("refused") == 1)
+        assert len(told(caplog, "did not answer Register")) == 1
+        monkeypatch.setattr(session_module, "REGISTER_TIMEOUT", 20.0)
+        kubelet.slow_options = 0.0
+        await rig.registered()
+        await off_loop(kubelet.wait_list, lambda devices: len(devices) == 40)
+
+
+async def test_a_kubelet_that_ends_inside_register_is_waited_for(kubelet_dir, caplog):
+    async with kubelet_in(kubelet_dir, slow_options=30.0) as kubelet, agent(kubelet_dir) as rig:
+        await off_loop(kubelet.wait_registering)
+        await off_loop(kubelet.stop, clean=False)
+        await wait_for(lambda: told(caplog, "nobody listens on it"), "line of the log")
+        kubelet.slow_options = 0.0
+        await off_loop(kubelet.start)
+        await rig.registered()
+        await off_loop(kubelet.wait_list, lambda devices: len(devices) == 40)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_kubelet_that_hangs_up_as_it_is_called_is_called_again(kubelet_dir, monkeypatch):
+    """So does one that is stopping: it ends its streams before it stops to listen."""
+    create = grpclib.client.Channel._create_connection
+
+    async def lost_already(self):
+        protocol = await create(self)
+        await wait_for(lambda: protocol.handler.connection_lost, "end of the connection")
+        return protocol
+
+    (kubelet_dir / "device-plugins").mkdir()
+    path = kubelet_dir / "device-plugins" / "kubelet.sock"
+    async with agent(kubelet_dir) as rig:
+        with monkeypatch.context() as patch, hanging_up(path):
+            patch.setattr(grpclib.client.Channel, "_create_connection", lost_already)
+            await rig.until(lambda _: rig.registrations("unreachable") == 2)
+        async with kubelet_in(kubelet_dir):
+            await rig.registered()
+
+
+@contextmanager
+def hanging_up(path):
+    """A kubelet that ends every connection at once."""
+
+    def serve():
+        while not done.is_set():
+            with suppress(TimeoutError):
+                kubelet.accept()[0].close()
+
+    done = threading.Event()
+    with listening(path) as kubelet:
+        kubelet.settimeout(0.05)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_kubelet_that_never_opens_its_stream_is_registered_with_again(
+    kubelet_dir, caplog, monkeypatch
+):
+    monkeypatch.setattr(session_module, "STREAM_TIMEOUT", 0.05)
+    async with kubelet_in(kubelet_dir, never_watch=True) as kubelet, agent(kubelet_dir) as rig:
+        await rig.until(lambda _: rig.registrations("no-stream") == 2)
+        assert len(told(caplog, "the kubelet did not open its stream")) == 1
+        assert not rig.state.snapshot.kubelet.connected
+        kubelet.never_watch = False
+        await rig.registered()
+        assert rig.registrations("no-stream") == len(kubelet.registrations) - 1
+
+
+# Registering again
+
+
+async def test_a_new_kubelet_is_registered_with_at_once(kubelet_dir, caplog):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        await off_loop(kubelet.restart, 0.1)
+        await rig.registered(2)
+        waited = kubelet.registrations[1].time - made_at(kubelet.socket)
+        assert waited < 1
+        await off_loop(kubelet.wait_list, 2)
+        assert len(kubelet.allocatable) == 40
+        assert len(told(caplog, "registration ended: the kubelet ended the stream")) == 1
+        assert len(told(caplog, "nobody listens on it")) == 1
+        assert len(caplog.records) <= 3  # the third: at the moment of its start it has no socket
+
+
+async def test_a_dropped_stream_is_registered_again_at_once(kubelet_dir):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        await off_loop(kubelet.drop_stream)
+        await rig.registered(2)
+        assert kubelet.registrations[1].time - kubelet.stream_ends[0].time < 1
+        await off_loop(kubelet.wait_list, 2)
+        assert len(kubelet.allocatable) == 40
+
+
+@pytest.mark.slow
+async def test_registering_again_takes_milliseconds(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(session_module, "SHORT_LIVED", 0.0)
+    restarts, drops = [], []
+    async with registered(kubelet_dir) as (kubelet, rig):
+        for n in range(2, 12, 2):
+            await off_loop(kubelet.restart, 0.1)
+            await rig.registered(n)
+            restarts.append(kubelet.registrations[n - 1].time - made_at(kubelet.socket))
+            await off_loop(kubelet.drop_stream)
+            dropped_at = kubelet.stream_ends[-1].time
+            await rig.registered(n + 1)
+            drops.append(kubelet.registrations[n].time - dropped_at)
+    for what, seconds in (("new kubelet", restarts), ("dropped stream", drops)):
+        middle = statistics.median(seconds)
+        print(f"registered again, {what}: median {middle:.3f} s, at most {max(seconds):.3f} s")
+        assert middle < 0.5
+
+
+async def test_a_kubelet_that_restarts_often_is_not_taken_for_another_agent(kubelet_dir, caplog):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        for n in range(2, 8):
+            await off_loop(kubelet.restart)
+            await rig.registered(n)
+            assert kubelet.registrations[-1].time - made_at(kubelet.socket) < 1
+        assert told(caplog, "another agent") == []
+
+
+@pytest.mark.slow
+async def test_it_serves_anew_when_its_socket_was_deleted(kubelet_dir, caplog):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        deleted = time.monotonic()
+        rig.path.unlink()
+        await rig.registered(2)
+        assert kubelet.registrations[1].time - deleted < 2.5
+        assert len(told(caplog, f"our socket {rig.path} was removed or replaced")) == 1
+        assert kubelet.stream_ends[0].code is grpc.StatusCode.OK
+        assert kubelet.stream_ends[0].time < kubelet.registrations[1].time
+
+
+async def test_it_serves_anew_when_its_socket_was_replaced_by_a_dead_one(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(session_module, "OWN_SOCKET_POLL", 0.05)
+    async with registered(kubelet_dir) as (kubelet, rig):
+        stale(kubelet_dir / "stale.sock")
+        (kubelet_dir / "stale.sock").rename(rig.path)
+        await rig.registered(2)
+        await off_loop(kubelet.wait_list, 2)
+        assert len(kubelet.allocatable) == 40
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_it_leaves_alone_what_replaced_its_socket_and_lives(kubelet_dir, caplog, monkeypatch):
+    monkeypatch.setattr(session_module, "OWN_SOCKET_POLL", 0.05)
+    async with registered(kubelet_dir) as (_, rig):
+        with listening(kubelet_dir / "other.sock") as other:
+            (kubelet_dir / "other.sock").rename(rig.path)
+            await rig.until(lambda _: rig.registrations("endpoint") == 2)
+            assert len(told(caplog, f"another process serves {rig.path}")) == 1
+            other.setblocking(False)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(rig.path))  # it is still there
+        await rig.registered(2)
+
+
+async def test_another_ctime_alone_makes_another_socket_of_ours(kubelet_dir, caplog, monkeypatch):
+    monkeypatch.setattr(session_module, "OWN_SOCKET_POLL", 0.05)
+    looks = Stats()
+    async with registered(kubelet_dir, stat_file=looks) as (_, rig):
+        looks.later[ENDPOINT] = 1
+        await rig.registered(2)
+        assert len(told(caplog, "was removed or replaced")) == 1
+
+
+@pytest.mark.slow
+async def test_another_ctime_alone_makes_another_kubelet(kubelet_dir):
+    looks = Stats()
+    async with (
+        kubelet_in(kubelet_dir, refuse_register="no") as kubelet,
+        agent(kubelet_dir, stat_file=looks) as rig,
+    ):
+        await rig.until(lambda _: rig.registrations("refused") == 4)  # 1.2 s to the next
+        kubelet.refuse_register = None
+        looks.later["kubelet.sock"] = 1
+        await rig.registered()
+        assert kubelet.registrations[4].time - kubelet.registrations[3].time < 0.8
+
+
+async def test_the_directory_may_go_and_come_back(kubelet_dir, caplog):
+    async with registered(kubelet_dir) as (kubelet, rig):
+        await off_loop(kubelet.stop)
+        shutil.rmtree(rig.path.parent)
+        await wait_for(lambda: told(caplog, "there is no such socket"), "line of the log")
+        await off_loop(kubelet.start)
+        await rig.registered(2)
+
+
+# Overlapping registrations: a kubelet knows its endpoints by the resource name only
+
+
+@pytest.mark.parametrize("hold_connection", [False, True])
+async def test_the_old_stream_has_ended_before_it_registers_again(
+    kubelet_dir, monkeypatch, hold_connection
+):
+    monkeypatch.setattr(session_module, "OWN_SOCKET_POLL", 0.05)
+    async with (
+        kubelet_in(kubelet_dir, hold_connection=hold_connection) as kubelet,
+        agent(kubelet_dir) as rig,
+    ):
+        await rig.registered()
+        for n in (2, 3):
+            await off_loop(kubelet.wait_list, n - 1)
+            rig.path.unlink()
+            await rig.registered(n)
+            assert kubelet.stream_ends[n - 2].time < kubelet.registrations[n - 1].time
+        await off_loop(kubelet.wait_list, 3)
+        rig.fail(1)
+        await off_loop(kubelet.wait_list, 4)
+        assert len(kubelet.allocatable) == 30
+        assert [end.stream for end in kubelet.stream_ends] == [1, 2]
+        assert {end.code for end in kubelet.stream_ends} == {grpc.StatusCode.OK}
+
+
+async def test_a_stalled_stream_has_ended_before_it_registers_again(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(session_module, "OWN_SOCKET_POLL", 0.05)
+    async with kubelet_in(kubelet_dir, stall=True) as kubelet, agent(kubelet_dir) as rig:
+        await rig.until(lambda snapshot: snapshot.kubelet.connected)
+        await off_loop(kubelet.wait_stalled)
+        kubelet.stall = False
+        rig.path.unlink()
+        await rig.until(lambda _: rig.registrations("registered") == 2)
+        await off_loop(kubelet.wait_list, 1)
+        assert kubelet.stream_ends[0].time < kubelet.registrations[1].time
+        rig.fail(1)
+        await off_loop(kubelet.wait_list, 2)
+        assert len(kubelet.allocatable) == 30
+
+
+# Another agent for the same resource
+
+
+class Rival(dp_grpc.DevicePluginServicer):
+    """An agent for the same resource that registers anew whenever its stream ends."""
+
+    def __init__(self, kubelet):
+        self.kubelet = kubelet
+        self.path = kubelet.directory / "rival.sock"
+        self.lost = threading.Semaphore(1)
+        self.stopping = threading.Event()
+        self.pool = ThreadPoolExecutor(4, "rival")
+        self.thread = threading.Thread(target=self.keep_registered, name="rival-register")
+
+    def start(self):
+        self.server = grpc.server(self.pool)
+        dp_grpc.add_DevicePluginServicer_to_server(self, self.server)
+        self.server.add_insecure_port(f"unix:{self.path}")
+        self.server.start()
+        self.thread.start()
+
+    def stop(self):
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        self.lost.release()
+        self.thread.join()
+        self.server.stop(None).wait()
+        self.pool.shutdown()
+
+    def keep_registered(self):
+        request = dp.RegisterRequest(
+            version="v1beta1", endpoint=self.path.name, resource_name=RESOURCE
+        )
+        # Not at once: a registration that meets another one under way is another matter.
+        while self.lost.acquire() and not self.stopping.wait(0.05):
+            with grpc.insecure_channel(f"unix:{self.kubelet.socket}") as channel:
+                dp_grpc.RegistrationStub(channel).Register(request, timeout=5)
+
+    def GetDevicePluginOptions(self, _request, _context):  # noqa: N802
+        return dp.DevicePluginOptions()
+
+    def ListAndWatch(self, _request, context):  # noqa: N802
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        context.add_callback(self.lost.release)
+        yield dp.ListAndWatchResponse(devices=[dp.Device(ID="rival::0", health="Healthy")])
+        ended.wait()
+
+
+@asynccontextmanager
+async def rival_of(kubelet):
+    rival = Rival(kubelet)
+    await off_loop(rival.start)
+    try:
+        yield rival
+    finally:
+        with anyio.CancelScope(shield=True):
+            await off_loop(rival.stop)
+
+
+def ours(kubelet):
+    return [one.time for one in kubelet.registrations if one.request.endpoint == ENDPOINT]
+
+
+@pytest.mark.slow
+async def test_another_agent_for_the_resource_is_recognised_and_given_way_to(
+    kubelet_dir, caplog, monkeypatch
+):
+    monkeypatch.setattr(session_module, "RIVAL_BACK_OFF_MAX", 0.4)
+    # Where registrations meet after all, one of them gets no stream.
+    monkeypatch.setattr(session_module, "STREAM_TIMEOUT", 1.0)
+    async with kubelet_in(kubelet_dir, stop_replaced=True) as kubelet, agent(kubelet_dir) as rig:
+        await rig.registered()
+        async with rival_of(kubelet):
+            await wait_for(lambda: told(caplog, "another agent"), "word of another agent")
+            assert f"another agent seems to serve {RESOURCE}" in told(caplog, "another agent")[0]
+            before = len(ours(kubelet))
+            assert before <= 5
+            await wait_for(lambda: len(ours(kubelet)) >= before + 4, "four more attempts")
+            times = ours(kubelet)[before:]
+            pauses = [later - sooner for sooner, later in pairwise(times)]
+            assert min(pauses) >= 0.3
+        # It is ours again when the other one is gone, and the short lives are forgotten.
+        await wait_for(lambda: len(kubelet.allocatable) == 40, "our devices")
+        monkeypatch.setattr(session_module, "SHORT_LIVED", 0.0)
+        times = len(kubelet.registrations)
+        await off_loop(kubelet.drop_stream)
+        await off_loop(kubelet.wait_registrations, times + 1)
+        assert kubelet.registrations[-1].time - kubelet.stream_ends[-1].time < 1
+
+
+async def test_another_agents_end_that_takes_our_stream_along_is_overcome(kubelet_dir):
+    async with kubelet_in(kubelet_dir) as kubelet, rival_of(kubelet) as rival:
+        await off_loop(kubelet.wait_list, 1)
+        async with agent(kubelet_dir) as rig:
+            await rig.registered()
+            await off_loop(rival.stop)
+            # Its end is taken for that of the resource's newest endpoint, which is ours.
+            ends = [await off_loop(kubelet.wait_stream_ends, n) for n in (1, 2)]
+            assert [end.stream for end in ends] == [1, 2]
+            await rig.registered(2)
+            await off_loop(kubelet.wait_list, 3)
+            assert len(kubelet.allocatable) == 40
+
+
+# What is in the way of our socket
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "living socket", "living datagram socket"])
+@pytest.mark.usefixtures("impatient")
+async def test_what_is_in_the_way_is_named_left_alone_and_waited_for(kubelet_dir, caplog, kind):
+    async with kubelet_in(kubelet_dir) as kubelet:
+        path = kubelet.directory / ENDPOINT
+        words = {
+            "directory": f"{path} is a directory; remove it",
+            "file": f"{path} is a file that is no socket; remove it",
+        }.get(kind, f"another process serves {path}")
+        kinds = {"living socket": socket.SOCK_STREAM, "living datagram socket": socket.SOCK_DGRAM}
+        obstacle = listening(path, kinds[kind]) if kind in kinds else in_the_way(path, kind)
+        with obstacle:
+            inode = path.stat().st_ino
+            async with agent(kubelet_dir) as rig:
+                await rig.until(lambda snapshot: snapshot.registrations)
+                assert set(rig.state.snapshot.registrations) == {"endpoint"}
+                await rig.until(lambda _: rig.registrations("endpoint") == 2)
+                assert len(told(caplog, words)) == 1
+                assert words in rig.state.snapshot.kubelet.error
+                assert path.stat().st_ino == inode
+                assert kubelet.registrations == []
+                obstacle.__exit__(None, None, None)
+                await rig.registered()
+                assert rig.state.snapshot.kubelet.error is None
+
+
+@contextmanager
+def in_the_way(path, kind):
+    path.mkdir() if kind == "directory" else path.write_text("something of value")
+    yield
+    if kind == "directory":
+        path.rmdir()
+    else:
+        assert path.read_text() == "something of value"
+        path.unlink()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENOENT])
+@pytest.mark.usefixtures("impatient")
+async def test_a_directory_that_takes_no_socket_is_named_and_tried_again(
+    kubelet_dir, caplog, monkeypatch, number
+):
+    bind = socket.socket.bind
+
+    def failing(self, address):
+        if str(address).endswith(f"/{ENDPOINT}"):
+            raise OSError(number, os.strerror(number))
+        bind(self, address)
+
+    async with kubelet_in(kubelet_dir) as kubelet:
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "bind", failing)
+            async with agent(kubelet_dir) as rig:
+                await rig.until(lambda _: rig.registrations("endpoint") == 2)
+                words = f"cannot bind {rig.path}: {os.strerror(number)}"
+                assert told(caplog, words) == [f"cannot register {RESOURCE}: {words}"]
+                assert rig.state.snapshot.kubelet.error == words
+                patch.undo()
+                await rig.registered()
+                assert len(kubelet.registrations) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_socket_whose_mode_cannot_be_set_is_never_served(kubelet_dir, caplog, monkeypatch):
+    def failing(self, mode):  # noqa: ARG001
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    async with kubelet_in(kubelet_dir) as kubelet:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "chmod", failing)
+            async with agent(kubelet_dir) as rig:
+                await rig.until(lambda _: rig.registrations("endpoint") == 2)
+                assert len(told(caplog, f"{rig.path}: Operation not permitted")) == 1
+                assert kubelet.registrations == []
+                patch.undo()
+                await rig.registered()
+
+
+async def test_a_socket_left_by_an_agent_that_was_killed_is_replaced(kubelet_dir, caplog):
+    async with kubelet_in(kubelet_dir) as kubelet:
+        stale(kubelet.directory / ENDPOINT)
+        async with agent(kubelet_dir) as rig:
+            await rig.registered()
+            assert caplog.records == []
+
+
+# The end
+
+
+@asynccontextmanager
+async def nothing_left():
+    """At the end the same tasks run as at the beginning, and no socket is open beside those."""
+    tasks = asyncio.all_tasks()
+    yield
+    await wait_for(lambda: asyncio.all_tasks() <= tasks, "end of all tasks", 1)
+
+
+@pytest.mark.parametrize("hold_connection", [False, True])
+async def test_the_end_is_clean_while_the_kubelet_follows(kubelet_dir, hold_connection):
+    async with (
+        kubelet_in(kubelet_dir, hold_connection=hold_connection) as kubelet,
+        nothing_left(),
+        agent(kubelet_dir) as rig,
+    ):
+        await rig.registered()
+        await off_loop(kubelet.wait_list, 1)
+        assert await rig.stop() < 1.5
+        end = await off_loop(kubelet.wait_stream_ends, 1)
+        assert (end.code, end.details) == (grpc.StatusCode.OK, "")
+        assert not rig.path.exists()
+        assert open_sockets(rig.path) == 0
+        assert len(kubelet.registrations) == 1
+        assert rig.state.snapshot.kubelet.streams == 0
+
+
+async def test_the_end_is_quick_while_a_send_is_blocked(kubelet_dir):
+    async with (
+        kubelet_in(kubelet_dir, stall=True) as kubelet,
+        nothing_left(),
+        agent(kubelet_dir) as rig,
+    ):
+        await rig.until(lambda snapshot: snapshot.kubelet.connected)
+        await off_loop(kubelet.wait_stalled)
+        assert await rig.stop() < 1.5
+        await off_loop(kubelet.wait_stream_ends, 1)
+        assert not rig.path.exists()
+        assert open_sockets(rig.path) == 0
+
+
+async def test_the_end_is_quick_inside_register(kubelet_dir):
+    async with (
+        kubelet_in(kubelet_dir, slow_options=30.0) as kubelet,
+        nothing_left(),
+        agent(kubelet_dir) as rig,
+    ):
+        await off_loop(kubelet.wait_registering)
+        assert await rig.stop() < 1.5
+        assert not rig.path.exists()
+
+
+async def test_the_end_is_quick_while_it_waits_for_a_stream(kubelet_dir):
+    async with (
+        kubelet_in(kubelet_dir, never_watch=True) as kubelet,
+        nothing_left(),
+        agent(kubelet_dir) as rig,
+    ):
+        await off_loop(kubelet.wait_registrations, 1)
+        assert await rig.stop() < 1.5
+        assert not rig.path.exists()
+
+
+async def test_the_end_is_quick_without_a_kubelet(kubelet_dir):
+    looks = Stats()
+    async with nothing_left(), agent(kubelet_dir, stat_file=looks) as rig:
+        await looks.more(2)
+        assert await rig.stop() < 1.5
+
+
+async def test_an_end_between_bind_and_serve_leaves_no_socket(kubelet_dir, monkeypatch):
+    start = grpclib.server.Server.start
+    async with kubelet_in(kubelet_dir) as kubelet, agent(kubelet_dir) as rig:
+
+        async def ended_meanwhile(self, **kwargs):
+            assert rig.path.exists()
+            rig.scope.cancel()
+            await start(self, **kwargs)
+
+        monkeypatch.setattr(grpclib.server.Server, "start", ended_meanwhile)
+        with anyio.fail_after(5):
+            await rig.ended.wait()
+        assert not rig.path.exists()
+        assert open_sockets(rig.path) == 0
+        assert kubelet.registrations == []
+
+
+async def test_the_end_leaves_alone_what_replaced_its_socket(kubelet_dir):
+    async with registered(kubelet_dir) as (_, rig):
+        with listening(kubelet_dir / "other.sock"):
+            (kubelet_dir / "other.sock").rename(rig.path)
+            inode = rig.path.stat().st_ino
+            await rig.stop()
+            assert rig.path.stat().st_ino == inode
+
+
+def open_sockets(path):
+    """How many sockets of the kernel have this path: the listening one and each accepted one."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(line.endswith(f" {path}") for line in lines)
+
+
+async def test_no_inotify_is_used(kubelet_dir):
+    """The kernel gives a user 128 instances by default, and nodes run out of them."""
+    async with registered(kubelet_dir):
+        descriptors = open_descriptors()
+        assert any(name.startswith("socket:") for name in descriptors)
+        assert "anon_inode:inotify" not in descriptors
+
+
+def open_descriptors():
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one that the directory is read with
+            found.append(str(link.readlink()))
+    return found
