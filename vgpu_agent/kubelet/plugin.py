@@ -8,14 +8,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskStatus
-from betterproto import Message
+from betterproto import FieldMetadata, Message
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.encoding.proto import ProtoCodec
@@ -83,12 +83,11 @@ _PYTHON_TYPES = {"message": Message, "string": str, "bool": bool, "int32": int, 
 
 def _check_types(message: Message) -> None:
     """Raises TypeError: betterproto keeps a value whose wire type is not that of its field."""
-    for name, meta in message._betterproto.meta_by_field_name.items():
-        value = getattr(message, name)
-        repeated = isinstance(message._get_field_default(name), list)
-        for each in value if repeated and isinstance(value, list) else [value]:
-            if not isinstance(each, _PYTHON_TYPES[meta.proto_type]):
-                raise TypeError(f"{name} is of another type")
+    for field in fields(message):
+        value = getattr(message, field.name)
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, _PYTHON_TYPES[FieldMetadata.get(field).proto_type]):
+                raise TypeError(f"{field.name} is of another type")
             if isinstance(each, Message):
                 _check_types(each)
 
