@@ -83,8 +83,11 @@ _PYTHON_TYPES = {"message": Message, "string": str, "bool": bool, "int32": int, 
 
 def _check_types(message: Message) -> None:
     """Raises TypeError: betterproto keeps a value whose wire type is not that of its field."""
-    for field in fields(message):
+    right = type(message)()
+    for field in fields(message):  # type: ignore[arg-type]  # every message class is a dataclass
         value = getattr(message, field.name)
+        if isinstance(value, list) is not isinstance(getattr(right, field.name), list):
+            raise TypeError(f"{field.name} is of another type")
         for each in value if isinstance(value, list) else [value]:
             if not isinstance(each, _PYTHON_TYPES[FieldMetadata.get(field).proto_type]):
                 raise TypeError(f"{field.name} is of another type")
