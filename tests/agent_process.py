@@ -1,42 +1,55 @@
 """The agent as a real process."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
-ROOT = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[1]
 
 
-class AgentProcess:
-    """`vgpu-agent run` with these settings; what it writes to standard error is in `lines`.
+def environment(**variables: str) -> dict[str, str]:
+    others = {name: value for name, value in os.environ.items() if not name.startswith("VGPU_")}
+    return others | variables
 
-    Metrics are on a free port of loopback unless the settings say otherwise. Leaving the context
-    ends the process hard where a test has not ended it.
-    """
 
-    def __init__(
-        self,
-        kubelet_dir: Path,
-        *,
-        settings: Mapping[str, str],
-        environment: Mapping[str, str] | None = None,
-        python: str = sys.executable,
-    ) -> None:
-        variables = {
-            "VGPU_KUBELET_DIR": str(kubelet_dir),
-            "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
-            "PYTHONPATH": str(ROOT),
-            **settings,
-        }
+def execute(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the agent until it ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "vgpu_agent", *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+class Agent:
+    """A running `vgpu-agent run`, and the lines that it wrote."""
+
+    def __init__(self, python: str, kubelet_dir: Path, variables: dict[str, str]) -> None:
         self.lines: list[str] = []
+        self._changed = threading.Condition()
+        settings = {
+            "VGPU_GPU_DRIVER": "simulated",
+            "VGPU_KUBELET_DIR": str(kubelet_dir),
+            "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
+            "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
+        }
         self.process = subprocess.Popen(
-            [python, "-m", "vgpu_agent", "run"],
-            env={**os.environ, **variables, **(environment or {})},
+            [python, "-W", "default::ResourceWarning", "-m", "vgpu_agent", "run"],
+            env=environment(**(settings | variables)),
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -46,12 +59,48 @@ class AgentProcess:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.lines.append(line.rstrip())
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
 
-    def __exit__(self, *_: object) -> None:
+    def wait_line(self, pattern: str, timeout: float = 15.0) -> re.Match[str]:
+        """The first line, past or to come, that has it."""
+
+        def found() -> re.Match[str] | None:
+            return next(filter(None, (re.search(pattern, line) for line in self.lines)), None)
+
+        with self._changed:
+            match = self._changed.wait_for(found, timeout)
+        assert match, f"no {pattern!r} within {timeout} s in:\n{self.text}"
+        return match
+
+    @property
+    def port(self) -> int:
+        """Of its web side, on loopback."""
+        return int(self.wait_line(r"metrics at http://127\.0\.0\.1:(\d+)/metrics")[1])
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
+        """Signals it; its exit code and the seconds that it took to end."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        code = self.process.wait(10)
+        took = time.monotonic() - start
+        self._reader.join()
+        return code, took
+
+    def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -59,23 +108,11 @@ class AgentProcess:
         assert self.process.stderr is not None
         self.process.stderr.close()
 
-    def wait_line(self, text: str, timeout: float = 10) -> str:
-        """The first line with that text in it."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            for line in list(self.lines):
-                if text in line:
-                    return line
-            time.sleep(0.01)
-        raise AssertionError(f"no line with {text!r} in:\n" + "\n".join(self.lines))
 
-    def url(self) -> str:
-        """Where its web side is."""
-        return self.wait_line("metrics at ").rpartition("metrics at ")[2].removesuffix("/metrics")
-
-    def stop(self, number: int) -> tuple[int, float]:
-        """Sends a signal; the exit code, and the seconds that it took."""
-        began = time.monotonic()
-        self.process.send_signal(number)
-        code = self.process.wait(timeout=15)
-        return code, time.monotonic() - began
+@contextmanager
+def running(kubelet_dir: Path, python: str = sys.executable, **variables: str) -> Iterator[Agent]:
+    agent = Agent(python, kubelet_dir, variables)
+    try:
+        yield agent
+    finally:
+        agent.close()

@@ -43,7 +43,10 @@ def cpu(pid: int) -> float:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="vgpu-") as directory, KubeletPeer(directory) as kubelet:
+    with (
+        tempfile.TemporaryDirectory(prefix="vgpu-") as directory,
+        KubeletPeer(directory) as kubelet,
+    ):
         environment = os.environ | {
             "VGPU_GPU_DRIVER": "simulated",
             "VGPU_SIMULATED_GPUS": str(CARDS),

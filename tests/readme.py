@@ -1,25 +1,33 @@
-"""Puts the table of all settings into README.md: `python -m tests.readme`.
+"""Puts the generated tables into the documents: `python -m tests.readme`.
 
-It goes between the lines `<!-- settings -->` and `<!-- /settings -->`, which README.md has once.
+Each goes between the lines `<!-- name -->` and `<!-- /name -->`, which its document has once.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from vgpu_agent.settings import markdown_table
+from vgpu_agent import settings
+from vgpu_agent.gpu import health
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN = "<!-- settings -->"
-END = "<!-- /settings -->"
+ROOT = Path(__file__).parents[1]
+
+TABLES: dict[Path, tuple[str, Callable[[], str]]] = {
+    ROOT / "README.md": ("settings", settings.markdown_table),
+    ROOT / "docs/health.md": ("policy", health.markdown_table),
+}
 
 
-def with_table(text: str) -> str:
-    """The text with the table as it is now. Raises ValueError where the markers are not right."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README.name} needs {BEGIN} and then {END}, once each")
-    return f"{before}{BEGIN}\n{markdown_table()}\n{END}{after}"
+def with_table(document: Path) -> str:
+    """The document with its table as it is now. Raises ValueError where its markers are wrong."""
+    text = document.read_text("utf-8")
+    name, table = TABLES[document]
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{document.name} needs {begin} and then {end}, once each")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text("utf-8")), "utf-8")
+    for each in TABLES:
+        each.write_text(with_table(each), "utf-8")

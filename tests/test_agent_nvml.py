@@ -1,13 +1,11 @@
 """The real process on the real pynvml, over four cards of the fake NVML, for a grpcio kubelet."""
 
-import signal
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.agent_process import AgentProcess
+from tests.agent_process import running
 from tests.fake_nvml import FakeCard, FakeNvml
 from tests.kubelet_peer import KubeletPeer
 
@@ -17,7 +15,11 @@ UUIDS = [f"GPU-a000000{n}-1111-2222-3333-00000000000{n}" for n in range(4)]
 CARDS = [
     FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0", memory=24576) for n, uuid in enumerate(UUIDS)
 ]
-SETTINGS = {"VGPU_SHARING": "time-slicing", "VGPU_HEALTH_INTERVAL": "1"}
+SETTINGS = {
+    "VGPU_GPU_DRIVER": "nvml",
+    "VGPU_SHARING": "time-slicing",
+    "VGPU_HEALTH_INTERVAL": "1",
+}
 
 
 def healthy_by_card(devices: list) -> Counter:
@@ -28,10 +30,9 @@ def test_a_reset_class_xid_on_one_of_four_cards_marks_its_ten_vgpus_in_one_updat
     kubelet_dir: Path, fake_nvml: FakeNvml
 ) -> None:
     fake_nvml.set_cards(*CARDS)
-    environment = fake_nvml.environment()
     with (
         KubeletPeer(kubelet_dir) as kubelet,
-        AgentProcess(kubelet_dir, settings=SETTINGS, environment=environment) as agent,
+        running(kubelet_dir, **SETTINGS, **fake_nvml.environment()) as agent,
     ):
         kubelet.wait_list(1)
         assert healthy_by_card(kubelet.lists[0].devices) == dict.fromkeys(UUIDS, 10)
@@ -47,12 +48,11 @@ def test_a_reset_class_xid_on_one_of_four_cards_marks_its_ten_vgpus_in_one_updat
         fake_nvml.xid(UUIDS[1], 31)
         agent.wait_line("XID 31")
         assert len(kubelet.lists) == 2
-        with urllib.request.urlopen(agent.url() + "/metrics") as answer:
-            metrics = answer.read().decode()
+        _, metrics = agent.get("/metrics")
         labels = f'gpu_index="2",gpu_uuid="{UUIDS[2]}"'
         assert f'vgpu_xid_errors_total{{{labels},xid="79"}} 1.0' in metrics
         assert f"vgpu_gpu_healthy{{{labels}}} 0.0" in metrics
-        assert agent.stop(signal.SIGTERM)[0] == 0
+        assert agent.end()[0] == 0
 
 
 def test_a_card_that_fell_off_the_bus_is_whole_again_after_its_reset(
@@ -62,7 +62,7 @@ def test_a_card_that_fell_off_the_bus_is_whole_again_after_its_reset(
     settings = {**SETTINGS, "VGPU_RECOVERY_SECONDS": "1"}
     with (
         KubeletPeer(kubelet_dir) as kubelet,
-        AgentProcess(kubelet_dir, settings=settings, environment=fake_nvml.environment()) as agent,
+        running(kubelet_dir, **settings, **fake_nvml.environment()) as agent,
     ):
         kubelet.wait_list(1)
         fake_nvml.update(UUIDS[0], lost=True)
@@ -82,10 +82,9 @@ def test_without_any_driver_the_agent_registers_no_device_and_says_what_is_missi
 ) -> None:
     with (
         KubeletPeer(kubelet_dir) as kubelet,
-        AgentProcess(kubelet_dir, settings=SETTINGS) as agent,
+        running(kubelet_dir, **SETTINGS) as agent,
     ):
         kubelet.wait_list(1)
         assert kubelet.lists[0].devices == []
-        assert "libnvidia-ml.so.1" in agent.wait_line("no GPU can be used")
-        with urllib.request.urlopen(agent.url() + "/readyz") as answer:
-            assert answer.status == 200
+        assert "libnvidia-ml.so.1" in agent.wait_line("no GPU can be used").string
+        assert agent.get("/readyz")[0] == 200

@@ -4,10 +4,12 @@
 """
 
 import logging
+import os
 import sys
+import threading
 
 from vgpu_agent.cli import execute
-from vgpu_agent.errors import ListenError, SettingsError, StoryError
+from vgpu_agent.errors import ListenError, SettingsError, VgpuAgentError
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +21,13 @@ def main() -> None:
         execute(sys.argv[1:])
     except* (SettingsError, ListenError) as wrong:
         code = _explain(wrong, 2)
-    except* StoryError as failed:
+    except* VgpuAgentError as failed:
         code = _explain(failed, 1)
     except* Exception:
         # A bug: say all that is known, and let the DaemonSet start a fresh process.
         log.critical("ending after an unexpected error", exc_info=True)
         code = 1
+    _leave_hung_threads(code)
     sys.exit(code)
 
 
@@ -35,6 +38,20 @@ def _explain(errors: BaseExceptionGroup[Exception], code: int) -> int:
         else:
             sys.stderr.write(f"vgpu-agent: {error}\n")
     return code
+
+
+def _leave_hung_threads(code: int) -> None:
+    """Ends the process hard if a call to the driver hangs: Python would wait for its thread.
+
+    Everything else is cleaned up by now. Idle worker threads have been told to end.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(timeout=0.2)
+            if thread.is_alive():
+                log.warning("a call to the driver does not return; ending without it")
+                logging.shutdown()
+                os._exit(code)
 
 
 if __name__ == "__main__":

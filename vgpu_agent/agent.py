@@ -13,12 +13,14 @@ from anyio.abc import TaskStatus
 
 from vgpu_agent import __version__
 from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.gpu.memory import FaultMemory
 from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
 from vgpu_agent.kubelet.session import KubeletSession
-from vgpu_agent.model.state import NodeState
+from vgpu_agent.model.state import Latest, NodeState
 from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.status import Status
 from vgpu_agent.observe.web import Web, listen
 from vgpu_agent.settings import Address, GpuDriverKind, Settings
 
@@ -55,19 +57,25 @@ async def run_agent(
     driver: GpuDriver,
     *,
     watch_health: bool = True,
+    release_requests: Latest[int] | None = None,
     task_status: TaskStatus[Running] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Runs the agent until cancelled. Raises ListenError where it cannot serve its metrics.
 
     Without `watch_health` the cards are looked at once and never again, which is for tests that
-    want to see that this is noticed.
+    want to see that this is noticed. Every new value of `release_requests` makes the agent let go
+    of the cards for a while.
     """
     state = NodeState(settings.replicas)
     metrics = Metrics(version=__version__, resource_name=settings.resource_name)
-    web = Web(listener=listen(settings.metrics_address), state=state, metrics=metrics)
-    health = HealthWatch(
-        driver, state, interval=settings.health_interval, recovery=settings.recovery_seconds
+    web = Web(
+        listener=listen(settings.metrics_address),
+        state=state,
+        metrics=metrics,
+        status=Status(__version__, settings.resource_name, settings.health_checks),
     )
+    memory = FaultMemory(settings.state_directory)
+    health = HealthWatch(driver, state, settings.health_policy(), memory)
     encoder = ListEncoder()
     session = KubeletSession(
         directory=settings.plugin_directory,
@@ -90,4 +98,11 @@ async def run_agent(
         else:
             await health.look()
         tasks.start_soon(session.run)
+        if release_requests is not None:
+            tasks.start_soon(_release_on_request, health, release_requests)
         task_status.started(Running(state, web.address))
+
+
+async def _release_on_request(health: HealthWatch, requests: Latest[int]) -> None:
+    async for _ in requests.follow(requests.version):
+        health.release()

@@ -1,20 +1,21 @@
-"""The commands: `run` on a node, `dev` on a desk."""
+"""The commands: `run` and `release` on a node, `dev` on a desk."""
 
 import argparse
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import anyio
-from anyio.abc import TaskStatus
 
 from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_driver, run_agent
 from vgpu_agent.dev import run_dev
+from vgpu_agent.model.state import Latest
 from vgpu_agent.observe import logs
+from vgpu_agent.release import findable, release
 from vgpu_agent.settings import LogFormat, LogLevel, Settings
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run the agent; settings are VGPU_* variables")
+    commands.add_parser(
+        "release", help="make the running agent let go of the GPUs, so that they can be reset"
+    )
     dev = commands.add_parser(
         "dev", help="run the agent with simulated GPUs and a stand-in kubelet, and watch it work"
     )
@@ -52,28 +56,38 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+# The receiver is around the task group: a second signal during the end must find it still there.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 async def run(settings: Settings) -> None:
-    """`vgpu-agent run`: until SIGTERM or SIGINT."""
-    async with anyio.create_task_group() as tasks:
-        await tasks.start(_stop_at_signal, tasks.cancel_scope)
-        await run_agent(settings, make_driver(settings))
+    """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 lets go of the cards for a while."""
+    release_requests = Latest(0)
+    with anyio.open_signal_receiver(*_SIGNALS) as signals, findable(settings.state_directory):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, release_requests)
+            await run_agent(settings, make_driver(settings), release_requests=release_requests)
 
 
 async def dev(seconds: float | None, *, watch_health: bool = True) -> None:
     """`vgpu-agent dev`: until SIGTERM or SIGINT, or for so many seconds."""
-    async with anyio.create_task_group() as tasks:
-        await tasks.start(_stop_at_signal, tasks.cancel_scope)
-        await run_dev(_tell, seconds=seconds, watch_health=watch_health)
-        tasks.cancel_scope.cancel()
+    with anyio.open_signal_receiver(*_SIGNALS) as signals:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, Latest(0))
+            await run_dev(_tell, seconds=seconds, watch_health=watch_health)
+            tasks.cancel_scope.cancel()
 
 
-async def _stop_at_signal(
-    scope: anyio.CancelScope, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+async def _follow_signals(
+    signals: AsyncIterator[signal.Signals],
+    scope: anyio.CancelScope,
+    release_requests: Latest[int],
 ) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s: ending", signal.Signals(number).name)
+    async for number in signals:
+        if number == signal.SIGUSR1:
+            release_requests.publish(release_requests.value + 1)
+        else:
+            log.info("%s: ending", number.name)
             scope.cancel()
 
 
@@ -91,6 +105,9 @@ def execute(arguments: Sequence[str]) -> None:
         return
     settings = configuration.load()
     logs.configure(settings.log_level, settings.log_format)
+    if options.command == "release":
+        release(settings, _tell)
+        return
     for name, nearest in configuration.unknown_variables(os.environ).items():
         hint = f"; did you mean {nearest}?" if nearest else ""
         log.warning("%s is no setting of vgpu-agent and does nothing%s", name, hint)

@@ -4,17 +4,18 @@ The story is told by what the kubelet observed over its socket. A step that is n
 ends it with a StoryError that names the step.
 """
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
-from grpclib import GRPCError
+from anyio.abc import TaskStatus
 
 from vgpu_agent.agent import Running, make_driver, run_agent
-from vgpu_agent.errors import ListenError, StoryError
+from vgpu_agent.errors import AdmissionError, ListenError, StoryError
 from vgpu_agent.gpu.simulated import SimulatedDriver
-from vgpu_agent.kubelet.standin import Admitted, Observed, StandinKubelet
+from vgpu_agent.kubelet.standin import Admitted, Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.devices import split_device_id
 from vgpu_agent.observe.web import listen
 from vgpu_agent.settings import Address, EmbeddedSettings, GpuDriverKind, Settings
@@ -33,6 +34,7 @@ def embedded_settings(kubelet_dir: Path) -> Settings:
     return EmbeddedSettings(
         gpu_driver=GpuDriverKind.SIMULATED,
         kubelet_dir=kubelet_dir,
+        state_directory=kubelet_dir / "state",
         metrics_address=_free_address(Address("127.0.0.1", 9408)),
         health_interval=1,
         recovery_seconds=1,
@@ -53,16 +55,17 @@ async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: boo
 
     Raises StoryError where a step was not observed, also when the time was too short for it.
     """
-    with tempfile.TemporaryDirectory(prefix="vgpu-") as directory:
+    with tempfile.TemporaryDirectory(prefix="vgpu-", dir=_short_directory()) as directory:
         settings = embedded_settings(Path(directory))
         driver = make_driver(settings)
         if not isinstance(driver, SimulatedDriver):
             raise TypeError("the embedded settings name simulated cards")
-        async with anyio.create_task_group() as tasks:
-            kubelet = StandinKubelet(settings.plugin_directory, tasks)
-            await kubelet.start()
+        async with (
+            anyio.create_task_group() as tasks,
+            standin_kubelet(settings.plugin_directory) as kubelet,
+        ):
 
-            async def agent(*, task_status: anyio.abc.TaskStatus[Running]) -> None:
+            async def agent(*, task_status: TaskStatus[Running]) -> None:
                 await run_agent(
                     settings, driver, watch_health=watch_health, task_status=task_status
                 )
@@ -75,8 +78,12 @@ async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: boo
                 await anyio.sleep_forever()
             if not story.complete:
                 raise StoryError(f"the time ended at step {story.step!r}")
-            await kubelet.stop()
             tasks.cancel_scope.cancel()
+
+
+def _short_directory() -> str | None:
+    """Where the sockets' paths fit; None is the default place for temporary files."""
+    return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 40 else None  # noqa: S108
 
 
 class Story:
@@ -160,7 +167,7 @@ class Story:
         try:
             with anyio.fail_after(STEP):
                 return await self._kubelet.admit(pod, count)
-        except (GRPCError, TimeoutError, OSError) as error:
+        except (AdmissionError, TimeoutError) as error:
             raise self._failed(str(error)) from error
 
     def _admitted(self, pod: Admitted) -> None:

@@ -23,6 +23,17 @@ class DriverError(VgpuAgentError):
     """The source of GPUs cannot be asked at all: no library, no driver, a failing NVML."""
 
 
+class DriverLibraryError(DriverError):
+    """The driver's library is missing, or of another version than the driver.
+
+    In a container it is injected at creation: waiting alone does not help.
+    """
+
+
+class ReleaseError(VgpuAgentError):
+    """The running agent could not be made to let go of the cards."""
+
+
 # Kubelet
 
 
@@ -51,6 +62,10 @@ class KubeletAwayError(KubeletError):
 
 class StoryError(VgpuAgentError):
     """A step of `vgpu-agent dev` was not observed; the message names it."""
+
+
+class AdmissionError(VgpuAgentError):
+    """The stand-in kubelet could not admit a pod."""
 
 
 # Decisions

@@ -5,8 +5,10 @@ its value and what is allowed.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -23,6 +25,7 @@ from pydantic.config import JsonDict
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from vgpu_agent.errors import SettingsError
+from vgpu_agent.gpu.health import HealthPolicy, XidOverrides
 from vgpu_agent.model.container import MpsSharing, Sharing, Threads
 from vgpu_agent.model.placement import Placement
 from vgpu_agent.model.share import MIB
@@ -34,6 +37,9 @@ MAX_SOCKET_PATH = 107
 
 MPS_SERVER_MARGIN = 512 * MIB
 """What `VGPU_MEMORY_RESERVED=auto` keeps for the MPS server of a card, in bytes."""
+
+MAX_BYTES = 2**63
+"""More than any card has; what a signed number on any wire cannot hold."""
 
 MPS_MAX_CLIENTS = 48
 """Client contexts of a card that every MPS from Volta on can serve."""
@@ -102,7 +108,7 @@ def _size(value: object) -> object:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?i?)B?", value.strip())
     if match is None or match[2] not in _UNITS:
         raise ValueError
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
 def _switch(value: object) -> object:
@@ -131,6 +137,12 @@ def _numa_nodes(value: object) -> object:
     return value
 
 
+def _xids(value: object) -> object:
+    if isinstance(value, str):
+        return frozenset(int(word) for word in value.split(",") if word.strip())
+    return value
+
+
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError
@@ -156,7 +168,8 @@ def _resource_name(name: str) -> str:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Seconds = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
-Bytes = Annotated[int, Field(ge=1), BeforeValidator(_size)]
+Xids = Annotated[frozenset[Annotated[int, Field(ge=0)]], BeforeValidator(_xids)]
+Bytes = Annotated[int, Field(ge=1, lt=MAX_BYTES), BeforeValidator(_size)]
 
 
 def _allowed(text: str) -> JsonDict:
@@ -241,7 +254,9 @@ class Settings(BaseSettings):
         description="The host directory that MPS containers share as /dev/shm.",
         json_schema_extra=_allowed("an absolute path"),
     )
-    memory_reserved: Annotated[int | None, Field(ge=0), BeforeValidator(_auto(_size))] = Field(
+    memory_reserved: Annotated[
+        int | None, Field(ge=0, lt=MAX_BYTES), BeforeValidator(_auto(_size))
+    ] = Field(
         None,
         description="Memory of each card kept out of the shares, for the MPS server.",
         json_schema_extra=_allowed(
@@ -262,6 +277,39 @@ class Settings(BaseSettings):
         60,
         description="Seconds of passed probes after which a card that needs no reset is healthy.",
         json_schema_extra=_allowed("a number of seconds from 1"),
+    )
+    health_checks: Switch = Field(
+        True,
+        description="Whether faults of cards are looked for. Off: pods land on broken cards.",
+        json_schema_extra=_allowed("`on` or `off`"),
+    )
+    ignored_xids: Xids = Field(
+        frozenset(),
+        description="XIDs that are only counted, whatever the catalogue says.",
+        json_schema_extra=_allowed("XID numbers separated by commas, or nothing"),
+    )
+    critical_xids: Xids = Field(
+        frozenset(),
+        description="XIDs that mark the card, whatever the catalogue says.",
+        json_schema_extra=_allowed(
+            "XID numbers separated by commas, or nothing; none that VGPU_IGNORED_XIDS has"
+        ),
+    )
+    driver_wait: Seconds = Field(
+        300,
+        description="Seconds to wait for a driver library that is missing or of another version;"
+        " then the agent ends, for its container to be made anew.",
+        json_schema_extra=_allowed("a number of seconds from 1"),
+    )
+    lost_card_seconds: Seconds = Field(
+        3600,
+        description="Seconds for which a lost card stays listed, as unhealthy.",
+        json_schema_extra=_allowed("a number of seconds from 1"),
+    )
+    state_directory: AbsolutePath = Field(
+        Path("/run/vgpu-agent"),
+        description="Where the agent remembers which cards wait for a reset.",
+        json_schema_extra=_allowed("an absolute path"),
     )
     metrics_address: Annotated[Address, BeforeValidator(_address)] = Field(
         Address("0.0.0.0", 9408),  # noqa: S104 - scraped from outside the pod
@@ -318,6 +366,13 @@ class Settings(BaseSettings):
             raise ValueError
         return value
 
+    @field_validator("critical_xids")
+    @classmethod
+    def _not_both(cls, value: frozenset[int], info: ValidationInfo) -> frozenset[int]:
+        if value & info.data.get("ignored_xids", frozenset()):
+            raise ValueError
+        return value
+
     @field_validator("kubelet_dir")
     @classmethod
     def _socket_path_fits(cls, value: Path, info: ValidationInfo) -> Path:
@@ -349,6 +404,18 @@ class Settings(BaseSettings):
     def endpoint(self) -> str:
         """File name of our socket."""
         return endpoint_name(self.resource_name)
+
+    def health_policy(self) -> HealthPolicy:
+        """The settings of health as the prober takes them."""
+        return HealthPolicy(
+            interval=self.health_interval,
+            recovery=self.recovery_seconds,
+            lost_for=self.lost_card_seconds,
+            driver_wait=self.driver_wait,
+            xids=XidOverrides(self.ignored_xids, self.critical_xids),
+            shared_by_mps=self.sharing is SharingKind.MPS,
+            enabled=self.health_checks,
+        )
 
     def sharing_rules(self) -> Sharing:
         """The settings of sharing as the model takes them."""
@@ -401,18 +468,12 @@ def _explain(error: ValidationError) -> str:
     lines = {}
     for problem in error.errors(include_url=False, include_context=False):
         name = str(problem["loc"][0])
-        # One line for a variable, whatever the number of ways in which it is wrong.
-        value = problem["input"]
-        if name in lines:
-            continue
-        lines[name] = f"  {variable(name)}={_shown(value)!r} is wrong; allowed: {allowed(name)}"
+        # As it was set, not as far as it was parsed. One line, however many ways it is wrong in.
+        value = os.environ.get(variable(name), str(problem["input"]))
+        lines[name] = f"  {variable(name)}={value!r} is wrong; allowed: {allowed(name)}"
     count = len(lines)
     head = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
     return "\n".join([head, *lines.values()])
-
-
-def _shown(value: object) -> str:
-    return str(value)
 
 
 def variable(name: str) -> str:
@@ -427,11 +488,17 @@ def allowed(name: str) -> str:
 
 
 # What Kubernetes puts into a pod for each Service of the namespace; a Service whose name begins
-# with "vgpu" makes variables that look like ours.
+# with "vgpu" makes variables that look like ours. NAME_PORT is told by its value.
 _SERVICE_VARIABLE = re.compile(
     r"VGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
-    r"|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _from_service(name: str, value: str) -> bool:
+    by_value = name.endswith("_PORT") and _SERVICE_URL.match(value)
+    return bool(by_value or _SERVICE_VARIABLE.fullmatch(name))
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
@@ -439,10 +506,10 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     known = {variable(name) for name in Settings.model_fields}
     return {
         name: next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
-        for name in sorted(environment)
+        for name, value in sorted(environment.items())
         if name.upper().startswith(PREFIX)
         and name.upper() not in known
-        and not _SERVICE_VARIABLE.fullmatch(name)
+        and not _from_service(name, value)
     }
 
 
@@ -454,8 +521,14 @@ def _default_text(value: object) -> str:
             return "on" if value else "off"
         case tuple() if not isinstance(value, Address):
             return ",".join("none" if item is None else str(item) for item in value)
+        case frozenset():
+            return ",".join(str(item) for item in sorted(value))
         case _:
             return str(value)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else "(empty)"
 
 
 def markdown_table() -> str:
@@ -463,7 +536,7 @@ def markdown_table() -> str:
     rows = ["| variable | default | allowed | what it is |", "| --- | --- | --- | --- |"]
     for name, field in sorted(Settings.model_fields.items()):
         rows.append(
-            f"| `{variable(name)}` | `{_default_text(field.default)}` | {allowed(name)}"
+            f"| `{variable(name)}` | {_code(_default_text(field.default))} | {allowed(name)}"
             f" | {field.description} |"
         )
     return "\n".join(rows)

@@ -47,6 +47,7 @@ class FakeCard:
     remap_failed: int | None = 0
     remap_pending: int | None = 0
     action: int | None = None
+    energy: int | None = None
     events: int | None = ALL_EVENTS
     memory_v2: bool = True
     epoch: int = 0

@@ -70,6 +70,7 @@ struct card {
     long long ecc;           /* uncorrectable errors */
     long long remap_failed, remap_pending;
     long long action;        /* recovery action */
+    long long energy;        /* mJ since the driver initialised the card */
     long long events;        /* event types that the card supports, as a mask */
     long long memory_v2;     /* 0: only the first version of the memory call works */
     long long epoch;         /* grows when the card was enumerated anew */
@@ -214,6 +215,7 @@ static void set_field(struct card *card, const char *key, const char *value)
         {"remap_failed", &card->remap_failed},
         {"remap_pending", &card->remap_pending},
         {"action", &card->action},
+        {"energy", &card->energy},
         {"events", &card->events},
         {"memory_v2", &card->memory_v2},
         {"epoch", &card->epoch},
@@ -650,6 +652,16 @@ nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, unsigned int *mode)
     struct card card;
     nvmlReturn_t result = enter(device, &card);
     return offered(result, card.compute_mode, mode);
+}
+
+nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *energy)
+{
+    struct card card;
+    unsigned int value = 0;
+    nvmlReturn_t result = enter(device, &card);
+    result = offered(result, card.energy, &value);
+    *energy = value;
+    return result;
 }
 
 nvmlReturn_t nvmlDeviceGetTotalEccErrors(nvmlDevice_t device, unsigned int kind,

@@ -1,5 +1,6 @@
 """NvmlDriver against a fake libnvidia-ml.so.1, through the real pynvml."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -168,7 +169,7 @@ def test_leaves_out_mig_and_old_cards(start: Start, fake_nvml: FakeNvml) -> None
 
 def test_reads_a_card(start: Start, fake_nvml: FakeNvml) -> None:
     child = start()
-    fake_nvml.set_cards(L4)
+    fake_nvml.set_cards(dataclasses.replace(L4, energy=1000))
     child.ask("scan")
     healthy = {
         "lost": False,
@@ -177,10 +178,13 @@ def test_reads_a_card(start: Start, fake_nvml: FakeNvml) -> None:
         "remap_failed": False,
         "remap_pending": False,
         "recovery_action": None,
+        "compute_mode": 0,
         "memory_used_bytes": 0,
+        "energy_millijoules": 1000,
     }
     assert child.ask("probe", "GPU-a") == healthy
-    fake_nvml.update("GPU-a", ecc=3, remap_failed=1, remap_pending=1, action=1, used=7)
+    changed = {"ecc": 3, "remap_failed": 1, "remap_pending": 1, "action": 1, "used": 7}
+    fake_nvml.update("GPU-a", **changed, compute_mode=3, energy=5000)
     assert child.ask("probe", "GPU-a") == {
         **healthy,
         "uncorrectable_ecc": 3,
@@ -188,14 +192,18 @@ def test_reads_a_card(start: Start, fake_nvml: FakeNvml) -> None:
         "remap_pending": True,
         "recovery_action": 1,
         "memory_used_bytes": 7 * MIB,
+        "compute_mode": 3,
+        "energy_millijoules": 5000,
     }
-    fake_nvml.update("GPU-a", ecc=0, remap_failed=0, remap_pending=0, action=0, used=0)
+    changed = dict.fromkeys(changed, 0)
+    fake_nvml.update("GPU-a", **changed, compute_mode=0, energy=1000)
     assert child.ask("probe", "GPU-a") == {**healthy, "recovery_action": 0}
 
 
 def test_what_a_card_does_not_offer_is_no_fault(start: Start, fake_nvml: FakeNvml) -> None:
     child = start()
-    missing = {"ecc": None, "remap_failed": None, "remap_pending": None, "action": None}
+    optional = ("ecc", "remap_failed", "remap_pending", "action", "compute_mode", "energy")
+    missing = dict.fromkeys(optional)
     fake_nvml.set_cards(FakeCard("GPU-a", memory_v2=False, used=1, **missing))
     child.ask("scan")
     assert child.ask("probe", "GPU-a") == {
@@ -205,6 +213,8 @@ def test_what_a_card_does_not_offer_is_no_fault(start: Start, fake_nvml: FakeNvm
         "remap_failed": None,
         "remap_pending": None,
         "recovery_action": None,
+        "compute_mode": None,
+        "energy_millijoules": None,
         "memory_used_bytes": 513 * MIB,  # the old call counts what is reserved
     }
 

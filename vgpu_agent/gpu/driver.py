@@ -25,6 +25,15 @@ class RecoveryAction(IntEnum):
     SYSTEM_REBOOT = 7
 
 
+class ComputeMode(IntEnum):
+    """Who may open a CUDA context on a card (`nvmlComputeMode_t`)."""
+
+    DEFAULT = 0
+    EXCLUSIVE_THREAD = 1
+    PROHIBITED = 2
+    EXCLUSIVE_PROCESS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Scan:
     """All cards that the driver sees now. A card that is lost is not among them."""
@@ -39,8 +48,8 @@ class Reading:
     """What one probe of a card read. None: the card or the driver does not offer it.
 
     `error` is the driver's word for a call that failed; `lost` says that the card is gone from
-    its handle. `uncorrectable_ecc` is the count of this boot of the driver, `remap_failed` that a
-    row could not be remapped.
+    its handle. `uncorrectable_ecc` and `energy_millijoules` count since the driver initialised the
+    card. `recovery_action` is a number, since drivers may know more of them than we do.
     """
 
     lost: bool = False
@@ -49,7 +58,9 @@ class Reading:
     remap_failed: bool | None = None
     remap_pending: bool | None = None
     recovery_action: int | None = None
+    compute_mode: ComputeMode | None = None
     memory_used_bytes: int | None = None
+    energy_millijoules: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +111,8 @@ class GpuDriver(Protocol):
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """Waits at most a second for events; none is a normal answer."""
+        ...
+
+    async def release(self) -> None:
+        """Lets go of all cards, so that they can be reset, until the next scan."""
         ...

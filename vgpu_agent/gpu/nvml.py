@@ -1,15 +1,16 @@
 """Real cards, by NVML. The only module that imports pynvml.
 
 Every NVML call can block, for long where a card is failing, so none is made on the event loop.
-Calls go through two lanes of one worker thread each: one for asking, one for waiting for events.
+Calls go through lanes of one worker thread each: one for looking at all cards, one for waiting for
+events, and one for each card, so that a card that hangs holds up no other.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,15 @@ import anyio
 import pynvml
 from anyio import to_thread
 
-from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu.driver import GpuEvent, Reading, RecoveryActionChanged, Scan, XidEvent
+from vgpu_agent.errors import DriverError, DriverLibraryError
+from vgpu_agent.gpu.driver import (
+    ComputeMode,
+    GpuEvent,
+    Reading,
+    RecoveryActionChanged,
+    Scan,
+    XidEvent,
+)
 from vgpu_agent.model.devices import Excluded, Gpu
 
 _log = logging.getLogger(__name__)
@@ -55,6 +63,11 @@ _NO_MEMORY_V2 = frozenset(
         pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
         pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
     }
+)
+
+# What a container was given at its creation does not change any more.
+_LIBRARY_ERRORS = frozenset(
+    {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH}
 )
 
 _INIT_HELP = {
@@ -98,6 +111,7 @@ class NvmlDriver:
     ) -> None:
         self._calls = _Lane()
         self._waits = _Lane()
+        self._probes: dict[str, _Lane] = {}
         self._session = _Session(
             describe=partial(
                 _describe, min_compute_capability=min_compute_capability, numa_root=numa_root
@@ -105,7 +119,6 @@ class NvmlDriver:
             proc_root=proc_root,
             reopen_seconds=reopen_seconds,
             monotonic=monotonic,
-            waiting=self._waits.busy,
         )
 
     async def __aenter__(self) -> Self:
@@ -119,10 +132,8 @@ class NvmlDriver:
         traceback: TracebackType | None,
     ) -> None:
         """Closes NVML, within a second: a driver that hangs does not hold up the end."""
-        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
-            await self._calls.run(self._session.close)
-            return
-        _log.warning("NVML was left open: a call of the driver does not return")
+        with anyio.CancelScope(shield=True):
+            await self.release()
 
     async def scan(self) -> Scan:
         """Looks at all cards, with fresh handles; opens NVML if need be.
@@ -133,7 +144,8 @@ class NvmlDriver:
 
     async def probe(self, uuid: str) -> Reading:
         """Asks one card how it is. A card that the last scan did not see is lost."""
-        return await self._calls.run(partial(self._session.probe, uuid))
+        lane = self._probes.setdefault(uuid, _Lane())
+        return await lane.run(partial(self._session.probe, uuid))
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """Waits at most a second for events of the cards of the last scan.
@@ -148,6 +160,46 @@ class NvmlDriver:
             if not waited:
                 await anyio.sleep(_SLICE_SECONDS)
         return ()
+
+    async def release(self) -> None:
+        """Closes NVML until the next scan, or leaves it open where a call does not return."""
+        with anyio.move_on_after(_CLOSE_SECONDS):
+            await self._calls.run(self._session.close)
+        if not self._session.is_open:
+            return
+        _log.warning("NVML was left open: a call to the driver does not return")
+
+
+class _Gate:
+    """Lets many threads in together, or one alone; whoever wants to be alone goes first."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._wanted = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._wanted)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self, timeout: float) -> Iterator[bool]:
+        """Waits so many seconds until all are out; whether they are. One thread at a time."""
+        with self._condition:
+            self._wanted = True
+            try:
+                yield self._condition.wait_for(lambda: self._inside == 0, timeout)
+            finally:
+                self._wanted = False
+                self._condition.notify_all()
 
 
 class _Lane:
@@ -196,9 +248,9 @@ class _Session:
     """NVML while it is open, as the worker threads see it. All methods block.
 
     The threads own it, not the loop, so that a call whose caller has left still ends in order.
-    `wait` runs in the one lane, everything else in the other. What both use is only replaced as a
-    whole, and `close` holds `waiting`, the lock of the lane of `wait`: NVML crashes if it is shut
-    down, or an event set freed, under a thread that waits.
+    `scan` and `close` run in one lane, `wait` in another, `probe` in one for each card. What they
+    share is only replaced as a whole, and `close` is alone: NVML crashes if it is shut down, or an
+    event set freed, under a thread that is inside.
     """
 
     def __init__(
@@ -208,19 +260,22 @@ class _Session:
         proc_root: Path,
         reopen_seconds: float,
         monotonic: Callable[[], float],
-        waiting: threading.Lock,
     ) -> None:
         self._describe = describe
         self._proc_root = proc_root
         self._reopen_seconds = reopen_seconds
         self._monotonic = monotonic
-        self._waiting = waiting
+        self._gate = _Gate()
         self._opened_at: float | None = None
         self._found: dict[str, _Found] = {}
         self._event_set: _EventSet | None = None
         self._registered: dict[bytes, str] = {}
         # Kept here, not returned by `wait`: what a thread finds whose caller has left is not lost.
         self._events: deque[GpuEvent] = deque()
+
+    @property
+    def is_open(self) -> bool:
+        return self._opened_at is not None
 
     # Asking
 
@@ -274,6 +329,10 @@ class _Session:
             return _Found(handle, card)
 
     def probe(self, uuid: str) -> Reading:
+        with self._gate.shared():
+            return self._probe(uuid)
+
+    def _probe(self, uuid: str) -> Reading:
         found = self._found.get(uuid)
         if found is None:
             return Reading(lost=True)
@@ -292,24 +351,30 @@ class _Session:
                 remap_failed=None if rows is None else rows[3] != 0,
                 remap_pending=None if rows is None else rows[2] != 0,
                 recovery_action=_optional(_recovery_action, handle),
+                compute_mode=_optional(_compute_mode, handle),
                 memory_used_bytes=used,
+                energy_millijoules=_optional(_energy, handle),
             )
         except pynvml.NVMLError:
             return Reading(lost=True)
 
     def close(self) -> None:
-        with self._waiting:
-            self._found = {}
+        with self._gate.alone(_CLOSE_SECONDS) as alone:
+            if not alone or self._opened_at is None:
+                return  # under a call that hangs it stays open
+            self._found, self._opened_at = {}, None
             self._drop_event_set()
-            if self._opened_at is not None:
-                self._opened_at = None
-                with suppress(pynvml.NVMLError):
-                    pynvml.nvmlShutdown()
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
 
     # Waiting
 
     def wait(self) -> bool:
         """Collects what happens within a slice; False, at once, if there is nothing to wait for."""
+        with self._gate.shared():
+            return self._wait()
+
+    def _wait(self) -> bool:
         found = [card for card in self._found.values() if card.excluded is None]
         cards = {_pointer(card.handle): card.gpu.uuid for card in found}
         if cards != self._registered:
@@ -383,7 +448,8 @@ def _open() -> None:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         help_ = _INIT_HELP.get(error.value, "nvidia-smi and the kernel log on the node tell more")
-        raise DriverError(f"NVML does not start ({error}): {help_}") from error
+        kind = DriverLibraryError if error.value in _LIBRARY_ERRORS else DriverError
+        raise kind(f"NVML does not start ({error}): {help_}") from error
 
 
 def _describe(
@@ -457,6 +523,16 @@ def _uncorrectable_ecc(handle: _Handle) -> int:
             handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
         )
     )
+
+
+def _energy(handle: _Handle) -> int:
+    """Millijoules since the driver initialised the card."""
+    return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+
+
+def _compute_mode(handle: _Handle) -> ComputeMode | None:
+    mode = int(pynvml.nvmlDeviceGetComputeMode(handle))
+    return ComputeMode(mode) if mode in tuple(ComputeMode) else None
 
 
 def _remapped_rows(handle: _Handle) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ from typing import Self
 
 import anyio
 
+from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu.driver import GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.model.devices import Gpu
 
@@ -22,7 +23,8 @@ class _SimulatedCard:
     gpu: Gpu
     epoch: int = 0
     on_the_bus: bool = True
-    error: str | None = None
+    reading: Reading = Reading(memory_used_bytes=0)
+    hangs: bool = False
 
 
 def simulated_gpus(
@@ -51,6 +53,8 @@ class SimulatedDriver:
         self._handles: dict[str, int] = {}
         self._events: list[GpuEvent] = []
         self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._error: DriverError | None = None
 
     async def __aenter__(self) -> Self:
         """Nothing to open."""
@@ -66,16 +70,21 @@ class SimulatedDriver:
 
     async def scan(self) -> Scan:
         """All cards on the bus, with fresh handles."""
+        while any(card.hangs for card in self._cards.values()):
+            await self._changed.wait()
+        if self._error is not None:
+            raise self._error
         present = [card for card in self._cards.values() if card.on_the_bus]
         self._handles = {card.gpu.uuid: card.epoch for card in present}
         return Scan(DRIVER_VERSION, tuple(card.gpu for card in present))
 
     async def probe(self, uuid: str) -> Reading:
         """A card is lost where it fell off the bus or was enumerated anew since the last scan."""
-        card = self._cards.get(uuid)
+        while (card := self._cards.get(uuid)) is not None and card.hangs:
+            await self._changed.wait()
         if card is None or not card.on_the_bus or self._handles.get(uuid) != card.epoch:
             return Reading(lost=True)
-        return Reading(error=card.error, memory_used_bytes=0)
+        return card.reading
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """The events since the last call, or those of the next second."""
@@ -85,23 +94,52 @@ class SimulatedDriver:
         events, self._events = self._events, []
         return events
 
+    async def release(self) -> None:
+        """Every handle is void until the next scan."""
+        self._handles = {}
+
     # Faults on demand
 
     def xid(self, uuid: str | None, xid: int, *, falls_off_the_bus: bool = False) -> None:
         """The card reports an XID; with `falls_off_the_bus` it is gone until it is enumerated."""
         if uuid is not None and falls_off_the_bus:
-            self._change(uuid, on_the_bus=False)
+            self.fall_off(uuid)
         self._events.append(XidEvent(uuid, xid))
         self._arrived.set()
 
     def enumerate_again(self, uuid: str) -> None:
         """The card comes back as after a reset: it is well, and every older handle is void."""
-        card = self._cards[uuid]
-        self._cards[uuid] = _SimulatedCard(card.gpu, card.epoch + 1)
+        anew = _SimulatedCard(self._cards[uuid].gpu, self._cards[uuid].epoch + 1)
+        self._replace(uuid, anew)
+
+    def show(self, uuid: str, reading: Reading) -> None:
+        """Every probe of the card reads this from now on."""
+        self._change(uuid, reading=reading)
 
     def fail_probes(self, uuid: str, error: str | None) -> None:
         """Every probe of the card fails with `error` from now on, or passes again where None."""
-        self._change(uuid, error=error)
+        self.show(uuid, replace(self._cards[uuid].reading, error=error))
 
-    def _change(self, uuid: str, **changes: bool | str | None) -> None:
-        self._cards[uuid] = replace(self._cards[uuid], **changes)  # type: ignore[arg-type]
+    def hang(self, uuid: str, *, hangs: bool) -> None:
+        """Calls that ask this card do not return for as long as it hangs."""
+        self._change(uuid, hangs=hangs)
+
+    def fail(self, error: DriverError | None) -> None:
+        """The driver cannot be asked at all, or can again where None."""
+        self._error = error
+
+    def fall_off(self, uuid: str) -> None:
+        """The card is gone from the bus."""
+        self._change(uuid, on_the_bus=False)
+
+    def insert(self, gpu: Gpu) -> None:
+        """A card is put in."""
+        self._cards[gpu.uuid] = _SimulatedCard(gpu)
+
+    def _change(self, uuid: str, **changes: bool | Reading) -> None:
+        self._replace(uuid, replace(self._cards[uuid], **changes))  # type: ignore[arg-type]
+
+    def _replace(self, uuid: str, card: _SimulatedCard) -> None:
+        self._cards[uuid] = card
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -5,10 +5,12 @@ ListAndWatch), keeps what it was told, and admits pods. What it observed is all 
 """
 
 import socket
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import anyio
 from anyio import CancelScope
 from anyio.abc import TaskGroup
 from grpclib import GRPCError, Status
@@ -16,6 +18,7 @@ from grpclib.client import Channel
 from grpclib.exceptions import StreamTerminatedError
 from grpclib.server import Server
 
+from vgpu_agent.errors import AdmissionError
 from vgpu_agent.kubelet._proto.v1beta1 import (
     AllocateRequest,
     ContainerAllocateRequest,
@@ -64,6 +67,18 @@ class Observed:
         return sum(1 for health in (self.health or {}).values() if health == HEALTHY)
 
 
+@asynccontextmanager
+async def standin_kubelet(directory: Path) -> AsyncIterator["StandinKubelet"]:
+    """A kubelet on `directory` that runs, and that is stopped however the context ends."""
+    async with anyio.create_task_group() as tasks:
+        kubelet = StandinKubelet(directory, tasks)
+        await kubelet.start()
+        try:
+            yield kubelet
+        finally:
+            await kubelet.stop()
+
+
 class StandinKubelet(RegistrationBase):
     """A kubelet on `directory`, for as long as `start` and `stop` say."""
 
@@ -73,6 +88,7 @@ class StandinKubelet(RegistrationBase):
         self._server: Server | None = None
         self._plugin: CancelScope | None = None
         self._channel: Channel | None = None
+        self._pre_start = False
         self._held: dict[str, Admitted] = {}
         self.observed = Latest(Observed())
 
@@ -120,14 +136,15 @@ class StandinKubelet(RegistrationBase):
         return Empty()
 
     async def _follow(self, channel: Channel) -> None:
-        with CancelScope() as scope:
-            self._plugin = scope
-            try:
+        try:
+            with CancelScope() as scope:
+                self._plugin = scope
                 async for each in DevicePluginStub(channel).list_and_watch(Empty()):
                     self._list(each)
-            except (OSError, GRPCError, StreamTerminatedError):
-                pass  # the end of a stream is the end of it, however it came
-        channel.close()
+        except (OSError, GRPCError, StreamTerminatedError):
+            pass  # the end of a stream is the end of it, however it came
+        finally:
+            channel.close()
         self._see(ended=self.observed.value.ended + 1, health={})
 
     def _list(self, devices: ListAndWatchResponse) -> None:
@@ -140,9 +157,18 @@ class StandinKubelet(RegistrationBase):
         self.observed.publish(replace(self.observed.value, **seen))  # type: ignore[arg-type]
 
     async def admit(self, pod: str, count: int) -> Admitted:
-        """Gives a pod `count` devices, asking the plugin as the kubelet does. Raises GRPCError."""
+        """Gives a pod `count` devices, asking the plugin as the kubelet does.
+
+        Raises AdmissionError with the plugin's words.
+        """
+        try:
+            return await self._admit(pod, count)
+        except (OSError, GRPCError, StreamTerminatedError) as error:
+            raise AdmissionError(f"pod {pod} cannot be admitted: {error}") from error
+
+    async def _admit(self, pod: str, count: int) -> Admitted:
         if self._channel is None:
-            raise GRPCError(Status.UNAVAILABLE, "no plugin is registered")
+            raise AdmissionError("no plugin is registered")
         plugin = DevicePluginStub(self._channel)
         held = {vgpu for each in self._held.values() for vgpu in each.device_ids}
         health = self.observed.value.health or {}

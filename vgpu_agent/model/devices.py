@@ -32,12 +32,14 @@ class Fault:
     """One reason for which a card is unhealthy.
 
     `since` is in seconds since the epoch. `until_reset`: passed probes alone do not clear it.
+    `advice` says what an operator can do.
     """
 
     reason: Reason
     since: float
     detail: str
     until_reset: bool = False
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,17 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card that is advertised: so many vGPUs, and the faults that it has now."""
+    """A card that is advertised: so many vGPUs, and the faults that it has now.
+
+    `notes` are what an operator should know of a card that stays healthy. `recovery_wait` is for
+    how many seconds its probes have to pass before it is proven good.
+    """
 
     gpu: Gpu
     replicas: int
     faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
+    recovery_wait: float = 0.0
 
     @property
     def healthy(self) -> bool:
@@ -84,6 +92,11 @@ class Card:
     def device_ids(self) -> Iterator[str]:
         """The IDs of the card's vGPUs, in order."""
         return (device_id(self.gpu.uuid, n) for n in range(self.replicas))
+
+    @property
+    def advice(self) -> str:
+        """What an operator can do about the faults."""
+        return "; ".join(dict.fromkeys(fault.advice for fault in self.faults if fault.advice))
 
     @property
     def fault_text(self) -> str:

@@ -101,10 +101,14 @@ class RegistrationResult(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """The source of GPUs: its version, or why it cannot be asked."""
+    """The source of GPUs: its version, or why it cannot be asked.
+
+    `released_until`: all cards are let go of for a reset until then, in seconds since the epoch.
+    """
 
     version: str | None = None
     error: str | None = "not asked yet"
+    released_until: float | None = None
 
     @property
     def up(self) -> bool:
@@ -188,8 +192,32 @@ class NodeState:
     def driver_failed(self, error: str) -> bool:
         """The driver cannot be asked."""
         return self._become(
-            replace(self.snapshot, driver=replace(self.snapshot.driver, error=error))
+            replace(self.snapshot, driver=Driver(self.snapshot.driver.version, error))
         )
+
+    def driver_released(self, until: float) -> None:
+        """The agent let go of all cards until then, in seconds since the epoch."""
+        self._become(
+            replace(
+                self.snapshot,
+                driver=replace(
+                    self.snapshot.driver, error="released for a reset", released_until=until
+                ),
+            )
+        )
+
+    def card_forgotten(self, uuid: str) -> None:
+        """A card that was lost for too long is no longer listed."""
+        left = tuple(card for card in self.snapshot.inventory.cards if card.gpu.uuid != uuid)
+        self._become(replace(self.snapshot, inventory=Inventory(left)))
+
+    def card_noted(self, uuid: str, notes: tuple[str, ...], recovery_wait: float) -> bool:
+        """What is to be told of a card, and for how long it has to prove itself good."""
+        card = self.snapshot.inventory.find(uuid)
+        if card is None or (card.notes, card.recovery_wait) == (notes, recovery_wait):
+            return False
+        self._replace_cards({uuid: replace(card, notes=notes, recovery_wait=recovery_wait)})
+        return True
 
     def fault_found(self, uuids: Collection[str] | None, fault: Fault) -> tuple[str, ...]:
         """A fault of those cards, or of all cards where `uuids` is None.

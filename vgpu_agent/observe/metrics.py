@@ -159,6 +159,12 @@ def _card_families(cards: Sequence[Card], driver_version: str) -> Iterator[Metri
         ],
     )
     yield _gauge(
+        "vgpu_gpu_recovery_wait_seconds",
+        "For how long the probes of a card must pass before it is healthy; grows with relapses.",
+        _G,
+        [(_labels(card.gpu), card.recovery_wait) for card in cards],
+    )
+    yield _gauge(
         "vgpu_gpu_memory_bytes",
         "Memory of a card: all of it, and what the driver reserves of it.",
         (*_G, "kind"),

@@ -1,4 +1,4 @@
-"""The HTTP side: /metrics, /healthz and /readyz, on the agent's own loop.
+"""The HTTP side: /metrics, /healthz, /readyz and /status.json, on the agent's own loop.
 
 uvicorn speaks HTTP; the application here answers from the newest snapshot and renders metrics in a
 worker thread, so that a scrape does not delay the kubelet.
@@ -20,6 +20,7 @@ from anyio.abc import TaskStatus
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.state import NodeState
 from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.status import Status
 from vgpu_agent.settings import Address
 
 Message = MutableMapping[str, Any]
@@ -42,9 +43,11 @@ def listen(address: Address) -> socket.socket:
     """A listening socket. Raises ListenError with the address and the reason."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        return socket.create_server(
+        listener = socket.create_server(
             address, family=family, dualstack_ipv6=address.host == "::", backlog=64
         )
+        # asyncio does not see that it is TCP; an answer would wait for an acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         # create_server puts the address into its message; ours has it already.
         reason = (error.strerror or str(error)).partition(" (while")[0]
@@ -52,6 +55,7 @@ def listen(address: Address) -> socket.socket:
             f"VGPU_METRICS_ADDRESS={address}: cannot listen there: {reason};"
             " set another host:port, or end what uses this one"
         ) from error
+    return listener
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +77,13 @@ class Web:
         listener: socket.socket,
         state: NodeState,
         metrics: Metrics,
+        status: Status,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._listener = listener
         self._state = state
         self._metrics = metrics
+        self._status = status
         self._clock = clock
         self._last_beat = clock()
         self._rendering = CapacityLimiter(1)
@@ -117,7 +123,12 @@ class Web:
         if scope["type"] != "http":
             return
         method, path = scope["method"], scope["path"]
-        pages = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
+        pages = {
+            "/metrics": self._metrics_page,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/status.json": self._status_page,
+        }
         page = pages.get(path)
         if page is None:
             paths = ", ".join(pages)
@@ -151,6 +162,12 @@ class Web:
             limiter=self._rendering,
         )
         return Answer(200, body, content_type)
+
+    async def _status_page(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+        body = await anyio.to_thread.run_sync(
+            self._status.render, self._state.snapshot, limiter=self._rendering
+        )
+        return Answer(200, body, "application/json")
 
     async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
         """Whether the loop lives. That this is answered proves half of it, the beat the rest."""

@@ -1,0 +1,183 @@
+import time
+
+import anyio
+import pytest
+
+from vgpu_agent.gpu.driver import Reading, Scan, XidEvent
+from vgpu_agent.gpu.simulated import DRIVER_VERSION, SimulatedDriver, simulated_gpus
+from vgpu_agent.model.devices import MAX_DEVICE_ID, device_id
+
+GIB = 1 << 30
+WELL = Reading(memory_used_bytes=0)
+LOST = Reading(lost=True)
+
+CARDS = simulated_gpus(2, "NVIDIA Simulated 24GB", 24 * GIB, (0, 1))
+ONE, TWO = (card.uuid for card in CARDS)
+
+
+@pytest.fixture
+def driver() -> SimulatedDriver:
+    return SimulatedDriver(CARDS)
+
+
+# Cards
+
+
+def test_cards_are_the_same_every_time_and_differ_from_each_other():
+    cards = simulated_gpus(64, "A card", GIB, (0,))
+    assert cards == simulated_gpus(64, "A card", GIB, (0,))
+    assert [card.index for card in cards] == list(range(64))
+    assert len({card.uuid for card in cards}) == 64
+    assert len({card.pci_bus_id for card in cards}) == 64
+    assert {(card.model, card.memory_bytes) for card in cards} == {("A card", GIB)}
+
+
+def test_cards_are_on_the_numa_nodes_in_turn():
+    cards = simulated_gpus(5, "A card", GIB, (0, None, 3))
+    assert [card.numa_node for card in cards] == [0, None, 3, 0, None]
+
+
+def test_ids_of_vgpus_fit_into_what_the_kubelet_takes():
+    (card,) = simulated_gpus(64, "A card", GIB, (0,))[-1:]
+    assert len(device_id(card.uuid, 1023)) <= MAX_DEVICE_ID
+
+
+async def test_a_machine_may_have_no_card():
+    driver = SimulatedDriver(simulated_gpus(0, "A card", GIB, (0,)))
+    assert await driver.scan() == Scan(DRIVER_VERSION, ())
+    assert await driver.probe("GPU-unknown") == LOST
+
+
+# Handles
+
+
+async def test_a_card_answers_only_from_a_handle_of_a_scan(driver):
+    assert await driver.probe(ONE) == LOST
+    assert await driver.scan() == Scan(DRIVER_VERSION, CARDS)
+    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [WELL, WELL]
+    assert await driver.probe("GPU-unknown") == LOST
+
+
+async def test_a_card_that_falls_off_the_bus_is_lost_and_no_longer_seen(driver):
+    await driver.scan()
+    driver.xid(ONE, 79, falls_off_the_bus=True)
+    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [LOST, WELL]
+    assert (await driver.scan()).gpus == CARDS[1:]
+    assert await driver.probe(ONE) == LOST
+
+
+async def test_a_card_that_was_enumerated_again_answers_from_new_handles_alone(driver):
+    await driver.scan()
+    driver.xid(ONE, 79, falls_off_the_bus=True)
+    driver.enumerate_again(ONE)
+    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [LOST, WELL]
+    assert (await driver.scan()).gpus == CARDS
+    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [WELL, WELL]
+
+
+async def test_a_reset_voids_the_handles_of_a_card_that_never_left(driver):
+    await driver.scan()
+    driver.enumerate_again(ONE)
+    assert await driver.probe(ONE) == LOST
+    await driver.scan()
+    assert await driver.probe(ONE) == WELL
+
+
+async def test_every_enumeration_voids_the_handles_anew(driver):
+    for _ in range(3):
+        await driver.scan()
+        driver.enumerate_again(ONE)
+        assert await driver.probe(ONE) == LOST
+
+
+async def test_a_card_keeps_its_identity_over_an_enumeration(driver):
+    driver.enumerate_again(ONE)
+    assert (await driver.scan()).gpus == CARDS
+
+
+# Faults
+
+
+async def test_probes_fail_until_they_are_told_to_pass(driver):
+    await driver.scan()
+    driver.fail_probes(ONE, "it does not like it")
+    for _ in range(2):
+        assert (await driver.probe(ONE)).error == "it does not like it"
+    assert await driver.probe(TWO) == WELL
+    driver.fail_probes(ONE, None)
+    assert await driver.probe(ONE) == WELL
+
+
+async def test_an_enumeration_heals_a_card_whose_probes_fail(driver):
+    driver.fail_probes(ONE, "it does not like it")
+    driver.enumerate_again(ONE)
+    await driver.scan()
+    assert await driver.probe(ONE) == WELL
+
+
+async def test_an_unknown_card_cannot_fail(driver):
+    with pytest.raises(KeyError):
+        driver.fail_probes("GPU-unknown", "x")
+    with pytest.raises(KeyError):
+        driver.enumerate_again("GPU-unknown")
+
+
+# Events
+
+
+async def test_events_come_once_and_in_order(driver):
+    driver.xid(ONE, 13)
+    driver.xid(None, 8)
+    driver.xid(TWO, 79)
+    assert list(await driver.next_events()) == [
+        XidEvent(ONE, 13),
+        XidEvent(None, 8),
+        XidEvent(TWO, 79),
+    ]
+    driver.xid(ONE, 31)
+    assert list(await driver.next_events()) == [XidEvent(ONE, 31)]
+
+
+async def test_an_event_wakes_whoever_waits(driver):
+    async with anyio.create_task_group() as tasks:
+        found = []
+
+        async def wait() -> None:
+            found.extend(await driver.next_events())
+
+        start = time.monotonic()
+        tasks.start_soon(wait)
+        await anyio.sleep(0.05)
+        assert found == []
+        driver.xid(ONE, 79)
+    assert found == [XidEvent(ONE, 79)]
+    assert time.monotonic() - start < 0.9
+
+
+async def test_when_all_events_are_taken_the_next_ones_are_waited_for(driver):
+    driver.xid(ONE, 79)
+    await driver.next_events()
+    with anyio.move_on_after(0.05) as waited:
+        await driver.next_events()
+    assert waited.cancelled_caught
+
+
+async def test_an_event_that_nobody_waited_for_is_not_lost_with_a_wait_that_was_given_up(driver):
+    with anyio.move_on_after(0.01):
+        await driver.next_events()
+    driver.xid(ONE, 79)
+    assert list(await driver.next_events()) == [XidEvent(ONE, 79)]
+
+
+@pytest.mark.slow
+async def test_no_event_within_a_second_is_an_answer_too(driver):
+    start = time.monotonic()
+    assert list(await driver.next_events()) == []
+    assert 0.9 < time.monotonic() - start < 1.5
+
+
+async def test_the_driver_can_be_entered_again(driver):
+    for _ in range(2):
+        async with driver as entered:
+            assert entered is driver
+            assert (await driver.scan()).gpus == CARDS

@@ -1,0 +1,403 @@
+import shutil
+import subprocess
+import threading
+import time
+from types import MappingProxyType
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.state import Driver, Kubelet, RegistrationResult, Snapshot
+from vgpu_agent.observe.metrics import Metrics
+
+RESOURCE = "example.com/vgpu"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+GIB = 1 << 30
+
+WELL = Gpu(
+    uuid="GPU-a",
+    index=0,
+    model="NVIDIA L4",
+    memory_bytes=24 * GIB,
+    pci_bus_id="00000000:01:00.0",
+    reserved_bytes=400 << 20,
+    numa_node=0,
+)
+SICK = Gpu(
+    uuid="GPU-b",
+    index=1,
+    model="NVIDIA L4",
+    memory_bytes=24 * GIB,
+    pci_bus_id="00000000:02:00.0",
+)
+LEFT_OUT = Gpu(
+    uuid="GPU-c",
+    index=2,
+    model="NVIDIA A100",
+    memory_bytes=40 * GIB,
+    pci_bus_id="00000000:03:00.0",
+)
+
+SNAPSHOT = Snapshot(
+    inventory=Inventory(
+        (
+            Card(WELL, 4, recovery_wait=60),
+            Card(
+                SICK,
+                4,
+                (
+                    Fault(Reason.LOST, 10.0, "gone"),
+                    Fault(Reason.XID, 11.0, "XID 79", until_reset=True),
+                ),
+                recovery_wait=240,
+            ),
+        )
+    ),
+    excluded=(Excluded(LEFT_OUT, "mig", "MIG mode is on"),),
+    driver=Driver("580.65.06", None),
+    kubelet=Kubelet(registered=True, streams=1),
+    xids=MappingProxyType({("GPU-a", 13): 3, ("GPU-b", 79): 1, (None, 8): 2, ("GPU-x", 31): 1}),
+    transitions=MappingProxyType(
+        {
+            ("GPU-b", "unhealthy", Reason.LOST): 2,
+            ("GPU-b", "healthy", Reason.LOST): 1,
+        }
+    ),
+    registrations=MappingProxyType(
+        {RegistrationResult.REGISTERED: 2, RegistrationResult.UNREACHABLE: 5}
+    ),
+    lists_sent=7,
+)
+
+REASONS = [
+    "xid",
+    "recovery-action",
+    "probe",
+    "timeout",
+    "ecc",
+    "remap",
+    "lost",
+    "mps",
+    "mps-fault",
+    "compute-mode",
+]
+
+
+def card(uuid: str, index: int, **labels: str) -> dict[str, str]:
+    return {"gpu_uuid": uuid, "gpu_index": str(index), **labels}
+
+
+def devices(uuid: str, index: int, health: str) -> dict[str, str]:
+    return card(uuid, index, resource=RESOURCE, health=health)
+
+
+# Family: type, and every sample with its labels.
+EXPECTED: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
+    "vgpu_build_info": ("gauge", [({"version": "1.2.3"}, 1)]),
+    "vgpu_nvml_up": ("gauge", [({}, 1)]),
+    "vgpu_gpu_info": (
+        "gauge",
+        [
+            (
+                card("GPU-a", 0, model="NVIDIA L4", driver_version="580.65.06", numa_node="0"),
+                1,
+            ),
+            (
+                card("GPU-b", 1, model="NVIDIA L4", driver_version="580.65.06", numa_node=""),
+                1,
+            ),
+        ],
+    ),
+    "vgpu_gpu_healthy": ("gauge", [(card("GPU-a", 0), 1), (card("GPU-b", 1), 0)]),
+    "vgpu_gpu_unhealthy_reason": (
+        "gauge",
+        [(card("GPU-a", 0, reason=reason), 0) for reason in REASONS]
+        + [(card("GPU-b", 1, reason=reason), int(reason in ("lost", "xid"))) for reason in REASONS],
+    ),
+    "vgpu_gpu_recovery_wait_seconds": (
+        "gauge",
+        [(card("GPU-a", 0), 60), (card("GPU-b", 1), 240)],
+    ),
+    "vgpu_gpu_memory_bytes": (
+        "gauge",
+        [
+            (card("GPU-a", 0, kind="total"), 24 * GIB),
+            (card("GPU-a", 0, kind="reserved"), 400 << 20),
+            (card("GPU-b", 1, kind="total"), 24 * GIB),
+            (card("GPU-b", 1, kind="reserved"), 0),
+        ],
+    ),
+    "vgpu_gpu_excluded": ("gauge", [(card("GPU-c", 2, reason="mig"), 1)]),
+    "vgpu_devices": (
+        "gauge",
+        [
+            (devices("GPU-a", 0, "healthy"), 4),
+            (devices("GPU-a", 0, "unhealthy"), 0),
+            (devices("GPU-b", 1, "healthy"), 0),
+            (devices("GPU-b", 1, "unhealthy"), 4),
+        ],
+    ),
+    "vgpu_xid_errors": (
+        "counter",
+        [
+            (card("GPU-a", 0, xid="13"), 3),
+            (card("GPU-b", 1, xid="79"), 1),
+            ({"gpu_uuid": "", "gpu_index": "", "xid": "8"}, 2),
+            ({"gpu_uuid": "GPU-x", "gpu_index": "", "xid": "31"}, 1),
+        ],
+    ),
+    "vgpu_health_transitions": (
+        "counter",
+        [
+            (card("GPU-b", 1, to="unhealthy", reason="lost"), 2),
+            (card("GPU-b", 1, to="healthy", reason="lost"), 1),
+        ],
+    ),
+    "vgpu_registrations": (
+        "counter",
+        [
+            ({"result": "registered"}, 2),
+            ({"result": "refused"}, 0),
+            ({"result": "unreachable"}, 5),
+            ({"result": "no-stream"}, 0),
+            ({"result": "endpoint"}, 0),
+        ],
+    ),
+    "vgpu_list_and_watch_updates": ("counter", [({}, 7)]),
+    "vgpu_kubelet_connected": ("gauge", [({}, 1)]),
+}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(version="1.2.3", resource_name=RESOURCE)
+
+
+def text(metrics: Metrics, snapshot: Snapshot = SNAPSHOT, accept: str = "") -> str:
+    return metrics.render(snapshot, accept)[0].decode()
+
+
+def samples(metrics: Metrics, snapshot: Snapshot, name: str) -> list[tuple[dict[str, str], float]]:
+    return [
+        (sample.labels, sample.value)
+        for family in parse_text(text(metrics, snapshot))
+        for sample in family.samples
+        if sample.name == name
+    ]
+
+
+def test_a_snapshot_is_told_in_exactly_these_families_and_samples(metrics):
+    found = {
+        family.name: (
+            family.type,
+            [(sample.labels, sample.value) for sample in family.samples],
+        )
+        for family in parse_text(text(metrics))
+        if family.samples
+    }
+    assert found == EXPECTED
+
+
+def test_every_series_is_named_as_its_type_wants(metrics):
+    metrics.observe_rpc("Allocate", "OK", 0.002)
+    for family in parse_text(text(metrics)):
+        assert family.name.startswith("vgpu_")
+        assert family.documentation.endswith(".")
+        names = {sample.name for sample in family.samples}
+        if family.type == "counter":
+            assert names == {f"{family.name}_total"}
+        elif family.type == "histogram":
+            assert names == {f"{family.name}_{part}" for part in ("bucket", "count", "sum")}
+        else:
+            assert names <= {family.name}
+
+
+def test_units_are_base_units(metrics):
+    metrics.observe_rpc("Allocate", "OK", 0.002)
+    names = {family.name for family in parse_text(text(metrics))}
+    assert {name for name in names if "memory" in name} == {"vgpu_gpu_memory_bytes"}
+    assert {name for name in names if "duration" in name} == {"vgpu_rpc_duration_seconds"}
+    unwanted = ("_mib", "_mb", "_kib", "_percent", "_ms", "_milliseconds", "_minutes")
+    assert [name for name in names if name.endswith(unwanted)] == []
+
+
+def test_no_series_repeats_and_none_is_of_creation_times(metrics):
+    metrics.observe_rpc("Allocate", "OK", 0.002)
+    for accept in ("", OPENMETRICS):
+        lines = [line for line in text(metrics, accept=accept).splitlines() if line[0] != "#"]
+        series = [line.rpartition(" ")[0] for line in lines]
+        assert len(series) == len(set(series))
+        assert "_created" not in "\n".join(lines)
+
+
+def test_nothing_of_the_process_or_the_interpreter_is_told(metrics):
+    assert "python_" not in text(metrics)
+    assert "process_" not in text(metrics)
+
+
+# Formats
+
+
+@pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/html,*/*;q=0.8", "nonsense"])
+def test_the_text_format_is_the_default(metrics, accept):
+    body, content_type = metrics.render(SNAPSHOT, accept)
+    assert content_type.startswith("text/plain; version=")
+    assert "charset=utf-8" in content_type
+    assert "# EOF" not in body.decode()
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        OPENMETRICS,
+        # What Prometheus sends.
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1",
+    ],
+)
+def test_openmetrics_is_told_to_whoever_accepts_it(metrics, accept):
+    metrics.observe_rpc("Allocate", "OK", 0.002)
+    body, content_type = metrics.render(SNAPSHOT, accept)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert body.decode().endswith("# EOF\n")
+    as_text = {family.name for family in parse_text(text(metrics))}
+    assert {family.name for family in parse_openmetrics(body.decode())} == as_text
+
+
+def test_promtool_finds_nothing_to_criticise(metrics):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: package prometheus)")
+    metrics.observe_rpc("Allocate", "OK", 0.002)
+    body, _ = metrics.render(SNAPSHOT, "")
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=body, capture_output=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# States
+
+
+def test_before_the_driver_answers_there_is_no_card_and_everything_is_down(metrics):
+    assert samples(metrics, Snapshot(), "vgpu_nvml_up") == [({}, 0)]
+    assert samples(metrics, Snapshot(), "vgpu_kubelet_connected") == [({}, 0)]
+    assert samples(metrics, Snapshot(), "vgpu_devices") == []
+    assert 'gpu_uuid="' not in text(metrics, Snapshot())
+
+
+@pytest.mark.parametrize(
+    "kubelet", [Kubelet(), Kubelet(registered=True), Kubelet(registered=False, streams=1)]
+)
+def test_a_kubelet_is_connected_only_when_it_is_registered_with_and_follows(metrics, kubelet):
+    snapshot = Snapshot(kubelet=kubelet)
+    assert samples(metrics, snapshot, "vgpu_kubelet_connected") == [({}, 0)]
+
+
+def test_the_result_of_every_registration_is_there_from_the_start(metrics):
+    results = [labels["result"] for labels, value in _registrations(metrics) if value == 0]
+    assert results == ["registered", "refused", "unreachable", "no-stream", "endpoint"]
+
+
+def _registrations(metrics: Metrics) -> list[tuple[dict[str, str], float]]:
+    return samples(metrics, Snapshot(), "vgpu_registrations_total")
+
+
+def test_a_card_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
+    """Only the counters of what happened to it go on."""
+    text(metrics)  # nothing of this scrape is kept
+    later = Snapshot(
+        inventory=Inventory((Card(WELL, 4),)),
+        driver=SNAPSHOT.driver,
+        xids=SNAPSHOT.xids,
+        transitions=SNAPSHOT.transitions,
+    )
+    told = {
+        sample.name
+        for family in parse_text(text(metrics, later))
+        for sample in family.samples
+        if sample.labels.get("gpu_uuid") == "GPU-b"
+    }
+    assert told == {"vgpu_xid_errors_total", "vgpu_health_transitions_total"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    ['A "quoted" card', "back\\slash", "two\nlines", "\\n", "naïve ☃ card", "{a='b'},", ""],
+)
+def test_an_odd_model_name_survives_both_formats(metrics, model):
+    odd = Gpu("GPU-a", 0, model, GIB, "00000000:01:00.0")
+    snapshot = Snapshot(inventory=Inventory((Card(odd, 1),)), driver=Driver("1", None))
+    for accept, parse in (("", parse_text), (OPENMETRICS, parse_openmetrics)):
+        families = {family.name: family for family in parse(text(metrics, snapshot, accept))}
+        (sample,) = families["vgpu_gpu_info"].samples
+        assert sample.labels["model"] == model
+
+
+# Calls of the kubelet
+
+
+def test_calls_are_timed_by_method_and_code(metrics):
+    metrics.observe_rpc("Allocate", "OK", 0.0004)
+    metrics.observe_rpc("Allocate", "OK", 0.004)
+    metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 20.0)
+    counts = samples(metrics, SNAPSHOT, "vgpu_rpc_duration_seconds_count")
+    assert sorted((each["method"], each["code"], count) for each, count in counts) == [
+        ("Allocate", "INVALID_ARGUMENT", 1),
+        ("Allocate", "OK", 2),
+    ]
+    sums = {each["code"]: value for each, value in _rpc(metrics, "sum")}
+    assert sums == {"OK": pytest.approx(0.0044), "INVALID_ARGUMENT": 20.0}
+    buckets = {(each["code"], each["le"]): value for each, value in _rpc(metrics, "bucket")}
+    assert buckets["OK", "0.0005"] == 1
+    assert buckets["OK", "0.0025"] == 1
+    assert buckets["OK", "0.005"] == 2
+    assert buckets["OK", "+Inf"] == 2
+    assert buckets["INVALID_ARGUMENT", "10.0"] == 0
+    assert buckets["INVALID_ARGUMENT", "+Inf"] == 1
+
+
+def _rpc(metrics: Metrics, part: str) -> list[tuple[dict[str, str], float]]:
+    return samples(metrics, SNAPSHOT, f"vgpu_rpc_duration_seconds_{part}")
+
+
+def test_timings_stay_over_scrapes_and_belong_to_one_agent(metrics):
+    other = Metrics(version="1.2.3", resource_name=RESOURCE)
+    metrics.observe_rpc("Allocate", "OK", 0.1)
+    assert text(metrics) == text(metrics)
+    assert _rpc(other, "count") == []
+
+
+def test_calls_are_timed_while_metrics_are_rendered(metrics):
+    """A scrape renders in a worker thread while the loop serves the kubelet."""
+    ended = threading.Event()
+
+    def call() -> None:
+        number = 0
+        while not ended.is_set():
+            metrics.observe_rpc("Allocate", str(number), 0.001)
+            number = (number + 1) % 20
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    try:
+        for _ in range(20):
+            text(metrics)
+    finally:
+        ended.set()
+        caller.join()
+
+
+def test_768_vgpus_are_rendered_without_a_series_for_each(metrics):
+    cards = tuple(
+        Card(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", GIB, f"00000000:{n:02x}:00.0"), 48)
+        for n in range(16)
+    )
+    snapshot = Snapshot(inventory=Inventory(cards), driver=Driver("1", None))
+    start = time.perf_counter()
+    body = text(metrics, snapshot)
+    assert time.perf_counter() - start < 1
+    advertised = samples(metrics, snapshot, "vgpu_devices")
+    assert sum(value for labels, value in advertised if labels["health"] == "healthy") == 768
+    assert len(body.splitlines()) < 768

@@ -1,0 +1,586 @@
+import asyncio
+import http.client
+import logging
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
+
+import anyio
+import pytest
+
+from tests.kubelet_peer import off_loop
+from vgpu_agent.errors import ListenError
+from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.state import Driver, NodeState, RegistrationResult, Snapshot
+from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.status import Status
+from vgpu_agent.observe.web import ALIVE, BEAT, Web, listen
+from vgpu_agent.settings import Address
+
+LOOPBACK = Address("127.0.0.1", 0)
+RESOURCE = "example.com/vgpu"
+STATUS = Status("1.2.3", RESOURCE, health_checks=True)
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+# A machine without IPv6 has no such case, rather than one that is skipped.
+LOOPBACKS = [LOOPBACK, Address("::1", 0)] if has_ipv6() else [LOOPBACK]
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Site:
+    """A running Web and the means to ask it."""
+
+    web: Web
+    state: NodeState
+    metrics: Metrics
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.web.address, timeout=5)
+
+    async def get(self, path: str, method: str = "GET", **headers: str) -> Reply:
+        return await off_loop(self._get, path, method, headers)
+
+    def _get(self, path: str, method: str, headers: dict[str, str]) -> Reply:
+        host, port = self.web.address
+        with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
+            connection.request(method, path, headers=headers)
+            reply = connection.getresponse()
+            told = {name.lower(): value for name, value in reply.getheaders()}
+            return Reply(reply.status, told, reply.read())
+
+    async def raw(self, request: bytes) -> bytes:
+        """Everything that is answered until the server ends the connection."""
+        return await off_loop(self._raw, request)
+
+    def _raw(self, request: bytes) -> bytes:
+        with self.connect() as connection:
+            connection.sendall(request)
+            answer = b""
+            while data := connection.recv(65536):
+                answer += data
+            return answer
+
+
+@asynccontextmanager
+async def serving(
+    address: Address = LOOPBACK, metrics: Metrics | None = None, **options: object
+) -> AsyncIterator[Site]:
+    """A Web that serves; what it leaves behind at its end is looked for."""
+    before = running()
+    state = NodeState(replicas=10)
+    metrics = metrics or Metrics(version="1.2.3", resource_name=RESOURCE)
+    web = Web(listener=listen(address), state=state, metrics=metrics, status=STATUS, **options)
+    async with anyio.create_task_group() as tasks:
+        site = Site(web, state, metrics, tasks.cancel_scope)
+        await tasks.start(web.run)
+        yield site
+        tasks.cancel_scope.cancel()
+    assert running() == before
+
+
+def running() -> set[asyncio.Task[object]]:
+    """All tasks but those of the test runner."""
+    tasks = asyncio.all_tasks()
+    return {task for task in tasks if "TestRunner" not in task.get_coro().__qualname__}
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One loop for all, since `site` lives as long."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def site() -> AsyncIterator[Site]:
+    """For tests that change no state: the end of each Web takes a tenth of a second."""
+    async with serving() as site:
+        yield site
+
+
+@pytest.fixture
+async def own_site() -> AsyncIterator[Site]:
+    async with serving() as site:
+        yield site
+
+
+# /metrics
+
+
+@pytest.mark.parametrize("address", LOOPBACKS, ids=str)
+async def test_metrics_are_served(address):
+    async with serving(address) as site:
+        assert site.web.address.host == address.host
+        reply = await site.get("/metrics")
+    assert reply.status == 200
+    assert reply.headers["content-type"].startswith("text/plain; version=")
+    assert reply.headers["content-length"] == str(len(reply.body))
+    assert reply.headers["cache-control"] == "no-store"
+    assert b'vgpu_build_info{version="1.2.3"} 1.0\n' in reply.body
+
+
+async def test_metrics_are_those_of_the_newest_snapshot(own_site):
+    assert (
+        b'vgpu_registrations_total{result="refused"} 0.0\n' in (await own_site.get("/metrics")).body
+    )
+    own_site.state.registration_tried(RegistrationResult.REFUSED, "no")
+    assert (
+        b'vgpu_registrations_total{result="refused"} 1.0\n' in (await own_site.get("/metrics")).body
+    )
+
+
+async def test_openmetrics_is_served_to_whoever_accepts_it(site):
+    reply = await site.get("/metrics", Accept=OPENMETRICS)
+    assert reply.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert reply.body.endswith(b"# EOF\n")
+
+
+async def test_the_accept_header_may_come_in_parts(site):
+    answer = await site.raw(
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Accept: text/html\r\naccept: application/openmetrics-text; version=1.0.0\r\n\r\n"
+    )
+    assert answer.endswith(b"# EOF\n")
+
+
+async def test_an_accept_header_that_is_no_text_is_as_good_as_none(site):
+    answer = await site.raw(
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: \xff\xfe\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+# Requests in general
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/nothing"])
+async def test_head_has_the_headers_of_get_and_no_body(site, path):
+    whole = await site.get(path)
+    answer = await site.raw(
+        f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    )
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == b""
+    assert f"content-length: {whole.headers['content-length']}".encode() in head.splitlines()
+    assert head.splitlines()[0].split()[1] == str(whole.status).encode()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"])
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz"])
+async def test_only_get_and_head_are_allowed(site, method, path):
+    reply = await site.get(path, method)
+    assert (reply.status, reply.body) == (405, b"only GET and HEAD\n")
+    assert reply.headers["allow"] == "GET, HEAD"
+
+
+async def test_the_body_of_a_refused_request_does_not_become_the_next_request(site):
+    def ask() -> list[int]:
+        host, port = site.web.address
+        with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
+            statuses = []
+            for method in ("POST", "GET"):
+                connection.request(method, "/healthz", body=b"GET /nothing HTTP/1.1\r\n\r\n")
+                reply = connection.getresponse()
+                reply.read()
+                statuses.append(reply.status)
+            return statuses
+
+    assert await off_loop(ask) == [405, 200]
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics/", "/metricsx", "//metrics", "/%6detricz"])
+async def test_an_unknown_path_is_answered_with_those_that_exist(site, path):
+    reply = await site.get(path)
+    assert reply.status == 404
+    assert reply.body == b"no such path; there are /metrics, /healthz, /readyz, /status.json\n"
+
+
+@pytest.mark.parametrize("path", ["/healthz?", "/healthz?verbose", "/healthz?a=%ff&b=/nothing"])
+async def test_a_query_changes_nothing(site, path):
+    assert (await site.get(path)).status == 200
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\r\n\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"GET /metrics\r\n\r\n",
+        b"GET /metrics HTTP/9.9\r\n\r\n",
+        b"GET /met rics HTTP/1.1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\n\r\n",  # without a host
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),  # TLS
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 200_000,
+        b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+async def test_a_malformed_request_is_refused_and_the_next_one_answered(site, request_):
+    def send() -> bytes:
+        with site.connect() as connection:
+            try:
+                connection.sendall(request_)
+                connection.shutdown(socket.SHUT_WR)
+                return connection.recv(65536)
+            except ConnectionError:  # it may hang up in the middle of ours
+                return b""
+
+    answer = await off_loop(send)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+    assert (await site.get("/healthz")).status == 200
+
+
+async def test_a_client_that_hangs_up_at_once_does_no_harm(site, caplog):
+    def knock() -> None:
+        for _ in range(20):
+            with site.connect() as connection:
+                connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+
+    await off_loop(knock)
+    assert (await site.get("/healthz")).status == 200
+    assert caplog.records == []
+
+
+async def test_a_connection_serves_many_requests(site):
+    def ask() -> set[int]:
+        host, port = site.web.address
+        with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
+            statuses = set()
+            connection.connect()
+            own = connection.sock.getsockname()
+            for _ in range(20):
+                connection.request("GET", "/metrics")
+                reply = connection.getresponse()
+                reply.read()
+                statuses.add(reply.status)
+                assert connection.sock.getsockname() == own
+            return statuses
+
+    assert await off_loop(ask) == {200}
+
+
+async def test_an_answer_does_not_wait_for_the_client_to_confirm_its_first_half(site):
+    """Nagle's algorithm and delayed confirmations cost 40 ms an answer where both are on."""
+
+    def ask() -> float:
+        host, port = site.web.address
+        with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
+            took = []
+            for _ in range(10):
+                start = time.monotonic()
+                connection.request("GET", "/healthz")
+                connection.getresponse().read()
+                took.append(time.monotonic() - start)
+            return sorted(took)[5]
+
+    assert await off_loop(ask) < 0.03
+
+
+# /healthz
+
+
+async def test_a_living_agent_is_healthy(site):
+    reply = await site.get("/healthz")
+    assert (reply.status, reply.body) == (200, b"ok\n")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_an_agent_without_a_sign_of_life_is_not_healthy():
+    clock = Clock()
+    async with serving(clock=clock) as site:
+        clock.now += ALIVE
+        assert (await site.get("/healthz")).status == 200
+        clock.now += 2.4
+        reply = await site.get("/healthz")
+        assert (reply.status, reply.body) == (503, b"no sign of life for 12 s\n")
+
+
+@pytest.mark.slow
+async def test_the_next_sign_of_life_makes_it_healthy_again():
+    clock = Clock()
+    async with serving(clock=clock) as site:
+        clock.now += 2 * ALIVE
+        assert (await site.get("/healthz")).status == 503
+        await anyio.sleep(BEAT + 0.5)
+        assert (await site.get("/healthz")).status == 200
+
+
+# /readyz
+
+
+async def test_an_agent_is_not_ready_before_it_is_registered(site):
+    reply = await site.get("/readyz")
+    assert (reply.status, reply.body) == (503, b"not registered: starting\n")
+
+
+async def test_an_agent_that_is_not_ready_says_why(own_site):
+    own_site.state.registration_tried(RegistrationResult.REFUSED, "the kubelet refused")
+    reply = await own_site.get("/readyz")
+    assert (reply.status, reply.body) == (503, b"not registered: the kubelet refused\n")
+
+
+async def test_an_agent_is_ready_while_the_kubelet_follows_its_list(own_site):
+    own_site.state.registration_tried(RegistrationResult.REGISTERED)
+    assert (await own_site.get("/readyz")).status == 503
+    own_site.state.stream_opened()
+    reply = await own_site.get("/readyz")
+    assert (reply.status, reply.body) == (200, b"ready\n")
+    own_site.state.registration_ended("the kubelet ended the stream")
+    own_site.state.stream_ended()
+    reply = await own_site.get("/readyz")
+    assert (reply.status, reply.body) == (503, b"not registered: the kubelet ended the stream\n")
+
+
+async def test_an_agent_is_ready_without_any_card(own_site):
+    own_site.state.driver_failed("no driver")
+    own_site.state.registration_tried(RegistrationResult.REGISTERED)
+    own_site.state.stream_opened()
+    assert (await own_site.get("/readyz")).status == 200
+
+
+# Listening
+
+
+@pytest.fixture
+def taken() -> Iterator[Address]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield Address(*server.getsockname())
+
+
+def test_a_port_in_use_is_told_with_variable_address_and_reason(taken):
+    with pytest.raises(ListenError) as caught:
+        listen(taken)
+    assert str(caught.value) == (
+        f"VGPU_METRICS_ADDRESS={taken}: cannot listen there: Address already in use;"
+        " set another host:port, or end what uses this one"
+    )
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        Address("no-such-host.invalid", 9408),
+        Address("192.0.2.1", 9408),  # never of this machine: kept for documentation
+        Address("2001:db8::1", 9408),
+        Address("0.0.0..0", 9408),  # not a name at all
+        Address("x" * 64, 9408),
+    ],
+    ids=lambda address: address.host,
+)
+def test_an_address_that_is_not_here_is_told_with_variable_address_and_reason(address):
+    with pytest.raises(ListenError) as caught:
+        listen(address)
+    head, _, reason = str(caught.value).partition(": cannot listen there: ")
+    assert head == f"VGPU_METRICS_ADDRESS={address}"
+    assert len(reason.partition(";")[0]) > 5
+    assert "\n" not in reason
+
+
+def test_a_port_is_found_where_any_will_do():
+    with listen(LOOPBACK) as listener:
+        web = Web(
+            listener=listener,
+            state=NodeState(replicas=1),
+            metrics=Metrics(version="1", resource_name=RESOURCE),
+            status=STATUS,
+        )
+        assert web.address.host == "127.0.0.1"
+        assert web.address.port > 0
+
+
+@pytest.mark.parametrize("address", LOOPBACKS[1:], ids=str)
+def test_the_ipv6_wildcard_takes_ipv4_too(address):
+    assert address.host == "::1"
+    with listen(Address("::", 0)) as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=5).close()
+
+
+async def test_the_port_is_free_again_after_the_end():
+    async with serving() as site:
+        address = site.web.address
+        assert (await site.get("/healthz")).status == 200
+    listen(address).close()
+
+
+# The end
+
+
+async def test_it_ends_at_once_when_nobody_is_there():
+    async with serving() as site:
+        start = time.monotonic()
+        site.scope.cancel()
+    assert time.monotonic() - start < 0.5
+
+
+async def test_it_ends_while_a_client_keeps_its_connection():
+    async with serving() as site:
+        host, port = site.web.address
+        connection = http.client.HTTPConnection(host, port, timeout=5)
+        await off_loop(connection.request, "GET", "/healthz")
+        await off_loop(lambda: connection.getresponse().read())
+        start = time.monotonic()
+        site.scope.cancel()
+    assert time.monotonic() - start < 1.5
+    with closing(connection):
+        assert connection.sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost:"])
+async def test_it_ends_while_a_client_has_not_asked_yet(sent):
+    async with serving() as site:
+        connection = await off_loop(site.connect)
+        await off_loop(connection.sendall, sent)
+        await anyio.sleep(0.05)
+        start = time.monotonic()
+        site.scope.cancel()
+    assert time.monotonic() - start < 1.5
+    connection.close()
+
+
+class Slow(Metrics):
+    """Metrics that take until they are told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(version="1", resource_name=RESOURCE)
+        self.asked = threading.Event()
+        self.go_on = threading.Event()
+
+    def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+        self.asked.set()
+        self.go_on.wait(5)
+        return super().render(snapshot, accept)
+
+
+async def test_a_request_under_way_is_answered_before_the_end():
+    slow = Slow()
+    replies = []
+    async with serving(metrics=slow) as site, anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            with anyio.CancelScope(shield=True):
+                replies.append(await site.get("/metrics"))
+
+        tasks.start_soon(ask)
+        await off_loop(slow.asked.wait, 5)
+        start = time.monotonic()
+        threading.Timer(0.2, slow.go_on.set).start()
+        site.scope.cancel()
+    assert time.monotonic() - start < 1.5
+    assert replies[0].status == 200
+
+
+class Huge(Metrics):
+    """Metrics that do not fit into the buffers of a connection."""
+
+    def render(self, *_: object) -> tuple[bytes, str]:
+        return b"x" * 50_000_000, "text/plain"
+
+
+@pytest.mark.slow
+async def test_it_ends_while_a_client_reads_nothing():
+    async with serving(metrics=Huge(version="1", resource_name=RESOURCE)) as site:
+        connection = await off_loop(site.connect)
+        await off_loop(connection.sendall, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        await anyio.sleep(0.2)
+        start = time.monotonic()
+        site.scope.cancel()
+    assert time.monotonic() - start < 1.5
+    connection.close()
+
+
+# The loop
+
+
+async def test_rendering_does_not_hold_up_the_loop():
+    """A scrape that takes half a second of somebody's time is not the loop's."""
+    slow = Slow()
+    worst = 0.0
+
+    async def tick() -> None:
+        nonlocal worst
+        while True:
+            start = time.monotonic()
+            await anyio.sleep(0.01)
+            worst = max(worst, time.monotonic() - start)
+
+    async with serving(metrics=slow) as site, anyio.create_task_group() as tasks:
+        tasks.start_soon(tick)
+        threading.Timer(0.5, slow.go_on.set).start()
+        assert (await site.get("/metrics")).status == 200
+        tasks.cancel_scope.cancel()
+    assert worst < 0.3
+
+
+async def test_other_pages_are_answered_while_metrics_are_rendered():
+    slow = Slow()
+    async with serving(metrics=slow) as site, anyio.create_task_group() as tasks:
+        tasks.start_soon(site.get, "/metrics")
+        await off_loop(slow.asked.wait, 5)
+        assert (await site.get("/healthz")).status == 200
+        slow.go_on.set()
+
+
+async def test_the_scrapes_of_many_cards_do_not_hold_up_the_loop(own_site):
+    cards = tuple(
+        Card(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", 1 << 30, f"00000000:{n:02x}:00.0"), 48)
+        for n in range(64)
+    )
+    own_site.state.latest.publish(Snapshot(inventory=Inventory(cards), driver=Driver("1", None)))
+    worst = 0.0
+
+    async def tick() -> None:
+        nonlocal worst
+        while True:
+            start = time.monotonic()
+            await anyio.sleep(0.005)
+            worst = max(worst, time.monotonic() - start)
+
+    async with anyio.create_task_group() as ticker:
+        ticker.start_soon(tick)
+        async with anyio.create_task_group() as scrapes:
+            for _ in range(8):
+                scrapes.start_soon(own_site.get, "/metrics")
+        ticker.cancel_scope.cancel()
+    assert worst < 0.5
+
+
+async def test_a_page_that_fails_is_a_500_and_the_next_one_is_answered(caplog):
+    class Broken(Metrics):
+        def render(self, *_: object) -> tuple[bytes, str]:
+            raise LookupError("broken")
+
+    with caplog.at_level(logging.ERROR):
+        async with serving(metrics=Broken(version="1", resource_name=RESOURCE)) as site:
+            assert (await site.get("/metrics")).status == 500
+            assert (await site.get("/healthz")).status == 200
+    assert any(
+        record.exc_info and isinstance(record.exc_info[1], LookupError) for record in caplog.records
+    )

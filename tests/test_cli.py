@@ -1,0 +1,355 @@
+"""The command line, and the agent as a process."""
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent_process import REPOSITORY, execute, running
+from tests.kubelet_peer import KubeletPeer
+from vgpu_agent import __main__ as program
+from vgpu_agent import cli
+from vgpu_agent.errors import ListenError, SettingsError, StoryError
+
+VENVS = REPOSITORY / ".cache" / "venvs"
+REQUIREMENTS = REPOSITORY / "requirements" / "run.txt"
+OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
+SUPPORTED = ("3.11", "3.12", "3.13")
+
+
+# Interpreters
+
+
+def interpreters() -> dict[str, str]:
+    """The supported versions of Python that this machine has, and where."""
+    found = {OWN: sys.executable}
+    for name in SUPPORTED:
+        managed = sorted(Path.home().glob(f".pyenv/versions/*/bin/python{name}"))
+        for candidate in (shutil.which(f"python{name}"), *map(str, managed)):
+            if name not in found and candidate and _runs(candidate):
+                found[name] = candidate
+    return dict(sorted(found.items()))
+
+
+def _runs(python: str) -> bool:
+    """Whether it can make a virtual environment: a shim may lead nowhere."""
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", "import ensurepip, venv"],
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+PYTHONS = interpreters()
+
+
+def with_requirements(name: str) -> str:
+    """An interpreter of that version which has what the agent needs; kept for the next time."""
+    if name == OWN:
+        return sys.executable
+    asked = [PYTHONS[name], "-I", "-c", "import platform; print(platform.python_version())"]
+    exact = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    key = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:16]
+    made = VENVS / f"{exact}-{key}"
+    if not made.exists():
+        VENVS.mkdir(parents=True, exist_ok=True)
+        # Made aside and renamed: test runs beside each other never see half of it.
+        fresh = Path(tempfile.mkdtemp(dir=VENVS))
+        subprocess.run([PYTHONS[name], "-m", "venv", fresh], check=True)
+        pip = [fresh / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+        install = ["install", "-q", "--require-hashes", "-r", REQUIREMENTS]
+        subprocess.run([*pip, *install], check=True)
+        try:
+            fresh.rename(made)
+        except OSError:  # the other run was first
+            shutil.rmtree(fresh)
+    return str(made / "bin" / "python")
+
+
+def sockets(kubelet_dir: Path) -> list[str]:
+    return sorted(path.name for path in (kubelet_dir / "device-plugins").glob("vgpu-*"))
+
+
+# The command line
+
+
+def test_run_takes_no_arguments():
+    assert vars(cli.parse(["run"])) == {"command": "run"}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("20", 20.0), ("0.5", 0.5), ("1e1", 10.0)])
+def test_dev_takes_a_number_of_seconds(text, seconds):
+    assert cli.parse(["dev", "--for", text]).seconds == seconds
+    assert cli.parse(["dev"]).seconds is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "required: command"),
+        (["walk"], "'walk'"),
+        (["run", "--fast"], "--fast"),
+        (["run", "now"], "now"),
+        (["--replicas", "run"], "--replicas"),
+        (["dev", "--for"], "--for"),
+        (["dev", "--for", "0"], "'0' is not a number of seconds above 0"),
+        (["dev", "--for", "-1"], "--for"),
+        (["dev", "--for", "inf"], "'inf' is not a number of seconds above 0"),
+        (["dev", "--for", "nan"], "'nan' is not a number of seconds above 0"),
+        (["dev", "--for", "soon"], "'soon' is not a number of seconds above 0"),
+    ],
+)
+def test_wrong_arguments_end_with_2_and_a_message_that_names_them(capsys, arguments, named):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(arguments)
+    assert caught.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "usage: vgpu-agent" in told.err
+    assert named in told.err.splitlines()[-1]
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(["--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^ +run +run the agent", told, re.MULTILINE)
+    assert re.search(r"^ +dev +run the agent with simulated GPUs", told, re.MULTILINE)
+
+
+# Exit codes
+
+
+class BugError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (SettingsError("1 setting is wrong:\n  X"), 2, "vgpu-agent: 1 setting is wrong:\n  X\n"),
+        (ExceptionGroup("", [ListenError("taken")]), 2, "vgpu-agent: taken\n"),
+        (
+            ExceptionGroup("", [ExceptionGroup("", [StoryError("step 'x' failed")])]),
+            1,
+            "vgpu-agent: step 'x' failed\n",
+        ),
+    ],
+)
+def test_an_expected_error_is_a_message_and_an_exit_code(monkeypatch, capsys, error, code, told):
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(program, "execute", fail)
+    with pytest.raises(SystemExit) as caught:
+        program.main()
+    assert caught.value.code == code
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BugError("oh"),
+        ExceptionGroup("", [BugError("oh")]),
+        ExceptionGroup("", [ListenError("x"), BugError("oh")]),
+    ],
+)
+def test_a_bug_ends_with_1_and_is_logged_with_its_trace(monkeypatch, caplog, error):
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(program, "execute", fail)
+    with pytest.raises(SystemExit) as caught:
+        program.main()
+    assert caught.value.code == 1
+    (record,) = caplog.records
+    assert record.getMessage() == "ending after an unexpected error"
+    assert "BugError: oh" in (record.exc_text or caplog.text)
+
+
+def test_an_end_as_asked_is_0(monkeypatch):
+    monkeypatch.setattr(program, "execute", lambda _: None)
+    with pytest.raises(SystemExit) as caught:
+        program.main()
+    assert caught.value.code == 0
+
+
+# Processes that end by themselves
+
+
+@pytest.mark.slow
+def test_the_version_is_that_of_the_package():
+    done = execute("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, version("vgpu-agent") + "\n", "")
+
+
+@pytest.mark.slow
+def test_a_process_with_wrong_arguments_ends_with_2():
+    done = execute("dev", "--for", "0")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].endswith("'0' is not a number of seconds above 0")
+
+
+@pytest.mark.slow
+def test_wrong_settings_end_with_2_and_a_line_for_each():
+    done = execute(
+        "run", VGPU_GPU_DRIVER="simulated", VGPU_REPLICAS="many", VGPU_METRICS_ADDRESS="9408"
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    head, first, second = done.stderr.splitlines()
+    assert head == "vgpu-agent: 2 settings are wrong:"
+    assert first.startswith("  VGPU_REPLICAS='many' is wrong; allowed: ")
+    assert second.startswith("  VGPU_METRICS_ADDRESS='9408' is wrong; allowed: ")
+
+
+@pytest.mark.slow
+def test_a_metrics_port_in_use_ends_with_2_and_a_message(kubelet_dir):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = "{}:{}".format(*taken.getsockname())
+        done = execute(
+            "run",
+            VGPU_GPU_DRIVER="simulated",
+            VGPU_KUBELET_DIR=str(kubelet_dir),
+            VGPU_METRICS_ADDRESS=address,
+        )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"vgpu-agent: VGPU_METRICS_ADDRESS={address}: cannot listen there: Address already in use;"
+        " set another host:port, or end what uses this one\n"
+    )
+
+
+# The agent
+
+
+@pytest.mark.slow
+def test_the_agent_registers_lists_and_is_ready(kubelet_dir):
+    with KubeletPeer(kubelet_dir) as peer, running(kubelet_dir, VGPU_REPLICAS="4") as agent:
+        assert peer.wait_registrations(1).error is None
+        devices = peer.wait_list(1).devices
+        assert len(devices) == 2 * 4
+        assert {device.health for device in devices} == {"Healthy"}
+        agent.wait_line(r"registered k8s\.amazonaws\.com/vgpu with the kubelet")
+        assert agent.get("/readyz") == (200, "ready\n")
+        assert agent.get("/healthz") == (200, "ok\n")
+        status, metrics = agent.get("/metrics")
+        assert status == 200
+        assert "vgpu_kubelet_connected 1.0" in metrics
+        code, took = agent.end()
+    assert (code, took < 2) == (0, True)
+
+
+@pytest.mark.slow
+def test_without_a_kubelet_it_waits_is_not_ready_and_ends_at_once(kubelet_dir):
+    with running(kubelet_dir) as agent:
+        agent.wait_line("no kubelet at .*kubelet.sock: there is no such socket; waiting for it")
+        status, why = agent.get("/readyz")
+        assert status == 503
+        assert why.startswith(f"not registered: no kubelet at {kubelet_dir}/device-plugins/")
+        assert agent.get("/healthz")[0] == 200
+        code, took = agent.end()
+    assert (code, took < 2) == (0, True)
+    assert "Traceback" not in agent.text
+
+
+@pytest.mark.slow
+def test_an_unknown_variable_is_warned_about_and_does_nothing(kubelet_dir):
+    with running(kubelet_dir, VGPU_REPLICA="3", VGPU_AGENT_PORT="tcp://10.0.0.7:9408") as agent:
+        agent.wait_line("no kubelet at")
+        warned = [line for line in agent.lines if "is no setting" in line]
+        assert agent.end()[0] == 0
+    (line,) = warned
+    assert line.endswith(
+        "WARNING VGPU_REPLICA is no setting of vgpu-agent and does nothing;"
+        " did you mean VGPU_REPLICAS?"
+    )
+
+
+@pytest.mark.slow
+def test_every_line_is_a_json_object_where_json_is_asked_for(kubelet_dir):
+    variables = {"VGPU_LOG_FORMAT": "json", "VGPU_LOG_LEVEL": "debug", "VGPU_XYZZY": "1"}
+    with KubeletPeer(kubelet_dir) as peer, running(kubelet_dir, **variables) as agent:
+        peer.wait_list(1)
+        agent.wait_line("with the kubelet")
+        assert agent.end()[0] == 0
+    told: list[dict[str, Any]] = [json.loads(line) for line in agent.lines]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in told)
+    assert [line["message"] for line in told if line["level"] == "warning"] == [
+        "VGPU_XYZZY is no setting of vgpu-agent and does nothing"
+    ]
+    assert told[-1]["message"] == "SIGTERM: ending"
+
+
+# The end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0_and_without_its_socket(kubelet_dir, number):
+    with KubeletPeer(kubelet_dir) as peer, running(kubelet_dir) as agent:
+        peer.wait_list(1)
+        assert len(sockets(kubelet_dir)) == 1
+        code, took = agent.end(number)
+        assert peer.wait_stream_ends(1).code.name == "OK"
+    assert (code, took < 2) == (0, True), agent.text
+    assert sockets(kubelet_dir) == []
+    assert f"{number.name}: ending" in agent.lines[-1]
+
+
+@pytest.mark.slow
+def test_signals_that_come_again_change_nothing(kubelet_dir):
+    with KubeletPeer(kubelet_dir, hold_connection=True) as peer, running(kubelet_dir) as agent:
+        peer.wait_list(1)
+        agent.process.send_signal(signal.SIGINT)
+        agent.wait_line("SIGINT: ending")
+        time.sleep(0.03)  # the end is under way, and takes a tenth of a second at least
+        code, took = agent.end(signal.SIGTERM)
+    assert (code, took < 2) == (0, True), agent.text
+    assert sockets(kubelet_dir) == []
+    assert "Traceback" not in agent.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("behaviour", ["hold_connection", "stall"])
+def test_it_ends_on_every_python_whatever_the_kubelet_does(kubelet_dir, python, behaviour):
+    executable = with_requirements(python)
+    variables = {} if python == OWN else {"PYTHONPATH": str(REPOSITORY)}
+    with (
+        KubeletPeer(kubelet_dir, **{behaviour: True}) as peer,
+        running(kubelet_dir, executable, **variables) as agent,
+    ):
+        if behaviour == "stall":
+            peer.wait_stalled(20)
+        else:
+            peer.wait_list(1, 20)
+        agent.wait_line("with the kubelet")
+        code, took = agent.end()
+        ended = peer.wait_stream_ends(1)
+        if behaviour == "hold_connection":
+            assert ended.code.name == "OK"
+    assert (code, took < 2) == (0, True), agent.text
+    assert sockets(kubelet_dir) == []
+    assert "Traceback" not in agent.text
+    assert "Warning" not in agent.text

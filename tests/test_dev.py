@@ -1,0 +1,222 @@
+"""`vgpu-agent dev`: the rehearsal, as a process and inside this one."""
+
+import gc
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import anyio
+import pytest
+
+from vgpu_agent import dev
+from vgpu_agent.errors import StoryError
+from vgpu_agent.settings import Address, GpuDriverKind
+
+STRAY = {
+    "VGPU_REPLICAS": "99",
+    "VGPU_GPU_DRIVER": "nvml",
+    "VGPU_KUBELET_DIR": "not-absolute",
+    "VGPU_METRICS_ADDRESS": "nowhere",
+    "VGPU_LOG_LEVEL": "debug",
+}
+
+STORY = [
+    r"kubelet: a plugin registered k8s\.amazonaws\.com/vgpu",
+    r"kubelet: its first list has 20 vGPUs, all healthy",
+    r"look yourself: curl http://127\.0\.0\.1:\d+/metrics",
+    r"kubelet: pod resnet-0 admitted with GPU-\S+::\d+$",
+    r"NVIDIA_VISIBLE_DEVICES=GPU-\S+$",
+    r"VGPU_SHARE=1/10$",
+    r"mount \S+ on /dev/shm",
+    r"kubelet: pod bert-0 admitted with GPU-\S+, GPU-\S+$",
+    r"VGPU_SHARE=2/10$",
+    r"kubelet: pod llama-0 admitted with GPU-",
+    r"VGPU_SHARE=5/10$",
+    r"\(card 0 reports XID 79 and falls off the bus\)",
+    r"kubelet: one update: now 20 vGPUs, 10 of them unhealthy",
+    r"\(card 0 was reset and is enumerated again\)",
+    r"kubelet: one update: now 20 vGPUs, all healthy",
+    r"\(the kubelet stops and starts again\)",
+    r"kubelet: the plugin registered again; its list has 20 vGPUs, all healthy",
+    r"kubelet: pod resnet-1 admitted with GPU-\S+$",
+    r"all of it worked",
+    r"serving until 15 s",
+]
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Where processes put temporary files. Short: unix sockets take 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="t-") as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def taken(host: str, port: int) -> Iterator[None]:
+    """That address in use: by this test, or by whoever else has it."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(socket.create_server((host, port)))
+        yield
+
+
+def start(temporary: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    others = {name: value for name, value in os.environ.items() if not name.startswith("VGPU_")}
+    return subprocess.Popen(
+        [sys.executable, "-W", "default::ResourceWarning", "-m", "vgpu_agent", "dev", *arguments],
+        env=others | variables | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def in_order(patterns: list[str], lines: list[str]) -> list[str]:
+    """The patterns of which no line tells, each looked for after the line of the one before."""
+    missing = []
+    rest = iter(lines)
+    for pattern in patterns:
+        left = list(rest)
+        at = next((n for n, line in enumerate(left) if re.search(pattern, line)), None)
+        if at is None:
+            missing.append(pattern)
+        rest = iter(left if at is None else left[at + 1 :])
+    return missing
+
+
+# As a process
+
+
+@pytest.mark.slow
+def test_the_whole_story_is_told_in_time_whatever_is_set_or_taken_on_the_machine(temporary):
+    began = time.monotonic()
+    with taken("127.0.0.1", 9408), start(temporary, "--for", "15", **STRAY) as process:
+        told, errors = process.communicate(timeout=40)
+    assert process.returncode == 0, told + errors
+    assert time.monotonic() - began < 20
+    assert in_order(STORY, told.splitlines()) == []
+    assert "curl http://127.0.0.1:9408/" not in told
+    assert list(temporary.iterdir()) == []
+    assert errors == ""
+
+
+@pytest.mark.slow
+def test_too_short_a_time_fails_and_names_the_step(temporary):
+    with start(temporary, "--for", "2") as process:
+        told, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    first, _, rest = errors.partition("\n")
+    assert re.fullmatch(r"vgpu-agent: the time ended at step '[a-z0-9 -]+'", first)
+    assert "all of it worked" not in told
+    assert list(temporary.iterdir()) == []
+    assert rest == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_ends_it_cleanly(temporary, number):
+    with start(temporary) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = ""
+        while "its first list" not in line:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+        began = time.monotonic()
+        process.send_signal(number)
+        code = process.wait(10)
+        took = time.monotonic() - began
+        errors = process.stderr.read()
+    assert (code, took < 2) == (0, True), errors
+    assert list(temporary.iterdir()) == []
+    assert errors == ""
+
+
+# Inside this process
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> Iterator[None]:
+    """A step that is not observed is given up soon, and nobody reads along."""
+    monkeypatch.setattr(dev, "STEP", 2.5)
+    monkeypatch.setattr(dev, "SHOWN_FOR", 0.05)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    yield
+    gc.collect()  # what was left open is told of here, not in a later test
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(temporary):
+    told: list[str] = []
+    with pytest.raises((StoryError, ExceptionGroup)) as caught:
+        await dev.run_dev(told.append, watch_health=False)
+    errors = leaves(caught.value)
+    assert [type(error) for error in errors] == [StoryError]
+    assert str(errors[0]).startswith("step 'card failing' failed: not observed within 2.5 s")
+    assert "20 vGPUs, all healthy" in str(errors[0])
+    assert told[-1] == "(card 0 reports XID 79 and falls off the bus)"
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_the_story_ends_well_when_somebody_watches(temporary):
+    assert in_order(STORY[:-1], await whole_story()) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_it_works_where_temporary_files_are_far_down(monkeypatch, temporary):
+    """A long TMPDIR would make the path of a unix socket too long."""
+    deep = temporary / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    assert in_order(STORY[:-1], await whole_story()) == []
+
+
+async def whole_story() -> list[str]:
+    """What is told until there is nothing more to tell."""
+    told: list[str] = []
+    with anyio.CancelScope() as scope:
+
+        def tell(line: str) -> None:
+            told.append(line)
+            if line == "serving until Ctrl-C":
+                scope.cancel()
+
+        await dev.run_dev(tell)
+    return told
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in leaves(each)]
+    return [error]
+
+
+def test_the_metrics_are_where_they_always_are_if_nobody_else_is_there():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = Address(*free.getsockname())
+    assert dev._free_address(address) == address
+    with taken(*address):
+        assert dev._free_address(address) == Address("127.0.0.1", 0)
+
+
+def test_the_settings_come_from_no_variable(monkeypatch):
+    for name, value in STRAY.items():
+        monkeypatch.setenv(name, value)
+    settings = dev.embedded_settings(Path("/k"))
+    assert settings.gpu_driver is GpuDriverKind.SIMULATED
+    assert settings.replicas == 10
+    assert settings.kubelet_dir == Path("/k")
+    assert settings.metrics_address.host == "127.0.0.1"
