@@ -2,22 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FOR ?=
+ARGS ?=
 
-.PHONY: help run test quick cover bench lint fmt proto lock clean
+.PHONY: help run test quick bench lint fmt proto lock clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 run: .venv/ready ## the agent with simulated GPUs and a stand-in kubelet; FOR=25 ends by itself
 	@$(BIN)/vgpu-agent dev $(if $(FOR),--for $(FOR))
 
-test: .venv/ready ## all tests
-	$(BIN)/python -m pytest
+test: .venv/ready ## all tests; ARGS go to pytest
+	$(BIN)/python -m pytest $(ARGS)
 
 quick: .venv/ready ## the tests that are fast enough to run on every save
 	$(BIN)/python -m pytest -m 'not slow'
-
-cover: .venv/ready ## all tests with coverage, its bound checked
-	$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: .venv/ready ## style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

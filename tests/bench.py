@@ -5,6 +5,7 @@ The machine is noisy: compare figures of one run.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median, quantiles
 
+from tests.fake_nvml import FakeCard, FakeNvml, build
 from tests.kubelet_peer import KubeletPeer
 
 IDLE = 30.0
@@ -52,6 +54,7 @@ def main() -> None:
             "VGPU_SIMULATED_GPUS": str(CARDS),
             "VGPU_REPLICAS": str(REPLICAS),
             "VGPU_KUBELET_DIR": directory,
+            "VGPU_STATE_DIRECTORY": f"{directory}/state",
             "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
             "VGPU_LOG_LEVEL": "error",
         }
@@ -75,6 +78,48 @@ def main() -> None:
         finally:
             agent.terminate()
             print(f"exit code {agent.wait()}")
+    if shutil.which("cc"):
+        measure_faults(4, 10)
+        measure_faults(16, 48)
+
+
+def measure_faults(cards: int, replicas: int) -> None:
+    """From an XID in the driver to the list at the kubelet, by NVML; needs a C compiler."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vgpu-") as directory,
+        KubeletPeer(directory) as kubelet,
+    ):
+        nvml = FakeNvml(build(Path(directory)), Path(directory, "nvml"))
+        uuids = [f"GPU-a0000000-1111-2222-3333-{n:012d}" for n in range(cards)]
+        nvml.set_cards(
+            *(FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(uuids))
+        )
+        environment = os.environ | {
+            "VGPU_SHARING": "time-slicing",
+            "VGPU_REPLICAS": str(replicas),
+            "VGPU_KUBELET_DIR": directory,
+            "VGPU_STATE_DIRECTORY": f"{directory}/state",
+            "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
+            "VGPU_LOG_LEVEL": "error",
+            **nvml.environment(),
+        }
+        agent = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
+        try:
+            kubelet.wait_list(1)
+            times = []
+            for n, uuid in enumerate(uuids):
+                time.sleep(0.5)
+                began = time.monotonic()
+                nvml.xid(uuid, 79)
+                kubelet.wait_list(n + 2)
+                times.append(kubelet.lists[n + 1].time - began)
+            print(
+                f"XID to list at {cards * replicas:4} vGPUs      {ms(median(times))}"
+                f"  (median of {cards}; the fake driver looks every millisecond)"
+            )
+        finally:
+            agent.terminate()
+            agent.wait()
 
 
 def measure_calls(kubelet: KubeletPeer) -> None:

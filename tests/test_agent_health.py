@@ -340,6 +340,18 @@ def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows(
         assert re.search(r'vgpu_gpu_excluded{.*reason="mig"} 1.0', it.get("/metrics"))
 
 
+def test_a_card_that_is_put_into_mig_mode_leaves_the_list_at_once_and_returns(
+    kubelet_dir: Path, fake_nvml: FakeNvml
+) -> None:
+    fake_nvml.set_cards(*CARDS)
+    with node(kubelet_dir, fake_nvml) as it:
+        fake_nvml.update(UUIDS[1], mig=1)
+        it.kubelet.wait_list(lambda devices: len(devices) == 30)
+        it.wait(c0=10, c2=10, c3=10)
+        fake_nvml.update(UUIDS[1], mig=0)
+        it.wait(c0=10, c1=10, c2=10, c3=10)
+
+
 def test_without_health_checks_nothing_is_marked_and_that_is_said_loudly(
     kubelet_dir: Path, fake_nvml: FakeNvml
 ) -> None:

@@ -215,7 +215,8 @@ class HealthWatch:
     def _driver_failed(self, problem: DriverError) -> None:
         now = self.clock()
         if isinstance(problem, DriverLibraryError):
-            self._no_library_since = self._no_library_since or now
+            if self._no_library_since is None:
+                self._no_library_since = now
             if now - self._no_library_since >= self.policy.driver_wait:
                 raise problem
         else:
@@ -246,6 +247,8 @@ class HealthWatch:
         for excluded in scan.excluded:
             if excluded not in before.excluded:
                 log.warning("GPU %s left out: %s", excluded.gpu.uuid, excluded.detail)
+            if self._tracks.pop(excluded.gpu.uuid, None) is not None:
+                self.state.card_forgotten(excluded.gpu.uuid)  # it is there, and no longer ours
 
     def _absent(self, uuid: str) -> None:
         track = self._tracks[uuid]

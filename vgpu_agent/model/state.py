@@ -207,7 +207,7 @@ class NodeState:
         )
 
     def card_forgotten(self, uuid: str) -> None:
-        """A card that was lost for too long is no longer listed."""
+        """A card is no longer listed: lost for too long, or left out from now on."""
         left = tuple(card for card in self.snapshot.inventory.cards if card.gpu.uuid != uuid)
         self._become(replace(self.snapshot, inventory=Inventory(left)))
 
