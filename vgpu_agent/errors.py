@@ -34,6 +34,37 @@ class ReleaseError(VgpuAgentError):
     """The running agent could not be made to let go of the cards."""
 
 
+# MPS
+
+
+class MpsError(VgpuAgentError):
+    """The MPS control daemon could not be asked or told something."""
+
+
+class MpsBinaryError(MpsError):
+    """`nvidia-cuda-mps-control` is not there, or cannot be run."""
+
+
+class MpsDownError(MpsError):
+    """No daemon answers in the pipe directory."""
+
+
+class MpsHungError(MpsError):
+    """The daemon does not answer in time."""
+
+
+class MpsRefusedError(MpsError):
+    """The daemon answered with an error, or with what nobody can understand."""
+
+
+class AppliedStateError(MpsError):
+    """The file that says what was applied cannot be understood."""
+
+
+class MpsSetupError(MpsError):
+    """`vgpu-agent mps prepare`, `watch` or `restore` cannot do its work; says what to do."""
+
+
 # Kubelet
 
 

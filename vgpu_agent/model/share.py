@@ -3,10 +3,27 @@
 Rounding down is what keeps the shares of one card together within the card.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from fractions import Fraction
+from types import MappingProxyType
+
+from vgpu_agent.model.devices import Excluded, Gpu
 
 MIB = 2**20
+
+
+class MpsLimits(StrEnum):
+    """Where the limits of a container's MPS clients are put.
+
+    `client`: into the container's environment, where a pod's author can lift them. `server`: as
+    the daemon's defaults, which no client can exceed; then a container has one vGPU. `none`.
+    """
+
+    CLIENT = "client"
+    SERVER = "server"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +62,69 @@ def usable_bytes(total: int, driver_reserved: int, held_back: int) -> int:
     `held_back` is what is kept for the MPS server (setting VGPU_MEMORY_RESERVED).
     """
     return max(0, total - driver_reserved - held_back)
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How cards are divided into vGPUs.
+
+    By count (`replicas`), or by size where `device_memory` bytes are set. `by_gpu` overrides the
+    count for single cards, by index, UUID or model name: 1 is a whole card, 0 leaves the card to
+    others. `max_clients` is the bound of MPS on a card, None without MPS. `held_back` bytes of each
+    card are kept out.
+    """
+
+    replicas: int
+    device_memory: int | None = None
+    by_gpu: Mapping[str, int] = MappingProxyType({})
+    max_clients: int | None = None
+    held_back: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """What a card is divided into: `replicas` vGPUs of `vgpu_bytes` usable bytes each.
+
+    `note` says what an operator should know of it.
+    """
+
+    replicas: int
+    vgpu_bytes: int
+    note: str | None = None
+
+
+def divide(gpu: Gpu, division: Division) -> Divided | Excluded:
+    """The vGPUs of a card, or why it has none."""
+    usable = usable_bytes(gpu.memory_bytes, gpu.reserved_bytes, division.held_back)
+    override = next(
+        (
+            division.by_gpu[name]
+            for name in (gpu.uuid, str(gpu.index), gpu.model)
+            if name in division.by_gpu
+        ),
+        None,
+    )
+    if override == 0:
+        return Excluded(gpu, "replicas", "VGPU_REPLICAS_BY_GPU leaves this card to others")
+    if override is None and division.device_memory is not None:
+        return _by_size(gpu, usable, division.device_memory, division.max_clients)
+    replicas = division.replicas if override is None else override
+    if division.max_clients is not None and replicas > division.max_clients:
+        note = f"{replicas} vGPUs were asked for; MPS serves {division.max_clients} clients"
+        return Divided(division.max_clients, usable // division.max_clients, note)
+    return Divided(replicas, usable // replicas)
+
+
+def _by_size(gpu: Gpu, usable: int, size: int, max_clients: int | None) -> Divided | Excluded:
+    fit = usable // size
+    if fit == 0:
+        return Excluded(
+            gpu,
+            "memory",
+            f"{usable // MIB} MiB of the card are usable, less than one vGPU of"
+            f" VGPU_DEVICE_MEMORY ({size // MIB} MiB)",
+        )
+    if max_clients is not None and fit > max_clients:
+        note = f"{fit} vGPUs of that size fit; MPS serves {max_clients} clients"
+        return Divided(max_clients, size, note)
+    return Divided(fit, size)
