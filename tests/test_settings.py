@@ -9,14 +9,16 @@ import vgpu_agent
 from tests import readme
 from vgpu_agent import settings as configuration
 from vgpu_agent.errors import SettingsError
-from vgpu_agent.model.container import MpsSharing, Sharing, Threads
+from vgpu_agent.model.container import DeviceList, MpsSharing, Sharing, Threads
 from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.share import Division, MpsLimits
 from vgpu_agent.settings import (
     Address,
     EmbeddedSettings,
     GpuDriverKind,
     LogFormat,
     LogLevel,
+    MpsComputeMode,
     Settings,
     SharingKind,
     load,
@@ -31,8 +33,14 @@ DEFAULTS = {
     "sharing": SharingKind.MPS,
     "mps_max_clients": None,
     "replicas": 10,
+    "replicas_by_gpu": {},
+    "device_memory": None,
     "resource_name": "k8s.amazonaws.com/vgpu",
     "kubelet_dir": Path("/var/lib/kubelet"),
+    "device_list": DeviceList.ENVVAR,
+    "cdi_kind": "nvidia.com/gpu",
+    "mps_limits": MpsLimits.CLIENT,
+    "mps_compute_mode": MpsComputeMode.EXCLUSIVE,
     "mps_threads": Threads.SHARE,
     "mps_directory": Path("/run/vgpu-agent/mps"),
     "mps_shm": True,
@@ -57,6 +65,17 @@ DEFAULTS = {
 }
 
 GOOD = [
+    ("VGPU_REPLICAS_BY_GPU", "", {}),
+    ("VGPU_REPLICAS_BY_GPU", '{"0": 4, "NVIDIA L4": 1}', {"0": 4, "NVIDIA L4": 1}),
+    ("VGPU_REPLICAS_BY_GPU", '{"GPU-a": 0}', {"GPU-a": 0}),
+    ("VGPU_DEVICE_MEMORY", "", None),
+    ("VGPU_DEVICE_MEMORY", "8Gi", 8 << 30),
+    ("VGPU_DEVICE_LIST", "cdi+envvar", DeviceList.CDI_ENVVAR),
+    ("VGPU_DEVICE_LIST", "volume-mounts", DeviceList.VOLUME_MOUNTS),
+    ("VGPU_CDI_KIND", "example.com/card", "example.com/card"),
+    ("VGPU_MPS_LIMITS", "server", MpsLimits.SERVER),
+    ("VGPU_MPS_LIMITS", "none", MpsLimits.NONE),
+    ("VGPU_MPS_COMPUTE_MODE", "keep", MpsComputeMode.KEEP),
     ("VGPU_GPU_DRIVER", "simulated", GpuDriverKind.SIMULATED),
     ("VGPU_SHARING", "mps", SharingKind.MPS),
     ("VGPU_SHARING", "time-slicing", SharingKind.TIME_SLICING),
@@ -114,6 +133,16 @@ GOOD = [
 ]
 
 BAD = [
+    (
+        "VGPU_REPLICAS_BY_GPU",
+        ["{", "4", "[1]", '{"0": -1}', '{"0": 2000}', '{"0": "x"}'],
+        "a JSON object",
+    ),
+    ("VGPU_DEVICE_MEMORY", ["0", "512Ki", "-1Gi", "many"], "a size from 1Mi"),
+    ("VGPU_DEVICE_LIST", ["", "CDI", "env"], "`volume-mounts`"),
+    ("VGPU_CDI_KIND", ["", "gpu", "nvidia.com/", "nvidia.com/gpu=all"], "vendor/class"),
+    ("VGPU_MPS_LIMITS", ["", "daemon"], "`client`, `server` or `none`"),
+    ("VGPU_MPS_COMPUTE_MODE", ["", "default"], "`exclusive` or `keep`"),
     ("VGPU_GPU_DRIVER", ["", "NVML", "cuda", " nvml"], "`nvml` or `simulated`"),
     ("VGPU_SHARING", ["", "MPS", "timeslicing"], "`mps` or `time-slicing`"),
     ("VGPU_MPS_MAX_CLIENTS", ["", "0", "-1", "1025", "many", "4.5"], "from 1 to 1024"),
@@ -281,16 +310,31 @@ def test_no_trace_of_the_library_is_in_the_error(monkeypatch):
     with pytest.raises(SettingsError) as caught:
         load()
     assert "pydantic" not in str(caught.value)
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None
 
 
 # Values that go together
 
 
-def test_mps_on_real_cards_is_refused(monkeypatch):
-    monkeypatch.setenv("VGPU_GPU_DRIVER", "nvml")
-    with pytest.raises(SettingsError, match=r"VGPU_SHARING='mps' .* only `time-slicing` for now"):
+def test_a_size_and_a_number_of_vgpus_exclude_each_other(monkeypatch):
+    monkeypatch.setenv("VGPU_DEVICE_MEMORY", "8Gi")
+    assert load().division() == Division(
+        10, device_memory=8 << 30, max_clients=48, held_back=512 << 20
+    )
+    monkeypatch.setenv("VGPU_REPLICAS", "10")  # set is set, also to its default
+    with pytest.raises(SettingsError, match=r"VGPU_DEVICE_MEMORY='8Gi' is wrong.*VGPU_REPLICAS"):
         load()
+    monkeypatch.setenv("VGPU_PLACEMENT", "x")
+    with pytest.raises(SettingsError, match=r"2 settings are wrong"):
+        load()
+
+
+def test_a_single_card_cannot_have_more_vgpus_than_mps_serves(monkeypatch):
+    monkeypatch.setenv("VGPU_REPLICAS_BY_GPU", '{"0": 49}')
+    with pytest.raises(SettingsError, match="VGPU_REPLICAS_BY_GPU"):
+        load()
+    monkeypatch.setenv("VGPU_SHARING", "time-slicing")
+    assert load().division().by_gpu == {"0": 49}
 
 
 def test_time_slicing_on_real_cards_is_fine(monkeypatch):
@@ -618,7 +662,8 @@ def test_the_check_sees_every_way_to_the_environment(source, touched):
 
 def test_only_the_settings_and_the_command_line_touch_the_environment():
     touching = {name for name, source in SOURCES.items() if touches_environment(source)}
-    assert touching <= {"settings.py", "cli.py"}
+    # The control program is started with this process's environment and the daemon's directory.
+    assert touching <= {"settings.py", "cli.py", "mps/control.py"}
 
 
 @pytest.mark.parametrize("library", EDGES)

@@ -1,8 +1,9 @@
 """The wiring: builds the parts, opens the one task group, starts them in order.
 
 Order of the start: the web side, so that probes are answered while the driver takes its time; the
-cards, until the first list is known; the session with the kubelet. The end is the other way round
-by nature: everything is cancelled, and each part cleans up after itself.
+MPS daemon, where there is one; the cards, until the first list is known; the session with the
+kubelet. The end is the other way round by nature: everything is cancelled, and each part cleans up
+after itself.
 """
 
 import logging
@@ -18,11 +19,15 @@ from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
 from vgpu_agent.kubelet.session import KubeletSession
+from vgpu_agent.model.container import DeviceList
+from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.model.state import Latest, NodeState
+from vgpu_agent.mps.daemon import Daemon, RealDaemon, SimulatedDaemon
+from vgpu_agent.mps.guard import MpsGuard
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.status import Status
 from vgpu_agent.observe.web import Web, listen
-from vgpu_agent.settings import Address, GpuDriverKind, Settings
+from vgpu_agent.settings import Address, GpuDriverKind, Settings, SharingKind
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +54,38 @@ def make_driver(settings: Settings) -> GpuDriver:
     # Imported where it is used: simulated cards need no NVML, nor its memory.
     from vgpu_agent.gpu.nvml import NvmlDriver
 
-    return NvmlDriver(min_compute_capability=None)
+    # Volta is the first with limits for each client and an address space of its own.
+    volta = (7, 0) if settings.sharing is SharingKind.MPS else None
+    return NvmlDriver(min_compute_capability=volta)
+
+
+def only_named(driver: GpuDriver, settings: Settings) -> GpuDriver:
+    """The driver without the cards that the host's CDI specs do not name, where CDI is used."""
+    if settings.device_list not in (DeviceList.CDI, DeviceList.CDI_ENVVAR):
+        return driver
+    from vgpu_agent.gpu.cdi import NamedByCdi  # imported where it is used
+
+    return NamedByCdi(driver, settings.cdi_kind)
+
+
+def make_daemon(settings: Settings, driver: GpuDriver) -> Daemon | None:
+    """The MPS daemon that the settings name; None where cards are not shared by MPS."""
+    if settings.sharing is not SharingKind.MPS:
+        return None
+    if isinstance(driver, SimulatedDriver):
+        divided = {gpu.uuid: divide(gpu, settings.division()) for gpu in driver.gpus}
+        told = {uuid: each.replicas for uuid, each in divided.items() if isinstance(each, Divided)}
+        return SimulatedDaemon(told, settings.mps_limits)
+    from vgpu_agent.mps.control import Control  # as above
+
+    pipe, logs = settings.mps_directory / "pipe", settings.mps_directory / "log"
+    return RealDaemon(Control(pipe, logs), settings.mps_directory)
 
 
 async def run_agent(
     settings: Settings,
     driver: GpuDriver,
+    daemon: Daemon | None,
     *,
     watch_health: bool = True,
     release_requests: Latest[int] | None = None,
@@ -66,8 +97,12 @@ async def run_agent(
     want to see that this is noticed. Every new value of `release_requests` makes the agent let go
     of the cards for a while.
     """
-    state = NodeState(settings.replicas)
-    metrics = Metrics(version=__version__, resource_name=settings.resource_name)
+    state = NodeState(settings.division())
+    metrics = Metrics(
+        version=__version__,
+        resource_name=settings.resource_name,
+        max_clients=settings.division().max_clients or 0,
+    )
     web = Web(
         listener=listen(settings.metrics_address),
         state=state,
@@ -75,7 +110,7 @@ async def run_agent(
         status=Status(__version__, settings.resource_name, settings.health_checks),
     )
     memory = FaultMemory(settings.state_directory)
-    health = HealthWatch(driver, state, settings.health_policy(), memory)
+    health = HealthWatch(only_named(driver, settings), state, settings.health_policy(), memory)
     encoder = ListEncoder()
     session = KubeletSession(
         directory=settings.plugin_directory,
@@ -93,6 +128,9 @@ async def run_agent(
     async with driver, anyio.create_task_group() as tasks:
         await tasks.start(web.run)
         log.info("metrics at http://%s/metrics", web.address)
+        if daemon is not None:
+            guard = MpsGuard(daemon, state, settings.division(), settings.mps_limits)
+            await tasks.start(guard.run)
         if watch_health:
             await tasks.start(health.run)
         else:

@@ -11,7 +11,7 @@ import anyio
 
 from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import make_driver, run_agent
+from vgpu_agent.agent import make_daemon, make_driver, run_agent
 from vgpu_agent.dev import run_dev
 from vgpu_agent.model.state import Latest
 from vgpu_agent.observe import logs
@@ -66,7 +66,9 @@ async def run(settings: Settings) -> None:
     with anyio.open_signal_receiver(*_SIGNALS) as signals, findable(settings.state_directory):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, release_requests)
-            await run_agent(settings, make_driver(settings), release_requests=release_requests)
+            driver = make_driver(settings)
+            daemon = make_daemon(settings, driver)
+            await run_agent(settings, driver, daemon, release_requests=release_requests)
 
 
 async def dev(seconds: float | None, *, watch_health: bool = True) -> None:

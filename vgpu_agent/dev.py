@@ -12,11 +12,12 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskStatus
 
-from vgpu_agent.agent import Running, make_driver, run_agent
+from vgpu_agent.agent import Running, make_daemon, make_driver, run_agent
 from vgpu_agent.errors import AdmissionError, ListenError, StoryError
 from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.kubelet.standin import Admitted, Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.devices import split_device_id
+from vgpu_agent.mps.daemon import SimulatedDaemon
 from vgpu_agent.observe.web import listen
 from vgpu_agent.settings import Address, EmbeddedSettings, GpuDriverKind, Settings
 
@@ -58,8 +59,9 @@ async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: boo
     with tempfile.TemporaryDirectory(prefix="vgpu-", dir=_short_directory()) as directory:
         settings = embedded_settings(Path(directory))
         driver = make_driver(settings)
-        if not isinstance(driver, SimulatedDriver):
-            raise TypeError("the embedded settings name simulated cards")
+        daemon = make_daemon(settings, driver)
+        if not (isinstance(driver, SimulatedDriver) and isinstance(daemon, SimulatedDaemon)):
+            raise TypeError("the embedded settings name simulated cards and MPS")
         async with (
             anyio.create_task_group() as tasks,
             standin_kubelet(settings.plugin_directory) as kubelet,
@@ -67,11 +69,11 @@ async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: boo
 
             async def agent(*, task_status: TaskStatus[Running]) -> None:
                 await run_agent(
-                    settings, driver, watch_health=watch_health, task_status=task_status
+                    settings, driver, daemon, watch_health=watch_health, task_status=task_status
                 )
 
             running: Running = await tasks.start(agent)
-            story = Story(kubelet, driver, settings, running, tell)
+            story = Story(kubelet, driver, daemon, settings, running, tell)
             with anyio.move_on_after(seconds):
                 await story.run()
                 tell("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
@@ -93,12 +95,14 @@ class Story:
         self,
         kubelet: StandinKubelet,
         driver: SimulatedDriver,
+        daemon: SimulatedDaemon,
         settings: Settings,
         running: Running,
         tell: Tell,
     ) -> None:
         self._kubelet = kubelet
         self._driver = driver
+        self._daemon = daemon
         self._settings = settings
         self._running = running
         self._tell = tell
@@ -137,6 +141,17 @@ class Story:
         self._driver.enumerate_again(failing.uuid)
         seen = await self._until("card healing", lambda seen: seen.healthy == total)
         self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+
+        await anyio.sleep(SHOWN_FOR)
+        self._tell("(the MPS daemon dies)")
+        self._daemon.die()
+        seen = await self._until("MPS daemon dying", lambda seen: seen.healthy == 0)
+        self._tell(f"kubelet: now {_count(seen)}")
+        await anyio.sleep(SHOWN_FOR)
+        self._tell("(another MPS daemon is there, with its limits)")
+        self._daemon.come_back()
+        seen = await self._until("MPS daemon back", lambda seen: seen.healthy == total)
+        self._tell(f"kubelet: now {_count(seen)}")
 
         await anyio.sleep(SHOWN_FOR)
         self._tell("(the kubelet stops and starts again)")

@@ -5,6 +5,7 @@ its value and what is allowed.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -26,9 +27,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from vgpu_agent.errors import SettingsError
 from vgpu_agent.gpu.health import HealthPolicy, XidOverrides
-from vgpu_agent.model.container import MpsSharing, Sharing, Threads
+from vgpu_agent.model.container import DeviceList, MpsSharing, Sharing, Threads
 from vgpu_agent.model.placement import Placement
-from vgpu_agent.model.share import MIB
+from vgpu_agent.model.share import MIB, Division, MpsLimits
 
 PREFIX = "VGPU_"
 
@@ -57,6 +58,13 @@ class SharingKind(StrEnum):
 
     MPS = "mps"
     TIME_SLICING = "time-slicing"
+
+
+class MpsComputeMode(StrEnum):
+    """What `vgpu-agent mps prepare` does with the compute mode of the shared cards."""
+
+    EXCLUSIVE = "exclusive"
+    KEEP = "keep"
 
 
 class LogLevel(StrEnum):
@@ -143,12 +151,23 @@ def _xids(value: object) -> object:
     return value
 
 
+def _unset(parse: Callable[[object], object]) -> Callable[[object], object]:
+    return lambda value: None if value in ("", None) else parse(value)
+
+
+def _json_object(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.strip() else {}
+
+
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError
     return path
 
 
+_CDI_KIND = r"^[a-z0-9][a-z0-9.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 
 
@@ -199,9 +218,7 @@ class Settings(BaseSettings):
     sharing: SharingKind = Field(
         SharingKind.MPS,
         description="How containers share a card.",
-        json_schema_extra=_allowed(
-            "`mps` or `time-slicing`; real cards (`nvml`) take only `time-slicing` for now"
-        ),
+        json_schema_extra=_allowed("`mps` or `time-slicing`"),
     )
     mps_max_clients: Annotated[
         int | None, Field(ge=1, le=1024), BeforeValidator(_auto(lambda value: value))
@@ -215,6 +232,25 @@ class Settings(BaseSettings):
         description="vGPUs made of each card.",
         json_schema_extra=_allowed(
             "a whole number from 1 to 1024; under MPS at most VGPU_MPS_MAX_CLIENTS"
+        ),
+    )
+    replicas_by_gpu: Annotated[
+        dict[str, Annotated[int, Field(ge=0, le=1024)]], BeforeValidator(_json_object)
+    ] = Field(
+        {},
+        description="vGPUs of single cards: 1 is a whole card, 0 leaves the card to others.",
+        json_schema_extra=_allowed(
+            'nothing, or a JSON object such as `{"0": 4, "GPU-...": 1, "NVIDIA L4": 0}`: index,'
+            " UUID or model name to a number from 0 to 1024; under MPS at most VGPU_MPS_MAX_CLIENTS"
+        ),
+    )
+    device_memory: Annotated[
+        int | None, Field(ge=MIB, lt=MAX_BYTES), BeforeValidator(_unset(_size))
+    ] = Field(
+        None,
+        description="Memory of a vGPU; then each card has as many vGPUs as fit.",
+        json_schema_extra=_allowed(
+            "nothing, or a size from 1Mi, such as 8Gi; not together with VGPU_REPLICAS"
         ),
     )
     resource_name: Annotated[str, AfterValidator(_resource_name)] = Field(
@@ -231,6 +267,26 @@ class Settings(BaseSettings):
             "an absolute path, short enough for the socket"
             f" DIR/device-plugins/RESOURCE.sock to fit in {MAX_SOCKET_PATH} bytes"
         ),
+    )
+    device_list: DeviceList = Field(
+        DeviceList.ENVVAR,
+        description="How the container runtime is told which cards a container sees.",
+        json_schema_extra=_allowed("`envvar`, `volume-mounts`, `cdi` or `cdi+envvar`"),
+    )
+    cdi_kind: Annotated[str, Field(pattern=_CDI_KIND)] = Field(
+        "nvidia.com/gpu",
+        description="Kind of the cards in the host's CDI specs; names are KIND=UUID.",
+        json_schema_extra=_allowed("vendor/class, such as nvidia.com/gpu"),
+    )
+    mps_limits: MpsLimits = Field(
+        MpsLimits.CLIENT,
+        description="Where limits are put: the container's environment, the daemon, nowhere.",
+        json_schema_extra=_allowed("`client`, `server` or `none`"),
+    )
+    mps_compute_mode: MpsComputeMode = Field(
+        MpsComputeMode.EXCLUSIVE,
+        description="Whether shared cards are put into compute mode EXCLUSIVE_PROCESS.",
+        json_schema_extra=_allowed("`exclusive` or `keep`"),
     )
     mps_threads: Annotated[
         Threads | Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_threads)
@@ -351,19 +407,21 @@ class Settings(BaseSettings):
         json_schema_extra=_allowed("numbers from 0, or `none`, separated by commas"),
     )
 
-    @field_validator("sharing")
-    @classmethod
-    def _mps_needs_simulated_cards(cls, value: SharingKind, info: ValidationInfo) -> SharingKind:
-        if value is SharingKind.MPS and info.data.get("gpu_driver") is GpuDriverKind.NVML:
-            raise ValueError
-        return value
-
     @field_validator("replicas")
     @classmethod
     def _clients_of_a_card(cls, value: int, info: ValidationInfo) -> int:
         most = info.data.get("mps_max_clients") or MPS_MAX_CLIENTS
         if info.data.get("sharing") is SharingKind.MPS and value > most:
             raise ValueError
+        return value
+
+    @field_validator("replicas_by_gpu")
+    @classmethod
+    def _clients_of_single_cards(
+        cls, value: dict[str, int], info: ValidationInfo
+    ) -> dict[str, int]:
+        for count in value.values():
+            cls._clients_of_a_card(count, info)
         return value
 
     @field_validator("critical_xids")
@@ -417,18 +475,37 @@ class Settings(BaseSettings):
             enabled=self.health_checks,
         )
 
+    def division(self) -> Division:
+        """How cards become vGPUs, as the model takes it."""
+        mps = self.sharing is SharingKind.MPS
+        return Division(
+            replicas=self.replicas,
+            device_memory=self.device_memory,
+            by_gpu=self.replicas_by_gpu,
+            max_clients=(self.mps_max_clients or MPS_MAX_CLIENTS) if mps else None,
+            held_back=self.memory_held_back,
+        )
+
+    @property
+    def memory_held_back(self) -> int:
+        """Bytes of each card that are kept out of the shares."""
+        if self.memory_reserved is not None:
+            return self.memory_reserved
+        return MPS_SERVER_MARGIN if self.sharing is SharingKind.MPS else 0
+
     def sharing_rules(self) -> Sharing:
         """The settings of sharing as the model takes them."""
-        if self.sharing is SharingKind.TIME_SLICING:
-            return Sharing(mps=None, memory_held_back=self.memory_reserved or 0)
-        held_back = MPS_SERVER_MARGIN if self.memory_reserved is None else self.memory_reserved
+        mps = MpsSharing(
+            pipe_directory=str(self.mps_directory / "pipe"),
+            shm_directory=str(self.mps_shm_directory) if self.mps_shm else None,
+            threads=self.mps_threads,
+            limits=self.mps_limits,
+        )
         return Sharing(
-            mps=MpsSharing(
-                pipe_directory=str(self.mps_directory / "pipe"),
-                shm_directory=str(self.mps_shm_directory) if self.mps_shm else None,
-                threads=self.mps_threads,
-            ),
-            memory_held_back=held_back,
+            mps=mps if self.sharing is SharingKind.MPS else None,
+            memory_held_back=self.memory_held_back,
+            device_list=self.device_list,
+            cdi_kind=self.cdi_kind,
         )
 
 
@@ -458,22 +535,34 @@ def endpoint_name(resource_name: str) -> str:
 
 def load() -> Settings:
     """The settings of this process. Raises SettingsError."""
+    problems: dict[str, str] = {}
+    settings = None
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
-        raise SettingsError(_explain(error)) from None
-
-
-def _explain(error: ValidationError) -> str:
-    lines = {}
-    for problem in error.errors(include_url=False, include_context=False):
-        name = str(problem["loc"][0])
-        # As it was set, not as far as it was parsed. One line, however many ways it is wrong in.
-        value = os.environ.get(variable(name), str(problem["input"]))
-        lines[name] = f"  {variable(name)}={value!r} is wrong; allowed: {allowed(name)}"
-    count = len(lines)
+        problems = _problems(error)
+    if os.environ.get(variable("device_memory")) and variable("replicas") in os.environ:
+        problems["device_memory"] = _problem("device_memory", "")
+    if settings is not None and not problems:
+        return settings
+    count = len(problems)
     head = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
-    return "\n".join([head, *lines.values()])
+    raise SettingsError("\n".join([head, *problems.values()]))
+
+
+def _problems(error: ValidationError) -> dict[str, str]:
+    """A line for each wrong variable, however many ways it is wrong in."""
+    return {
+        name: _problem(name, str(problem["input"]))
+        for problem in error.errors(include_url=False, include_context=False)
+        for name in [str(problem["loc"][0])]
+    }
+
+
+def _problem(name: str, parsed: str) -> str:
+    # As it was set, not as far as it was parsed.
+    value = os.environ.get(variable(name), parsed)
+    return f"  {variable(name)}={value!r} is wrong; allowed: {allowed(name)}"
 
 
 def variable(name: str) -> str:
@@ -517,6 +606,8 @@ def _default_text(value: object) -> str:
     match value:
         case None:
             return "auto"
+        case {}:
+            return ""
         case bool():
             return "on" if value else "off"
         case tuple() if not isinstance(value, Address):
@@ -525,6 +616,10 @@ def _default_text(value: object) -> str:
             return ",".join(str(item) for item in sorted(value))
         case _:
             return str(value)
+
+
+def _default_of(name: str, value: object) -> str:
+    return "" if name == "device_memory" else _default_text(value)
 
 
 def _code(text: str) -> str:
@@ -536,7 +631,7 @@ def markdown_table() -> str:
     rows = ["| variable | default | allowed | what it is |", "| --- | --- | --- | --- |"]
     for name, field in sorted(Settings.model_fields.items()):
         rows.append(
-            f"| `{variable(name)}` | {_code(_default_text(field.default))} | {allowed(name)}"
+            f"| `{variable(name)}` | {_code(_default_of(name, field.default))} | {allowed(name)}"
             f" | {field.description} |"
         )
     return "\n".join(rows)

@@ -28,7 +28,8 @@ class FakeCard:
     """What a card answers. None: it does not offer that value. Memory is in MiB.
 
     `error` is the NVML error that its memory call answers; a new `epoch` makes older handles lost;
-    every call takes `hang` seconds, or until that is 0 again.
+    every call takes `hang` seconds, or until that is 0 again. `set_mode_error` is what setting its
+    compute mode answers.
     """
 
     uuid: str
@@ -41,6 +42,7 @@ class FakeCard:
     numa: int | None = None
     mig: int | None = None
     compute_mode: int | None = 0
+    set_mode_error: int = 0
     lost: bool = False
     error: int = 0
     ecc: int | None = 0
@@ -88,6 +90,11 @@ class FakeNvml:
         return self.directory / "control"
 
     @property
+    def log(self) -> Path:
+        """What was set, a line each."""
+        return self.directory / "log"
+
+    @property
     def numa_root(self) -> Path:
         """Stands for /sys/bus/pci/devices."""
         return self.directory / "pci"
@@ -102,6 +109,7 @@ class FakeNvml:
         return {
             "LD_LIBRARY_PATH": str(self.library.parent),
             "FAKE_NVML_CONTROL": str(self.control),
+            "FAKE_NVML_LOG": str(self.log),
         }
 
     def set_cards(self, *cards: FakeCard) -> None:

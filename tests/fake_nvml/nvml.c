@@ -16,6 +16,10 @@
  * (NVML would lose what comes earlier; a test could not tell when to send it). Those in the file at
  * the first nvmlInit are of the past.
  *
+ * FAKE_NVML_LOG names a file to which a line is added for every compute mode that is set:
+ * `compute_mode GPU-a 3`. The last one for a card is its mode, in every process, whatever the
+ * control file says.
+ *
  * As in NVML, the cards are those of the first nvmlInit until the last nvmlShutdown. One that has
  * left the file since then, or whose `epoch` is not that of the handle, answers GPU_IS_LOST. A
  * shutdown while a thread waits for events is a crash waiting to happen: here it always does.
@@ -65,6 +69,7 @@ struct card {
     int major, minor;
     long long mig;           /* 0, 1 */
     long long compute_mode;
+    long long set_mode_error; /* what setting it answers */
     long long lost;          /* every call answers GPU_IS_LOST */
     long long error;         /* what the memory calls answer */
     long long ecc;           /* uncorrectable errors */
@@ -209,6 +214,7 @@ static void set_field(struct card *card, const char *key, const char *value)
         {"used", &card->used},
         {"mig", &card->mig},
         {"compute_mode", &card->compute_mode},
+        {"set_mode_error", &card->set_mode_error},
         {"lost", &card->lost},
         {"error", &card->error},
         {"ecc", &card->ecc},
@@ -647,11 +653,48 @@ nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int *current, un
     return offered(result, card.mig, pending);
 }
 
+/* The mode that was set last, else that of the control file. */
+static long long compute_mode_of(const struct card *card)
+{
+    const char *path = getenv("FAKE_NVML_LOG");
+    FILE *file = path == NULL ? NULL : fopen(path, "re");
+    long long mode = card->compute_mode, found;
+    char *line = NULL, uuid[96];
+    size_t size = 0;
+
+    if (file == NULL)
+        return mode;
+    while (getline(&line, &size, file) > 0)
+        if (sscanf(line, "compute_mode %95s %lld", uuid, &found) == 2 &&
+            strcmp(uuid, card->uuid) == 0)
+            mode = found;
+    free(line);
+    fclose(file);
+    return mode;
+}
+
 nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, unsigned int *mode)
 {
     struct card card;
     nvmlReturn_t result = enter(device, &card);
-    return offered(result, card.compute_mode, mode);
+    return offered(result, compute_mode_of(&card), mode);
+}
+
+nvmlReturn_t nvmlDeviceSetComputeMode(nvmlDevice_t device, unsigned int mode)
+{
+    struct card card;
+    const char *path = getenv("FAKE_NVML_LOG");
+    FILE *file;
+    nvmlReturn_t result = enter(device, &card);
+
+    if (result != SUCCESS || card.set_mode_error != 0)
+        return result != SUCCESS ? result : (nvmlReturn_t)card.set_mode_error;
+    file = path == NULL ? NULL : fopen(path, "ae");
+    if (file == NULL)
+        fail("FAKE_NVML_LOG cannot be written");
+    fprintf(file, "compute_mode %s %u\n", card.uuid, mode);
+    fclose(file);
+    return SUCCESS;
 }
 
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *energy)

@@ -13,6 +13,7 @@ from vgpu_agent.gpu.health import HealthPolicy
 from vgpu_agent.gpu.memory import FaultMemory
 from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import NodeState
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ async def test_ten_thousand_faults_and_heals_leave_nothing_behind(
 ) -> None:
     caplog.set_level("CRITICAL", "vgpu_agent")
     chance, clock = random.Random(7), Clock()
-    driver, state = SimulatedDriver(GPUS), NodeState(10)
+    driver, state = SimulatedDriver(GPUS), NodeState(Division(10))
     watch = HealthWatch(
         driver, state, HealthPolicy(), FaultMemory(tmp_path), clock, wall_clock=clock
     )

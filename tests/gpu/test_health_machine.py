@@ -22,6 +22,7 @@ from vgpu_agent.kubelet._proto.v1beta1 import Empty, ListAndWatchResponse
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
 from vgpu_agent.model.container import Sharing
 from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import NodeState
 
 CARDS, REPLICAS = 3, 4
@@ -135,7 +136,7 @@ class Node(RuleBasedStateMachine):
         await self.start_agent()
 
     async def start_agent(self) -> None:
-        self.state = NodeState(REPLICAS)
+        self.state = NodeState(Division(REPLICAS))
         policy = HealthPolicy(recovery=RECOVERY)
         self.watch = HealthWatch(
             self.driver, self.state, policy, self.memory, lambda: self.now, lambda: self.now

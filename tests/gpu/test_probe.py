@@ -21,6 +21,7 @@ from vgpu_agent.gpu.memory import FaultMemory, Remembered
 from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Reason
+from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import Latest, NodeState
 
 GIB = 1 << 30
@@ -51,7 +52,7 @@ class Node:
 
     def __init__(self, driver: GpuDriver, *, interval: float = 5.0) -> None:
         self.now = 0.0
-        self.state = NodeState(replicas=10)
+        self.state = NodeState(Division(10))
         self.watch = HealthWatch(
             driver,
             self.state,

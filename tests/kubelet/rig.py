@@ -19,6 +19,7 @@ from vgpu_agent.kubelet.session import KubeletSession, StatFunction
 from vgpu_agent.model.container import MpsSharing, Sharing
 from vgpu_agent.model.devices import Card, Fault, Gpu, Reason, device_id
 from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import NodeState, Snapshot
 
 RESOURCE = "example.com/vgpu"
@@ -131,7 +132,7 @@ async def agent(
     stat_file: StatFunction = os.stat,
 ) -> AsyncIterator[Rig]:
     """An agent that keeps itself registered in `kubelet_dir`; its failure ends the block."""
-    state = NodeState(replicas)
+    state = NodeState(Division(replicas))
     state.driver_answered("simulated", cards_of(gpus) if isinstance(gpus, int) else gpus)
     observer, encoder, plugins = RpcRecord(), ListEncoder(), []
 

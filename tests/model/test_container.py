@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.model.strategies import a_gpu, ids, inventories, tried
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.container import (
+    DeviceList,
     Mount,
     MpsSharing,
     Sharing,
@@ -16,7 +17,7 @@ from vgpu_agent.model.container import (
     grant,
 )
 from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
-from vgpu_agent.model.share import MIB, usable_bytes
+from vgpu_agent.model.share import MIB, MpsLimits, usable_bytes
 
 PIPE = "/run/vgpu-agent/mps/pipe"
 SHM = "/dev/shm/vgpu-mps"
@@ -324,3 +325,53 @@ def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(
     assert sum(limits) * MIB <= usable
     assert sum(int(environment["VGPU_MEMORY_BYTES"]) for environment in told) <= usable
     assert sum(int(e["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) for e in told) <= 100
+
+
+# Other ways to be told
+
+
+def test_with_limits_in_the_daemon_a_client_is_told_none_and_a_container_has_one_vgpu():
+    sharing = Sharing(MpsSharing(PIPE, SHM, limits=MpsLimits.SERVER))
+    environment = grant(ONE_CARD, ids(L4, 3), sharing).environment
+    assert environment["CUDA_MPS_PIPE_DIRECTORY"] == PIPE
+    assert not [name for name in environment if "LIMIT" in name or "PERCENTAGE" in name]
+    assert environment["VGPU_SHARE"] == "1/10"
+    with pytest.raises(InvalidRequestError, match=r"2 vGPUs .* VGPU_MPS_LIMITS=server"):
+        grant(ONE_CARD, ids(L4, 0, 1), sharing)
+
+
+def test_without_limits_a_client_is_told_none_however_many_vgpus_it_has():
+    sharing = Sharing(MpsSharing(PIPE, None, limits=MpsLimits.NONE))
+    environment = grant(ONE_CARD, ids(L4, *range(10)), sharing).environment
+    assert [name for name in environment if name.startswith("CUDA_MPS")] == [
+        "CUDA_MPS_PIPE_DIRECTORY"
+    ]
+
+
+def test_cards_are_named_by_mounts_where_the_variable_is_refused():
+    granted = grant(ONE_CARD, ids(L4, 0), Sharing(None, device_list=DeviceList.VOLUME_MOUNTS))
+    folder = "/var/run/nvidia-container-devices"
+    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == folder
+    assert granted.mounts == (Mount("/dev/null", f"{folder}/{L4}"),)
+
+
+def test_cards_are_named_by_cdi_and_then_the_runtime_adds_none():
+    sharing = Sharing(None, device_list=DeviceList.CDI, cdi_kind="example.com/card")
+    granted = grant(ONE_CARD, ids(L4, 0, 1), sharing)
+    assert granted.cdi_devices == (f"example.com/card={L4}",)
+    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
+def test_cards_are_named_by_cdi_and_by_variable():
+    granted = grant(ONE_CARD, ids(L4, 0), Sharing(None, device_list=DeviceList.CDI_ENVVAR))
+    assert granted.cdi_devices == (f"nvidia.com/gpu={L4}",)
+    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == L4
+
+
+def test_a_vgpu_of_a_size_has_that_size_and_two_have_twice_as_much():
+    inventory = Inventory((Card(GPU, 3, vgpu_bytes=2000 * MIB),))
+    for count in (1, 2):
+        environment = grant(inventory, ids(L4, *range(count)), by_mps()).environment
+        assert environment["VGPU_MEMORY_BYTES"] == str(count * 2000 * MIB)
+        assert environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == f"0={count * 2000}M"
+        assert environment["VGPU_SHARE"] == f"{count}/3"

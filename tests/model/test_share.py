@@ -5,7 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.model.strategies import tried
-from vgpu_agent.model.share import Share, usable_bytes
+from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.share import Divided, Division, Share, divide, fraction, usable_bytes
 
 memory = st.integers(0, 2**40)
 
@@ -34,7 +35,7 @@ def test_rounding_costs_less_than_one_byte_a_part(parts, usable):
 @tried(100)
 def test_fractions_of_all_parts_of_a_card_stay_within_the_usable_fraction(parts, total, reserved):
     usable = usable_bytes(total, reserved, 0)
-    ten_thousandths = [round(part.memory_fraction(usable, total) * 10_000) for part in parts]
+    ten_thousandths = [round(fraction(part.memory_bytes(usable), total) * 10_000) for part in parts]
     assert sum(ten_thousandths) * total <= usable * 10_000
 
 
@@ -87,7 +88,9 @@ def test_one_vgpu_more_is_never_worth_less(n, usable, total):
     usable = min(usable, total)
     for fewer, more in pairwise(Share(k, n) for k in range(1, n + 1)):
         assert fewer.memory_bytes(usable) <= more.memory_bytes(usable)
-        assert fewer.memory_fraction(usable, total) <= more.memory_fraction(usable, total)
+        assert fraction(fewer.memory_bytes(usable), total) <= fraction(
+            more.memory_bytes(usable), total
+        )
         assert fewer.thread_percentage() <= more.thread_percentage()
 
 
@@ -96,18 +99,18 @@ def test_one_vgpu_more_is_never_worth_less(n, usable, total):
 def test_all_vgpus_of_a_card_are_all_that_is_usable(n, usable):
     whole = Share(n, n)
     assert whole.memory_bytes(usable) == usable
-    assert whole.memory_fraction(usable, usable) == (1.0 if usable else 0.0)
+    assert fraction(whole.memory_bytes(usable), usable) == (1.0 if usable else 0.0)
     assert whole.thread_percentage() == 100
 
 
 def test_the_fraction_is_of_the_whole_card_and_rounded_down_to_four_places():
-    assert Share(1, 3).memory_fraction(usable=900, total=1000) == 0.3
-    assert Share(2, 3).memory_fraction(usable=1000, total=1000) == 0.666
-    assert Share(2, 3).memory_fraction(usable=10**9, total=10**9) == 0.6666
+    assert fraction(Share(1, 3).memory_bytes(900), 1000) == 0.3
+    assert fraction(Share(2, 3).memory_bytes(1000), 1000) == 0.666
+    assert fraction(Share(2, 3).memory_bytes(10**9), 10**9) == 0.6666
 
 
 def test_a_card_that_shows_no_memory_has_fraction_zero():
-    assert Share(1, 2).memory_fraction(usable=0, total=0) == 0.0
+    assert fraction(Share(1, 2).memory_bytes(0), 0) == 0.0
 
 
 def test_a_share_is_written_as_vgpus_of_vgpus():
@@ -128,3 +131,62 @@ def test_usable_memory_is_what_neither_driver_nor_server_keep_and_never_negative
     usable = usable_bytes(total, reserved, held_back)
     assert usable >= 0
     assert usable + reserved + held_back == max(total, reserved + held_back)
+
+
+# How a card is divided
+
+GIB = 2**30
+CARD = Gpu("GPU-a", 3, "NVIDIA L4", 24 * GIB, "0000:01:00.0")
+
+
+def test_a_card_is_divided_by_count():
+    assert divide(CARD, Division(10)) == Divided(10)
+
+
+def test_a_card_is_divided_by_size_into_as_many_as_fit_in_what_is_usable():
+    assert divide(CARD, Division(10, device_memory=8 * GIB)) == Divided(3, 8 * GIB)
+    assert divide(CARD, Division(10, device_memory=8 * GIB, held_back=1)) == Divided(2, 8 * GIB)
+    assert divide(CARD, Division(10, device_memory=24 * GIB)) == Divided(1, 24 * GIB)
+
+
+def test_a_card_smaller_than_one_vgpu_is_left_out_with_both_sizes():
+    left = divide(CARD, Division(10, device_memory=25 * GIB))
+    assert isinstance(left, Excluded)
+    assert left.reason == "memory"
+    assert "24576 MiB" in left.detail
+    assert "25600 MiB" in left.detail
+
+
+def test_more_vgpus_of_a_size_than_mps_serves_are_cut_and_told():
+    divided = divide(CARD, Division(10, device_memory=GIB // 4, max_clients=48))
+    assert divided == Divided(
+        48, GIB // 4, "96 vGPUs of that size fit; MPS serves 48 clients of a card"
+    )
+
+
+@pytest.mark.parametrize("name", ["GPU-a", "3", "NVIDIA L4"])
+def test_a_single_card_is_named_by_uuid_index_or_model(name):
+    assert divide(CARD, Division(10, by_gpu={name: 4, "other": 7})) == Divided(4)
+    assert divide(CARD, Division(10, by_gpu={name: 1}, device_memory=GIB)) == Divided(1)
+
+
+def test_the_uuid_is_more_than_the_index_and_that_more_than_the_model():
+    by_gpu = {"NVIDIA L4": 2, "3": 3, "GPU-a": 4}
+    assert divide(CARD, Division(10, by_gpu=by_gpu)) == Divided(4)
+    del by_gpu["GPU-a"]
+    assert divide(CARD, Division(10, by_gpu=by_gpu)) == Divided(3)
+
+
+def test_a_card_with_no_vgpus_is_left_to_others():
+    left = divide(CARD, Division(10, by_gpu={"3": 0}))
+    assert isinstance(left, Excluded)
+    assert left.reason == "replicas"
+
+
+@given(st.integers(1, 2**38), st.integers(1, 2**36), st.integers(0, 2**34))
+def test_vgpus_of_a_size_never_add_up_to_more_than_is_usable(total, size, held_back):
+    gpu = Gpu("GPU-a", 0, "card", total, "0000:01:00.0")
+    divided = divide(gpu, Division(10, device_memory=size, held_back=held_back))
+    if isinstance(divided, Divided):
+        assert divided.replicas * size <= usable_bytes(total, 0, held_back)
+        assert divided.replicas >= 1

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.model.strategies import a_gpu, fault_sets, faults, gpus, ids, tried
 from vgpu_agent.model.devices import Excluded, Fault, Reason
+from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import Driver, Kubelet, Latest, NodeState, RegistrationResult
 
 REGISTERED = RegistrationResult.REGISTERED
@@ -21,7 +22,7 @@ XID = Fault(Reason.XID, 30.0, "XID 13")
 @pytest.fixture
 def node() -> NodeState:
     """Two cards of two vGPUs each."""
-    node = NodeState(replicas=2)
+    node = NodeState(Division(2))
     node.driver_answered("580.1", [a_gpu(0), a_gpu(1)])
     return node
 
@@ -34,7 +35,7 @@ def faults_of(node: NodeState, uuid: str) -> tuple[Fault, ...]:
 
 
 def test_nothing_is_known_at_first():
-    node = NodeState(replicas=2)
+    node = NodeState(Division(2))
     assert node.snapshot.inventory.cards == ()
     assert not node.snapshot.driver.up
     assert not node.snapshot.kubelet.connected
@@ -47,7 +48,7 @@ def test_each_card_that_the_driver_names_becomes_that_many_vgpus(node):
 
 
 def test_cards_are_in_the_order_of_their_index_whatever_order_the_driver_names_them_in():
-    node = NodeState(replicas=1)
+    node = NodeState(Division(1))
     node.driver_answered("580.1", [a_gpu(2), a_gpu(0), a_gpu(1)])
     assert [card.gpu.index for card in node.snapshot.inventory.cards] == [0, 1, 2]
 
@@ -115,7 +116,7 @@ def test_a_driver_that_answers_again_is_up(node):
 @given(st.lists(st.lists(gpus, max_size=4, unique_by=lambda gpu: gpu.uuid), max_size=4))
 @tried(40)
 def test_whatever_the_driver_names_later_no_card_or_vgpu_is_lost_or_doubled(answers):
-    node = NodeState(replicas=2)
+    node = NodeState(Division(2))
     newest = {}
     for answer in answers:
         before = node.snapshot
@@ -255,7 +256,7 @@ def tell(node: NodeState, fact) -> bool:
 @given(st.lists(found | cleared, max_size=8))
 @tried(70)
 def test_a_fact_is_published_when_it_is_news_and_each_change_of_health_is_counted(facts):
-    node = NodeState(replicas=1)
+    node = NodeState(Division(1))
     node.driver_answered("580.1", [a_gpu(0), a_gpu(1)])
     flips = Counter()
     for fact in facts:
@@ -279,7 +280,7 @@ def test_a_fact_is_published_when_it_is_news_and_each_change_of_health_is_counte
 @given(fault_sets)
 @tried(50)
 def test_a_card_is_healthy_again_when_its_last_reason_is_cleared(several):
-    node = NodeState(replicas=1)
+    node = NodeState(Division(1))
     node.driver_answered("580.1", [a_gpu(0)])
     for fault in several:
         node.fault_found(None, fault)

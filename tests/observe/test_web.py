@@ -14,6 +14,7 @@ import pytest
 from tests.kubelet_peer import off_loop
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import Driver, NodeState, RegistrationResult, Snapshot
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.status import Status
@@ -87,7 +88,7 @@ async def serving(
 ) -> AsyncIterator[Site]:
     """A Web that serves; what it leaves behind at its end is looked for."""
     before = running()
-    state = NodeState(replicas=10)
+    state = NodeState(Division(10))
     metrics = metrics or Metrics(version="1.2.3", resource_name=RESOURCE)
     web = Web(listener=listen(address), state=state, metrics=metrics, status=STATUS, **options)
     async with anyio.create_task_group() as tasks:
@@ -406,7 +407,7 @@ def test_a_port_is_found_where_any_will_do():
     with listen(LOOPBACK) as listener:
         web = Web(
             listener=listener,
-            state=NodeState(replicas=1),
+            state=NodeState(Division(1)),
             metrics=Metrics(version="1", resource_name=RESOURCE),
             status=STATUS,
         )

@@ -584,3 +584,29 @@ def _numa_node(path: Path) -> int | None:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+# The one setting that is ever changed
+
+
+def set_compute_mode(uuid: str, mode: ComputeMode) -> bool:
+    """Sets who may open a CUDA context on a card; False where the card has no such setting.
+
+    Blocks. Opens NVML for itself. Raises DriverError with what to do. The driver asks for root,
+    which in a container is CAP_SYS_ADMIN as well, and forgets the mode with the next boot.
+    """
+    _open()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceSetComputeMode(handle, int(mode))
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_NOT_SUPPORTED:
+            return False
+        help_ = "see nvidia-smi and the node's kernel log"
+        if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
+            help_ = "run this container as root with the capability SYS_ADMIN"
+        raise DriverError(f"compute mode of {uuid} cannot be set ({error}): {help_}") from error
+    finally:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+    return True

@@ -230,25 +230,26 @@ class HealthWatch:
         self.state.driver_answered(scan.driver_version, scan.gpus, scan.excluded)
         if not before.driver.up:
             log.info("driver %s answers; it sees %d cards", scan.driver_version, len(scan.gpus))
-        for gpu in scan.gpus:
-            if gpu.uuid in self._tracks:
+        after = self.state.snapshot
+        for card in after.inventory.cards:
+            uuid = card.gpu.uuid
+            if uuid in self._tracks:
                 continue
-            self._tracks[gpu.uuid] = _Track(returned=gpu.uuid in self._seen_away)
-            self._seen_away.discard(gpu.uuid)
-            card = self.state.snapshot.inventory.find(gpu.uuid)
-            if card is not None:
-                log.info("%s: %d vGPUs of it", _named(card), card.replicas)
-            self.state.card_noted(gpu.uuid, (), self.policy.recovery)
-            for each in self._recalled.pop(gpu.uuid, ()) if self.policy.enabled else ():
-                self._tracks[gpu.uuid].counters = each.counters
-                self._add([gpu.uuid], each.fault)
+            self._tracks[uuid] = _Track(returned=uuid in self._seen_away)
+            self._seen_away.discard(uuid)
+            log.info("%s: %d vGPUs of it", _named(card), card.replicas)
+            for note in card.notes:
+                log.warning("%s: %s", _named(card), note)
+            self.state.card_noted(uuid, (), self.policy.recovery)
+            for each in self._recalled.pop(uuid, ()) if self.policy.enabled else ():
+                self._tracks[uuid].counters = each.counters
+                self._add([uuid], each.fault)
         # Whoever waited for a reset when the agent ended and is not there now is being reset.
         self._seen_away.update(self._recalled)
-        for excluded in scan.excluded:
-            if excluded not in before.excluded:
-                log.warning("GPU %s left out: %s", excluded.gpu.uuid, excluded.detail)
-            if self._tracks.pop(excluded.gpu.uuid, None) is not None:
-                self.state.card_forgotten(excluded.gpu.uuid)  # it is there, and no longer ours
+        for left in after.excluded:
+            if left not in before.excluded:
+                log.warning("GPU %s left out: %s", left.gpu.uuid, left.detail)
+            self._tracks.pop(left.gpu.uuid, None)
 
     def _absent(self, uuid: str) -> None:
         track = self._tracks[uuid]

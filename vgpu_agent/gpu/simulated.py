@@ -56,6 +56,11 @@ class SimulatedDriver:
         self._changed = asyncio.Event()
         self._error: DriverError | None = None
 
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All cards, also those that are away."""
+        return tuple(card.gpu for card in self._cards.values())
+
     async def __aenter__(self) -> Self:
         """Nothing to open."""
         return self

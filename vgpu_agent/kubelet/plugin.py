@@ -25,6 +25,7 @@ from vgpu_agent.errors import AllocationError, InvalidRequestError, UnavailableD
 from vgpu_agent.kubelet._proto.v1beta1 import (
     AllocateRequest,
     AllocateResponse,
+    CdiDevice,
     ContainerAllocateResponse,
     ContainerPreferredAllocationResponse,
     Device,
@@ -401,4 +402,5 @@ def _response(granted: Grant) -> ContainerAllocateResponse:
             )
             for mount in granted.mounts
         ],
+        cdi_devices=[CdiDevice(name=name) for name in granted.cdi_devices],
     )

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.devices import Card, Inventory, split_device_id
-from vgpu_agent.model.share import MIB, Share, usable_bytes
+from vgpu_agent.model.share import MIB, MpsLimits, Share, fraction, usable_bytes
 
 
 class Threads(StrEnum):
@@ -22,6 +22,23 @@ class Threads(StrEnum):
 
     SHARE = "share"
     NONE = "none"
+
+
+class DeviceList(StrEnum):
+    """How the NVIDIA container runtime is told which cards a container sees.
+
+    By variable; by mounts, for clusters that refuse the variable to unprivileged pods; by names of
+    the container device interface; by both of these.
+    """
+
+    ENVVAR = "envvar"
+    VOLUME_MOUNTS = "volume-mounts"
+    CDI = "cdi"
+    CDI_ENVVAR = "cdi+envvar"
+
+
+DEVICES_DIRECTORY = "/var/run/nvidia-container-devices"
+"""Where the NVIDIA container runtime looks for mounts that name cards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +52,21 @@ class MpsSharing:
     pipe_directory: str
     shm_directory: str | None
     threads: Threads | float = Threads.SHARE
+    limits: MpsLimits = MpsLimits.CLIENT
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
     """How cards are shared: by MPS or, where `mps` is None, by plain time-slicing.
 
-    `memory_held_back` bytes of each card are kept out of the shares.
+    `memory_held_back` bytes of each card are kept out of the shares. CDI names are
+    `<cdi_kind>=<uuid>`.
     """
 
     mps: MpsSharing | None
     memory_held_back: int = 0
+    device_list: DeviceList = DeviceList.ENVVAR
+    cdi_kind: str = "nvidia.com/gpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +84,7 @@ class Grant:
 
     environment: Mapping[str, str]
     mounts: tuple[Mount, ...]
+    cdi_devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +97,13 @@ class _Part:
 
     @property
     def memory(self) -> int:
+        if self.card.vgpu_bytes is not None:
+            return self.card.vgpu_bytes * self.share.vgpus
         return self.share.memory_bytes(self.usable)
 
     @property
     def fraction(self) -> float:
-        return self.share.memory_fraction(self.usable, self.card.gpu.memory_bytes)
+        return fraction(self.memory, self.card.gpu.memory_bytes)
 
 
 def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> Grant:
@@ -105,29 +129,63 @@ def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> 
                 f"card {part.card.gpu.uuid} has {part.usable} usable bytes: {part.share} of them is"
                 " less than 1 MiB; VGPU_REPLICAS or VGPU_MEMORY_RESERVED is too large for it"
             )
+    _refuse_more_than_the_daemon_grants(parts, sharing)
     environment = {
         # In PCI order, and CUDA told to count so, or its ordinals would not be ours.
-        "NVIDIA_VISIBLE_DEVICES": ",".join(part.card.gpu.uuid for part in parts),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         # Of one card each; on several cards the smallest, which is what one number can promise.
         "VGPU_SHARE": ",".join(str(part.share) for part in parts),
         "VGPU_MEMORY_BYTES": str(min(part.memory for part in parts)),
         "VGPU_MEMORY_FRACTION": f"{min(part.fraction for part in parts):.4f}",
     }
-    if sharing.mps is None:
-        return Grant(MappingProxyType(environment), ())
-    mps = sharing.mps
-    environment["CUDA_MPS_PIPE_DIRECTORY"] = mps.pipe_directory
+    uuids = [part.card.gpu.uuid for part in parts]
+    visible, mounts = _visible_devices(uuids, sharing.device_list)
+    environment["NVIDIA_VISIBLE_DEVICES"] = visible
+    if sharing.mps is not None:
+        environment |= _mps_environment(sharing.mps, parts)
+        mounts.append(Mount(sharing.mps.pipe_directory, sharing.mps.pipe_directory))
+        if sharing.mps.shm_directory is not None:
+            mounts.append(Mount(sharing.mps.shm_directory, "/dev/shm"))  # noqa: S108 - in the container
+    cdi = sharing.device_list in (DeviceList.CDI, DeviceList.CDI_ENVVAR)
+    names = tuple(f"{sharing.cdi_kind}={uuid}" for uuid in uuids) if cdi else ()
+    return Grant(MappingProxyType(environment), tuple(mounts), names)
+
+
+def _visible_devices(uuids: Sequence[str], device_list: DeviceList) -> tuple[str, list[Mount]]:
+    """The value of NVIDIA_VISIBLE_DEVICES, and the mounts that name the cards."""
+    match device_list:
+        case DeviceList.VOLUME_MOUNTS:
+            mounts = [Mount("/dev/null", f"{DEVICES_DIRECTORY}/{uuid}") for uuid in uuids]
+            return DEVICES_DIRECTORY, mounts
+        case DeviceList.CDI:
+            # Images often say "all", which the NVIDIA runtime would add to what CDI names.
+            return "void", []
+        case _:
+            return ",".join(uuids), []
+
+
+def _mps_environment(mps: MpsSharing, parts: Sequence[_Part]) -> dict[str, str]:
+    """What CUDA needs to be a client of the daemon, and the limits that it puts on itself."""
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": mps.pipe_directory}
+    if mps.limits is not MpsLimits.CLIENT:
+        return environment
     environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = ",".join(
         f"{ordinal}={part.memory // MIB}M" for ordinal, part in enumerate(parts)
     )
     percentage = _thread_percentage(mps.threads, [part.share for part in parts])
     if percentage is not None:
         environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percentage)
-    mounts = [Mount(mps.pipe_directory, mps.pipe_directory)]
-    if mps.shm_directory is not None:
-        mounts.append(Mount(mps.shm_directory, "/dev/shm"))  # noqa: S108 - a path in the container
-    return Grant(MappingProxyType(environment), tuple(mounts))
+    return environment
+
+
+def _refuse_more_than_the_daemon_grants(parts: Sequence[_Part], sharing: Sharing) -> None:
+    """With limits in the daemon every client gets those of one vGPU."""
+    held = sum(part.share.vgpus for part in parts)
+    if sharing.mps is not None and sharing.mps.limits is MpsLimits.SERVER and held > 1:
+        raise InvalidRequestError(
+            f"{held} vGPUs for one container, but with VGPU_MPS_LIMITS=server the daemon grants"
+            " every client the limits of one: ask for 1, or set VGPU_MPS_LIMITS=client"
+        )
 
 
 def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ Rounding down is what keeps the shares of one card together within the card.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 from types import MappingProxyType
@@ -12,6 +12,10 @@ from types import MappingProxyType
 from vgpu_agent.model.devices import Excluded, Gpu
 
 MIB = 2**20
+
+
+SMALL_VGPU = 2**30
+"""A vGPU with less usable memory than this, in bytes, is warned about."""
 
 
 class MpsLimits(StrEnum):
@@ -44,16 +48,17 @@ class Share:
         """The share of `usable` bytes."""
         return usable * self.vgpus // self.of
 
-    def memory_fraction(self, usable: int, total: int) -> float:
-        """The share of the usable memory as a fraction of the whole card, rounded down to 1/10000.
-
-        Serving frameworks take their memory limit as a fraction of all memory that CUDA shows.
-        """
-        return self.memory_bytes(usable) * 10_000 // total / 10_000 if total else 0.0
-
     def thread_percentage(self, factor: Fraction = Fraction(1)) -> int:
         """The share of the card's threads times `factor`, in percent from 1 (MPS takes no 0)."""
         return max(1, min(100, int(100 * self.vgpus * factor / self.of)))
+
+
+def fraction(memory: int, total: int) -> float:
+    """A part of a card's whole memory, rounded down to 1/10000; 0 of a card without memory.
+
+    Serving frameworks take their memory limit as a fraction of all memory that CUDA shows.
+    """
+    return memory * 10_000 // total / 10_000 if total else 0.0
 
 
 def usable_bytes(total: int, driver_reserved: int, held_back: int) -> int:
@@ -76,26 +81,25 @@ class Division:
 
     replicas: int
     device_memory: int | None = None
-    by_gpu: Mapping[str, int] = MappingProxyType({})
+    by_gpu: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     max_clients: int | None = None
     held_back: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Divided:
-    """What a card is divided into: `replicas` vGPUs of `vgpu_bytes` usable bytes each.
+    """What a card is divided into. `vgpu_bytes` is None where it is divided by count.
 
     `note` says what an operator should know of it.
     """
 
     replicas: int
-    vgpu_bytes: int
+    vgpu_bytes: int | None = None
     note: str | None = None
 
 
 def divide(gpu: Gpu, division: Division) -> Divided | Excluded:
     """The vGPUs of a card, or why it has none."""
-    usable = usable_bytes(gpu.memory_bytes, gpu.reserved_bytes, division.held_back)
     override = next(
         (
             division.by_gpu[name]
@@ -107,15 +111,21 @@ def divide(gpu: Gpu, division: Division) -> Divided | Excluded:
     if override == 0:
         return Excluded(gpu, "replicas", "VGPU_REPLICAS_BY_GPU leaves this card to others")
     if override is None and division.device_memory is not None:
-        return _by_size(gpu, usable, division.device_memory, division.max_clients)
+        return _by_size(gpu, division.device_memory, division)
     replicas = division.replicas if override is None else override
-    if division.max_clients is not None and replicas > division.max_clients:
-        note = f"{replicas} vGPUs were asked for; MPS serves {division.max_clients} clients"
-        return Divided(division.max_clients, usable // division.max_clients, note)
-    return Divided(replicas, usable // replicas)
+    usable = usable_bytes(gpu.memory_bytes, gpu.reserved_bytes, division.held_back)
+    return Divided(replicas, note=_small(usable // replicas, division))
 
 
-def _by_size(gpu: Gpu, usable: int, size: int, max_clients: int | None) -> Divided | Excluded:
+def _small(vgpu: int, division: Division) -> str | None:
+    """Under MPS every process has a CUDA context of some hundred MiB out of its share."""
+    if division.max_clients is None or vgpu >= SMALL_VGPU:
+        return None
+    return f"a vGPU of it has only {vgpu // MIB} MiB, of which a CUDA context takes hundreds"
+
+
+def _by_size(gpu: Gpu, size: int, division: Division) -> Divided | Excluded:
+    usable = usable_bytes(gpu.memory_bytes, gpu.reserved_bytes, division.held_back)
     fit = usable // size
     if fit == 0:
         return Excluded(
@@ -124,7 +134,7 @@ def _by_size(gpu: Gpu, usable: int, size: int, max_clients: int | None) -> Divid
             f"{usable // MIB} MiB of the card are usable, less than one vGPU of"
             f" VGPU_DEVICE_MEMORY ({size // MIB} MiB)",
         )
-    if max_clients is not None and fit > max_clients:
-        note = f"{fit} vGPUs of that size fit; MPS serves {max_clients} clients"
-        return Divided(max_clients, size, note)
-    return Divided(fit, size)
+    if division.max_clients is not None and fit > division.max_clients:
+        note = f"{fit} vGPUs of that size fit; MPS serves {division.max_clients} clients of a card"
+        return Divided(division.max_clients, size, note)
+    return Divided(fit, size, _small(size, division))

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Generic, Self, TypeVar
 
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.share import Divided, Division, divide
 
 T = TypeVar("T")
 
@@ -130,6 +131,24 @@ class Kubelet:
         return self.registered and self.streams > 0
 
 
+@dataclass(frozen=True, slots=True)
+class Mps:
+    """What is known of the MPS daemon of the node, where cards are shared by MPS.
+
+    `problem` says why no vGPU can be given, None where all is well; `replacement` why the MPS pod
+    has to be replaced, though it serves. `clients` counts clients by the UUID of their card,
+    `waiting` those of another user that wait for their turn.
+    """
+
+    wanted: bool = False
+    up: bool = False
+    limits_in_force: bool = False
+    problem: str | None = None
+    replacement: str | None = None
+    clients: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    waiting: int = 0
+
+
 XidKey = tuple[str | None, int]
 TransitionKey = tuple[str, str, Reason]
 
@@ -141,6 +160,7 @@ class Snapshot:
     inventory: Inventory = Inventory()
     excluded: tuple[Excluded, ...] = ()
     driver: Driver = Driver()
+    mps: Mps = field(default_factory=Mps)
     kubelet: Kubelet = Kubelet()
     xids: Mapping[XidKey, int] = field(default_factory=lambda: MappingProxyType({}))
     transitions: Mapping[TransitionKey, int] = field(default_factory=lambda: MappingProxyType({}))
@@ -151,10 +171,12 @@ class Snapshot:
 
 
 class NodeState:
-    """The only mutable thing of the model. `replicas` is the number of vGPUs made of each card."""
+    """The only mutable thing of the model. `division` says how cards become vGPUs."""
 
-    def __init__(self, replicas: int) -> None:
-        self._replicas = replicas
+    def __init__(self, division: Division) -> None:
+        self._division = division
+        self._applied: Mapping[str, int] = {}
+        self._node_faults: dict[Reason, Fault] = {}
         self.latest = Latest(Snapshot())
 
     @property
@@ -174,20 +196,39 @@ class NodeState:
         self, version: str, gpus: Iterable[Gpu], excluded: Iterable[Excluded] = ()
     ) -> bool:
         """The driver told all cards that it sees; one that it no longer names stays."""
-        seen = {gpu.uuid: gpu for gpu in gpus}
         known = {card.gpu.uuid: card for card in self.snapshot.inventory.cards}
-        cards = [replace(card, gpu=seen.get(uuid, card.gpu)) for uuid, card in known.items()] + [
-            Card(gpu, self._replicas) for uuid, gpu in seen.items() if uuid not in known
-        ]
-        cards.sort(key=lambda card: (card.gpu.index, card.gpu.uuid))
+        left_out = list(excluded)
+        for gpu in gpus:
+            before = known.get(gpu.uuid)
+            divided = self._divided(gpu)
+            if isinstance(divided, Excluded):
+                left_out.append(divided)
+                known.pop(gpu.uuid, None)
+            elif before is None:
+                faults = tuple(self._node_faults.values())
+                notes = () if divided.note is None else (divided.note,)
+                known[gpu.uuid] = Card(gpu, divided.replicas, faults, divided.vgpu_bytes, notes)
+            else:
+                known[gpu.uuid] = replace(before, gpu=gpu, replicas=divided.replicas)
+        for left in excluded:
+            known.pop(left.gpu.uuid, None)  # it is there, and no longer ours
+        cards = sorted(known.values(), key=lambda card: (card.gpu.index, card.gpu.uuid))
         return self._become(
             replace(
                 self.snapshot,
                 driver=Driver(version, None),
                 inventory=Inventory(tuple(cards)),
-                excluded=tuple(excluded),
+                excluded=tuple(left_out),
             )
         )
+
+    def _divided(self, gpu: Gpu) -> Divided | Excluded:
+        """As the settings say, except that the MPS daemon's word holds until it is replaced."""
+        divided = divide(gpu, self._division)
+        applied = self._applied.get(gpu.uuid)
+        if applied is None or isinstance(divided, Excluded):
+            return divided
+        return replace(divided, replicas=applied)
 
     def driver_failed(self, error: str) -> bool:
         """The driver cannot be asked."""
@@ -214,7 +255,12 @@ class NodeState:
     def card_noted(self, uuid: str, notes: tuple[str, ...], recovery_wait: float) -> bool:
         """What is to be told of a card, and for how long it has to prove itself good."""
         card = self.snapshot.inventory.find(uuid)
-        if card is None or (card.notes, card.recovery_wait) == (notes, recovery_wait):
+        if card is None:
+            return False
+        divided = self._divided(card.gpu)
+        if isinstance(divided, Divided) and divided.note is not None:
+            notes = (divided.note, *notes)
+        if (card.notes, card.recovery_wait) == (notes, recovery_wait):
             return False
         self._replace_cards({uuid: replace(card, notes=notes, recovery_wait=recovery_wait)})
         return True
@@ -245,6 +291,34 @@ class NodeState:
             return False
         self._replace_cards({uuid: replace(card, faults=faults)})
         return True
+
+    def mps_seen(self, mps: Mps, faults: Collection[Fault], applied: Mapping[str, int]) -> bool:
+        """The MPS daemon was looked at: `faults` are of all cards, also of those to come.
+
+        `applied` is the number of vGPUs, by UUID, that it was told; where it differs from the
+        settings it holds.
+        """
+        changed = self._become(replace(self.snapshot, mps=mps))
+        if applied != self._applied:
+            self._applied = dict(applied)
+            cards = {
+                card.gpu.uuid: replace(card, replicas=divided.replicas)
+                for card in self.snapshot.inventory.cards
+                if isinstance(divided := self._divided(card.gpu), Divided)
+                and divided.replicas != card.replicas
+            }
+            self._replace_cards(cards)
+        gone = self._node_faults.keys() - {fault.reason for fault in faults}
+        self._node_faults = {fault.reason: fault for fault in faults}
+        cards = {}
+        for card in self.snapshot.inventory.cards:
+            left = tuple(fault for fault in card.faults if fault.reason not in gone)
+            for fault in faults:
+                left = _with_fault(left, fault)
+            if left != card.faults:
+                cards[card.gpu.uuid] = replace(card, faults=left)
+        self._replace_cards(cards)
+        return changed
 
     def _replace_cards(self, changed: Mapping[str, Card]) -> None:
         if not changed:

@@ -21,8 +21,9 @@ _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 class Metrics:
     """The registry of one agent, and where calls of the kubelet are timed."""
 
-    def __init__(self, *, version: str, resource_name: str) -> None:
+    def __init__(self, *, version: str, resource_name: str, max_clients: int = 0) -> None:
         self._version = version
+        self._max_clients = max_clients
         self._resource = resource_name
         self._timings = CollectorRegistry()
         self._rpc = Histogram(
@@ -82,6 +83,45 @@ class Metrics:
             "Whether the kubelet is registered with and follows the device list.",
             (),
             [((), snapshot.kubelet.connected)],
+        )
+
+        if snapshot.mps.wanted:
+            yield from self._mps_families(snapshot)
+
+    def _mps_families(self, snapshot: Snapshot) -> Iterator[Metric]:
+        mps = snapshot.mps
+        for name, text, value in (
+            ("vgpu_mps_up", "Whether the MPS daemon answers.", mps.up),
+            (
+                "vgpu_mps_limits_in_force",
+                "Whether the MPS daemon's limits were read back as this node needs them.",
+                mps.limits_in_force,
+            ),
+            (
+                "vgpu_mps_replacement_needed",
+                "Whether the MPS pod serves other settings than the agent's and must be replaced.",
+                mps.replacement is not None,
+            ),
+            (
+                "vgpu_mps_waiting_clients",
+                "MPS clients of another user that wait for their turn.",
+                mps.waiting,
+            ),
+            (
+                "vgpu_mps_max_clients",
+                "Most MPS client contexts of a card.",
+                self._max_clients,
+            ),
+        ):
+            yield _gauge(name, text, (), [((), value)])
+        yield _gauge(
+            "vgpu_mps_clients",
+            "MPS clients of a card.",
+            _G,
+            [
+                (_labels(card.gpu), mps.clients.get(card.gpu.uuid, 0))
+                for card in snapshot.inventory.cards
+            ],
         )
 
     def _counters(self, snapshot: Snapshot) -> Iterator[Metric]:

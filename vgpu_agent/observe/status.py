@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from vgpu_agent.model.devices import Card, Excluded, Fault
-from vgpu_agent.model.state import Snapshot
+from vgpu_agent.model.state import Mps, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,22 @@ class Status:
                 "streams": kubelet.streams,
                 "error": kubelet.error,
             },
+            "mps": _mps(snapshot.mps) if snapshot.mps.wanted else None,
             "cards": [_card(card) for card in snapshot.inventory.cards],
             "excluded": [_excluded(left) for left in snapshot.excluded],
         }
         return json.dumps(report, indent=2).encode() + b"\n"
+
+
+def _mps(mps: Mps) -> dict[str, object]:
+    return {
+        "up": mps.up,
+        "limits_in_force": mps.limits_in_force,
+        "problem": mps.problem,
+        "replacement": mps.replacement,
+        "clients": dict(mps.clients),
+        "waiting_clients": mps.waiting,
+    }
 
 
 def _card(card: Card) -> dict[str, object]:
