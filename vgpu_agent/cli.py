@@ -1,4 +1,4 @@
-"""The commands: `run` and `release` on a node, `dev` on a desk."""
+"""The commands: `run`, `release`, `doctor` and `mps` on a node, `dev` on a desk."""
 
 import argparse
 import logging
@@ -14,6 +14,7 @@ from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_daemon, make_driver, run_agent
 from vgpu_agent.dev import run_dev
 from vgpu_agent.model.state import Latest
+from vgpu_agent.mps.commands import mps_prepare, mps_restore, mps_watch
 from vgpu_agent.observe import logs
 from vgpu_agent.release import findable, release
 from vgpu_agent.settings import LogFormat, LogLevel, Settings
@@ -33,6 +34,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands.add_parser(
         "release", help="make the running agent let go of the GPUs, so that they can be reset"
     )
+    mps = commands.add_parser("mps", help="set up and watch MPS, in the MPS pod of a node")
+    steps = mps.add_subparsers(dest="step", required=True)
+    steps.add_parser("prepare", help="make the node ready for the MPS daemon")
+    steps.add_parser("watch", help="tell the daemon its limits and keep an eye on them")
+    steps.add_parser("restore", help="set the compute modes back that prepare has changed")
     dev = commands.add_parser(
         "dev", help="run the agent with simulated GPUs and a stand-in kubelet, and watch it work"
     )
@@ -113,4 +119,8 @@ def execute(arguments: Sequence[str]) -> None:
     for name, nearest in configuration.unknown_variables(os.environ).items():
         hint = f"; did you mean {nearest}?" if nearest else ""
         log.warning("%s is no setting of vgpu-agent and does nothing%s", name, hint)
+    if options.command == "mps":
+        steps = {"prepare": mps_prepare, "watch": mps_watch, "restore": mps_restore}
+        steps[options.step](settings)
+        return
     anyio.run(run, settings)

@@ -16,13 +16,13 @@ from vgpu_agent.gpu.driver import (
     RecoveryActionChanged,
     Scan,
 )
-from vgpu_agent.gpu.health import HealthPolicy, judge_xid
+from vgpu_agent.gpu.health import Fact, Finding, HealthPolicy, judge_xid
 from vgpu_agent.gpu.memory import FaultMemory, Remembered
 from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Reason
 from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import Latest, NodeState
+from vgpu_agent.model.state import Latest, Mps, NodeState
 
 GIB = 1 << 30
 CARDS = simulated_gpus(2, "NVIDIA Simulated 24GB", 24 * GIB, (0, 1))
@@ -687,3 +687,12 @@ async def test_a_thousand_xids_are_all_counted(node, driver):
         driver.xid(ONE, COUNTED)
     await told(node)
     assert node.state.snapshot.xids == {(ONE, COUNTED): 1000}
+
+
+async def test_passed_probes_prove_nothing_about_the_mps_daemon(node):
+    down = Finding(Fact.MPS_DOWN, "it is gone").fault(NOW)
+    fault = Finding(Fact.MPS_FAULT, "of its server").fault(NOW)
+    node.state.mps_seen(Mps(wanted=True), [down, fault], {})
+    for _ in range(3):
+        await node.look(after=RECOVERY)
+    assert node.reasons(ONE) == [Reason.MPS, Reason.MPS_FAULT]

@@ -154,6 +154,12 @@ POLICY: Mapping[Fact, Rule] = MappingProxyType(
 )
 
 
+PROVABLE = frozenset(
+    rule.reason for rule in POLICY.values() if rule.effect is Effect.UNTIL_GOOD and rule.reason
+)
+"""The reasons that passed probes can clear. Those of the MPS daemon are for its watch to clear."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A fact about a card, in words."""

@@ -17,6 +17,7 @@ from anyio.abc import TaskStatus
 from vgpu_agent.errors import DriverError, DriverLibraryError
 from vgpu_agent.gpu.driver import GpuDriver, GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.gpu.health import (
+    PROVABLE,
     RELAPSE_WINDOW,
     Counters,
     Effect,
@@ -300,7 +301,8 @@ class HealthWatch:
             # The driver asked for an action and no longer does: its word, also on an XID.
             self._clear(card, for_reset, "the driver asks for nothing any more")
         if not reading.lost and not reasons and self._proven(track):
-            self._clear(card, {each.reason for each in cured} - for_reset, "proven good")
+            proven = {each.reason for each in cured} - for_reset
+            self._clear(card, proven & PROVABLE, "proven good")
 
     def _proven(self, track: _Track) -> bool:
         return self.clock() - track.last_bad >= self._recovery_wait(track)

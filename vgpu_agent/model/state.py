@@ -308,13 +308,18 @@ class NodeState:
                 and divided.replicas != card.replicas
             }
             self._replace_cards(cards)
-        gone = self._node_faults.keys() - {fault.reason for fault in faults}
-        self._node_faults = {fault.reason: fault for fault in faults}
+        before = self._node_faults
+        self._node_faults = {
+            # The newest words, and the time of the first.
+            each.reason: replace(each, since=before[each.reason].since)
+            if each.reason in before
+            else each
+            for each in faults
+        }
         cards = {}
         for card in self.snapshot.inventory.cards:
-            left = tuple(fault for fault in card.faults if fault.reason not in gone)
-            for fault in faults:
-                left = _with_fault(left, fault)
+            own = [each for each in card.faults if each.reason not in before]
+            left = (*own, *self._node_faults.values())
             if left != card.faults:
                 cards[card.gpu.uuid] = replace(card, faults=left)
         self._replace_cards(cards)

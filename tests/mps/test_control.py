@@ -1,0 +1,266 @@
+import os
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.mps.fixtures import FakeMps
+from vgpu_agent.errors import MpsBinaryError, MpsDownError, MpsHungError, MpsRefusedError
+from vgpu_agent.model.share import MIB
+from vgpu_agent.mps.control import (
+    GIB,
+    Client,
+    Control,
+    ServerStatus,
+    WaitingClient,
+    parse_clients,
+    parse_memory,
+    parse_percentage,
+    parse_pids,
+    parse_status,
+    same_limit,
+    waiting_clients,
+)
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+# The daemon
+
+
+async def test_a_daemon_is_asked_and_told(fake_mps: FakeMps):
+    fake_mps.start()
+    control = fake_mps.control()
+    assert await control.servers() == ()
+    assert await control.default_thread_percentage() == 100
+    assert await control.default_memory_limit(0) is None
+    await control.set_default_thread_percentage(10)
+    await control.set_default_memory_limit(0, 2300 * MIB + 17)
+    assert await control.default_thread_percentage() == 10
+    assert await control.default_memory_limit(0) == 2300 * MIB
+    assert await control.default_memory_limit(1) is None
+    pid = fake_mps.start_server()
+    assert await control.servers() == (pid,)
+    assert await control.server_status(pid) is ServerStatus.ACTIVE
+    fake_mps.behave(status="FAULT", clients=f"GPU-a {pid + 1}\n")
+    assert await control.server_status(pid) is ServerStatus.FAULT
+    assert await control.clients() == (Client(pid + 1, "GPU-a"),)
+
+
+async def test_questions_at_the_same_time_take_turns(fake_mps: FakeMps):
+    fake_mps.start()
+    control = fake_mps.control()
+    most, left = 0, 3
+
+    async def ask() -> None:
+        nonlocal left
+        await control.servers()
+        left -= 1
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(left):
+            tasks.start_soon(ask)
+        while left:
+            most = max(most, len(children()))
+            await anyio.sleep(0.005)
+    assert most <= 2  # the daemon, and one question
+
+
+async def test_without_a_daemon_it_is_down(fake_mps: FakeMps):
+    fake_mps.make_directories()
+    with pytest.raises(MpsDownError, match="no MPS daemon answers"):
+        await fake_mps.control().servers()
+
+
+async def test_a_daemon_that_was_killed_is_down_though_its_socket_is_left(fake_mps: FakeMps):
+    daemon = fake_mps.start()
+    daemon.kill()
+    daemon.wait()
+    assert (fake_mps.directories.pipe / "control").exists()
+    with pytest.raises(MpsDownError):
+        await fake_mps.control().servers()
+
+
+async def test_a_daemon_that_hangs_is_told_in_time_and_leaves_nothing(fake_mps: FakeMps):
+    fake_mps.start()
+    control = fake_mps.control()
+    await control.servers()
+    before, files = children(), open_files()
+    fake_mps.behave(hang=True)
+    start = time.monotonic()
+    with pytest.raises(MpsHungError, match=r"does not answer `get_server_list` within 1\.5 s"):
+        await control.servers()
+    assert time.monotonic() - start < 2
+    assert children() == before
+    assert open_files() == files
+    fake_mps.behave()
+    assert await control.servers() == ()
+
+
+async def test_a_cancelled_question_leaves_nothing(fake_mps: FakeMps):
+    fake_mps.start()
+    control = fake_mps.control()
+    await control.servers()
+    before, files = children(), open_files()
+    fake_mps.behave(hang=True)
+    with anyio.move_on_after(0.2) as scope:
+        await control.servers()
+    assert scope.cancelled_caught
+    assert children() == before
+    assert open_files() == files
+
+
+async def test_a_refusal_is_told_with_its_words(fake_mps: FakeMps):
+    fake_mps.start()
+    fake_mps.behave(refuse={"get_server_list": "Not today"})
+    with pytest.raises(MpsRefusedError, match=r"refused `get_server_list` .*Not today"):
+        await fake_mps.control().servers()
+
+
+async def test_a_missing_program_is_told(tmp_path: Path):
+    control = Control(tmp_path, tmp_path, binary=str(tmp_path / "none"))
+    with pytest.raises(MpsBinaryError, match="install the driver"):
+        await control.servers()
+
+
+async def test_a_program_that_may_not_be_run_is_told(tmp_path: Path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    with pytest.raises(MpsBinaryError, match="Permission denied"):
+        await Control(tmp_path, tmp_path, binary=str(program)).servers()
+
+
+# Its answers
+
+
+@given(st.lists(st.integers(0, 2**22)))
+def test_pids_are_read_back(pids):
+    assert parse_pids("\n".join(map(str, pids)) + "\n") == tuple(pids)
+
+
+@pytest.mark.parametrize("text", ["12 13", "-1", "no servers", "12\nServer 13"])
+def test_what_is_no_list_of_pids_is_refused(text):
+    with pytest.raises(MpsRefusedError):
+        parse_pids(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("ACTIVE", ServerStatus.ACTIVE),
+        ("Server 12 status: Initializing", ServerStatus.INITIALIZING),
+        ("FAULT\n", ServerStatus.FAULT),
+        ("ACTIVE, was FAULT", ServerStatus.FAULT),
+        ("INACTIVE", ServerStatus.UNKNOWN),
+        ("", ServerStatus.UNKNOWN),
+    ],
+)
+def test_a_status_is_a_word(text, status):
+    assert parse_status(text) is status
+
+
+@given(st.integers(0, 100), st.sampled_from(["", ".0", ".25", "%", ".0 %"]))
+def test_percentages_are_read_back(percentage, form):
+    assert parse_percentage(f" {percentage}{form}\n") == percentage
+
+
+@pytest.mark.parametrize("text", ["", "all", "101", "-5", "5 5"])
+def test_what_is_no_percentage_is_refused(text):
+    with pytest.raises(MpsRefusedError):
+        parse_percentage(text)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([("M", MIB), ("G", GIB), ("", 1), ("MB", MIB)]))
+def test_limits_of_memory_are_read_back(number, unit):
+    assert parse_memory(f"{number}{unit[0]}\n") == number * unit[1]
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "0", "0G", "0M"])
+def test_nothing_and_zero_are_no_limit(text):
+    assert parse_memory(text) is None
+
+
+@pytest.mark.parametrize("text", ["unlimited", "-1G", "1.5G", "8G 8G"])
+def test_what_is_no_limit_is_refused(text):
+    with pytest.raises(MpsRefusedError):
+        parse_memory(text)
+
+
+@given(st.integers(MIB, 2**38))
+def test_a_limit_is_the_same_exactly_or_in_whole_gib(wanted):
+    assert same_limit(wanted, wanted // MIB * MIB)
+    assert same_limit(wanted, wanted // GIB * GIB or wanted // MIB * MIB)
+    assert not same_limit(wanted, None)
+    assert not same_limit(None, wanted)
+    assert not same_limit(wanted, wanted // GIB * GIB + GIB)
+    assert same_limit(None, None)
+
+
+PS = """PID ID SERVER DEVICE NAMESPACE COMMAND
+9741 0 6472 GPU-cb1213a3-d6a4-be7f 4026531836 ./nbody
+9743 0 6472 GPU-cb1213a3-d6a4-be7f 4026531836 ./matmul
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "clients"),
+    [
+        ("", []),
+        (PS, [Client(pid, "GPU-cb1213a3-d6a4-be7f", 6472) for pid in (9741, 9743)]),
+        ("GPU-a 71\n72 GPU-b\n", [Client(71, "GPU-a"), Client(72, "GPU-b")]),
+        ("GPU-a: 71, 72", [Client(71, "GPU-a"), Client(72, "GPU-a")]),
+        ("0 71\n72 1\n", [Client(71, "0"), Client(72, "1")]),
+        ("Device 0\n71\n72\nDevice 1:\n73", [Client(71, "0"), Client(72, "0"), Client(73, "1")]),
+        ("GPU-a\n71\n", [Client(71, "GPU-a")]),
+        ("71\n72\n", [Client(71), Client(72)]),
+        ("71 some words\n", [Client(71)]),
+        ("no clients\n", []),
+    ],
+)
+def test_clients_are_read_in_every_form_that_may_be(text, clients):
+    assert list(parse_clients(text)) == clients
+
+
+@given(st.text(max_size=300))
+def test_no_text_breaks_a_parser_that_does_not_refuse(text):
+    parse_clients(text)
+    parse_status(text)
+    waiting_clients(text)
+
+
+# The log
+
+
+def line(text: str) -> str:
+    return f"[2026-05-31 23:48:21.671 Control 11107] {text}\n"
+
+
+OWN = (
+    line("NEW CLIENT 71 from user 1000: Server is not ready, push client to pending list")
+    + line("Starting new server 60 for user 1000")
+    + line("NEW SERVER 60: Ready")
+)
+FOREIGN = line("NEW CLIENT 72 from user 0: Server is not ready, push client to pending list")
+
+
+def test_clients_of_another_user_wait_until_their_server_is_ready():
+    assert waiting_clients(OWN) == ()
+    assert waiting_clients(OWN + FOREIGN) == (WaitingClient(72, 0),)
+    after = line("Server 60 exited with status 0") + line("Starting new server 61 for user 0")
+    assert waiting_clients(OWN + FOREIGN + after) == ()
+    assert waiting_clients(OWN + FOREIGN + after + line("NEW SERVER 61: Ready")) == ()
+
+
+def test_a_log_whose_beginning_is_lost_tells_the_user_by_its_clients():
+    served = line("NEW CLIENT 71 from user 1000: Server already exists")
+    assert waiting_clients(served + FOREIGN) == (WaitingClient(72, 0),)
+    assert waiting_clients(FOREIGN) == ()

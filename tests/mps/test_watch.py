@@ -1,0 +1,359 @@
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.mps.fixtures import FakeMps, eventually
+from vgpu_agent.errors import AppliedStateError, MpsSetupError
+from vgpu_agent.gpu.driver import Scan
+from vgpu_agent.model.container import Threads
+from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.share import MIB, Divided, Division, MpsLimits, divide, usable_bytes
+from vgpu_agent.mps.applied import Applied, AppliedCard, generation_of, read
+from vgpu_agent.mps.commands import watch_plan
+from vgpu_agent.mps.control import Control
+from vgpu_agent.mps.watch import WatchFiles, WatchPlan, watch
+
+LIMIT = 2300 * MIB
+CARDS = (AppliedCard("GPU-a", 0, 10, LIMIT), AppliedCard("GPU-b", 1, 10, LIMIT))
+OPEN_CARDS = tuple(replace(card, memory_limit_bytes=None) for card in CARDS)
+SERVER = WatchPlan(MpsLimits.SERVER, 10, CARDS, "1.2")
+CLIENT = WatchPlan(MpsLimits.CLIENT, None, OPEN_CARDS, "1.2")
+
+WATCH = """
+from vgpu_agent import settings
+from vgpu_agent.mps.commands import mps_watch
+from vgpu_agent.observe import logs
+configured = settings.load()
+logs.configure(configured.log_level, configured.log_format)
+mps_watch(configured)
+"""
+
+
+def state(mps: FakeMps) -> Applied | None:
+    return read(mps.directories.state)
+
+
+def files(mps: FakeMps) -> WatchFiles:
+    return WatchFiles(mps.directories.state, mps.directories.watch)
+
+
+@asynccontextmanager
+async def watching(
+    mps: FakeMps, plan: WatchPlan, control: Control | None = None
+) -> AsyncIterator[None]:
+    async def run() -> None:
+        await watch(plan, control or mps.control(), files(mps), poll_seconds=0.05, look_seconds=0.2)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def becomes(check: Callable[[], object], seconds: float = 5) -> None:
+    with anyio.fail_after(seconds):
+        while not check():  # noqa: ASYNC110 - files and logs tell nobody
+            await anyio.sleep(0.02)
+
+
+def problem(mps: FakeMps) -> str:
+    found = state(mps)
+    return (found.problem if found else None) or ""
+
+
+def in_force(mps: FakeMps) -> bool:
+    found = state(mps)
+    return (
+        found is not None
+        and found.problem is None
+        and found.generation == generation_of(mps.directories.pipe)
+    )
+
+
+# What is applied and said
+
+
+async def test_limits_are_applied_read_back_and_published(
+    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    fake_mps.start()
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: in_force(fake_mps))
+    generation = generation_of(fake_mps.directories.pipe)
+    assert generation is not None
+    assert state(fake_mps) == Applied(generation, MpsLimits.SERVER, 10, CARDS, None, "1.2")
+    assert fake_mps.ask("get_default_active_thread_percentage").stdout == "10.0\n"
+    assert fake_mps.ask("get_default_device_pinned_mem_limit 1").stdout == "2300M\n"
+    assert caplog.messages == [
+        "limits are in force: server, 10 % of the threads, 2300 MiB on card 0, 2300 MiB on card 1"
+    ]
+
+
+@pytest.mark.parametrize("limits", [MpsLimits.CLIENT, MpsLimits.NONE])
+async def test_open_defaults_are_read_back_and_published(fake_mps: FakeMps, limits: MpsLimits):
+    fake_mps.start()
+    async with watching(fake_mps, replace(CLIENT, limits=limits)):
+        await becomes(lambda: in_force(fake_mps))
+    found = state(fake_mps)
+    assert found is not None
+    assert (found.limits, found.thread_percentage, found.cards) == (limits, None, OPEN_CARDS)
+
+
+async def test_a_limit_that_is_set_where_it_should_be_open_is_a_problem(fake_mps: FakeMps):
+    fake_mps.start()
+    fake_mps.ask("set_default_active_thread_percentage 25")
+    fake_mps.ask("set_default_device_pinned_mem_limit 1 512M")
+    async with watching(fake_mps, CLIENT):
+        await becomes(lambda: "(25 % of the threads, 512 MiB on card 1)" in problem(fake_mps))
+        found = state(fake_mps)
+        assert found is not None
+        assert found.thread_percentage == 25
+        assert found.cards[1].memory_limit_bytes == 512 * MIB
+        fake_mps.ask("set_default_active_thread_percentage 100")
+        fake_mps.ask("set_default_device_pinned_mem_limit 1 0G")
+        await becomes(lambda: in_force(fake_mps))
+
+
+async def test_a_wrong_read_back_is_a_problem(fake_mps: FakeMps):
+    fake_mps.start()
+    fake_mps.behave(answers={"get_default_device_pinned_mem_limit 0": "1G"})
+    async with watching(fake_mps, SERVER):
+        wanted = "told 2300 MiB for card 0 (GPU-a) and says 1024 MiB"
+        await becomes(lambda: wanted in problem(fake_mps))
+        fake_mps.behave()
+        await becomes(lambda: in_force(fake_mps))
+
+
+async def test_a_read_back_in_whole_gib_is_taken_for_what_was_set(fake_mps: FakeMps):
+    fake_mps.behave(whole_gib=True)
+    fake_mps.start()
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: in_force(fake_mps))
+    found = state(fake_mps)
+    assert found is not None
+    assert found.cards == CARDS
+
+
+async def test_a_refusal_is_a_problem(fake_mps: FakeMps):
+    fake_mps.start()
+    fake_mps.behave(refuse={"set_default_device_pinned_mem_limit": "No such device"})
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: "No such device" in problem(fake_mps))
+        fake_mps.behave()
+        await becomes(lambda: in_force(fake_mps))
+
+
+async def test_a_damaged_state_is_written_anew(fake_mps: FakeMps):
+    fake_mps.start()
+    fake_mps.directories.state.write_text("{")
+    with pytest.raises(AppliedStateError):
+        state(fake_mps)
+
+    def whole() -> bool:
+        try:
+            return in_force(fake_mps)
+        except AppliedStateError:
+            return False
+
+    async with watching(fake_mps, CLIENT):
+        await becomes(whole)
+
+
+# Servers
+
+
+async def test_a_server_that_is_older_than_the_limits_is_a_problem_until_it_ends(
+    fake_mps: FakeMps,
+):
+    fake_mps.start()
+    server = fake_mps.start_server()
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: f"MPS server {server} is older than the limits" in problem(fake_mps))
+    # A watcher that comes back knows it still.
+    async with watching(fake_mps, SERVER):
+        await anyio.sleep(0.3)
+        assert f"MPS server {server} is older" in problem(fake_mps)
+        assert fake_mps.server_pids() == [server]  # never ended
+        os.kill(server, 9)
+        await becomes(lambda: in_force(fake_mps))
+
+
+async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(fake_mps: FakeMps):
+    fake_mps.start()
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: in_force(fake_mps))
+    await anyio.sleep(0.05)
+    fake_mps.start_server()
+    fake_mps.directories.state.unlink()
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: state(fake_mps))
+        assert problem(fake_mps) == ""
+    # Other limits than those that it was started with: it is old.
+    async with watching(fake_mps, replace(SERVER, thread_percentage=20)):
+        await becomes(lambda: "is older than the limits" in problem(fake_mps))
+
+
+async def test_a_server_that_proc_does_not_know_is_a_problem(fake_mps: FakeMps):
+    fake_mps.behave(servers=[0])
+    fake_mps.start()
+    async with watching(fake_mps, SERVER):
+        await becomes(lambda: "hostPID: true" in problem(fake_mps))
+
+
+# Daemons that come and go
+
+
+async def test_a_new_daemon_is_told_within_two_seconds(fake_mps: FakeMps):
+    daemon = fake_mps.start()
+
+    async def run() -> None:
+        await watch(SERVER, fake_mps.control(), files(fake_mps))  # at its own pace
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        await becomes(lambda: in_force(fake_mps))
+        daemon.kill()
+        daemon.wait()
+        before = state(fake_mps)
+        await anyio.sleep(0.6)
+        assert state(fake_mps) == before  # of the daemon that is gone, which it says itself
+        fake_mps.start()
+        await becomes(lambda: in_force(fake_mps), seconds=2)
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_daemon_that_hangs_is_told_once_and_waited_for(
+    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
+):
+    fake_mps.start()
+    fake_mps.behave(hang=True)
+    async with watching(fake_mps, CLIENT, fake_mps.control(timeout=0.2)):
+        await anyio.sleep(1.0)
+        assert state(fake_mps) is None
+        assert caplog.text.count("does not answer") == 1
+        fake_mps.behave()
+        await becomes(lambda: in_force(fake_mps))
+
+
+async def test_a_missing_program_is_told_once_and_waited_for(
+    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
+):
+    fake_mps.start()
+    program = anyio.Path(fake_mps.program)
+    away = await program.rename(program.with_name("away"))
+    async with watching(fake_mps, CLIENT):
+        await becomes(lambda: "install the driver" in caplog.text)
+        await anyio.sleep(0.6)
+        assert caplog.text.count("install the driver") == 1
+        await away.rename(program)
+        await becomes(lambda: in_force(fake_mps))
+
+
+async def test_a_daemon_that_does_not_stay_is_told(
+    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
+):
+    fake_mps.make_directories()
+    async with watching(fake_mps, CLIENT):
+        for _ in range(3):
+            daemon = await anyio.to_thread.run_sync(fake_mps.start)
+            await becomes(lambda: in_force(fake_mps))
+            daemon.kill()
+            await anyio.to_thread.run_sync(daemon.wait)
+        assert "the MPS daemon was started 3 times within" in caplog.text
+
+
+async def test_without_its_directory_it_says_what_makes_it(fake_mps: FakeMps):
+    with pytest.raises(MpsSetupError, match="mps prepare"):
+        await watch(CLIENT, fake_mps.control(), files(fake_mps))
+
+
+# Real processes
+
+
+def test_killing_the_watcher_leaves_the_daemon_its_server_and_clients_alone(fake_mps: FakeMps):
+    daemon = fake_mps.start()
+    variables = {
+        "VGPU_GPU_DRIVER": "simulated",
+        "VGPU_SHARING": "mps",
+        "VGPU_MPS_LIMITS": "server",
+    }
+    first = fake_mps.run(WATCH, **variables)
+    eventually(lambda: in_force(fake_mps), 10)
+    time.sleep(0.05)
+    server = fake_mps.start_server()
+    published = fake_mps.directories.state.read_bytes()
+
+    second = fake_mps.run(WATCH, **variables)
+    _, said = second.communicate(timeout=15)
+    assert second.returncode == 1
+    assert "another `vgpu-agent mps watch` holds" in said
+
+    first.kill()
+    first.wait()
+    assert daemon.poll() is None
+    assert fake_mps.server_pids() == [server]
+    assert fake_mps.ask("get_server_list").stdout == f"{server}\n"
+    assert fake_mps.directories.state.read_bytes() == published
+
+    third = fake_mps.run(WATCH, **variables)
+    assert third.stderr is not None
+    assert "limits are in force: server, 10 % of the threads" in third.stderr.readline()
+    assert fake_mps.directories.state.read_bytes() == published
+    third.terminate()
+    _, said = third.communicate(timeout=10)
+    assert third.returncode == 0
+    assert "the MPS daemon and its limits stay" in said
+    assert fake_mps.server_pids() == [server]
+
+
+# The plan
+
+
+def gpu(number: int, bus: str, memory: int = 24 * 1024 * MIB) -> Gpu:
+    return Gpu(f"GPU-{number}", number, "NVIDIA L4", memory, bus, 512 * MIB)
+
+
+def test_the_plan_has_the_share_of_one_vgpu_and_ordinals_in_pci_order():
+    mig = Excluded(gpu(2, "0000:01:00.0"), "mig", "in MIG mode")
+    scan = Scan("570.1", (gpu(0, "0000:5e:00.0"), gpu(1, "0000:3b:00.0")), (mig,))
+    division = Division(replicas=10, by_gpu={"GPU-0": 4}, max_clients=48, held_back=512 * MIB)
+    plan = watch_plan(scan, division, MpsLimits.SERVER, Threads.SHARE)
+    assert plan.thread_percentage == 10
+    assert plan.cards == (
+        AppliedCard("GPU-1", 1, 10, 2355 * MIB),
+        AppliedCard("GPU-0", 2, 4, 5888 * MIB),
+    )
+    opened = watch_plan(scan, division, MpsLimits.CLIENT, Threads.SHARE)
+    assert opened.thread_percentage is None
+    assert {card.memory_limit_bytes for card in opened.cards} == {None}
+    unbound = watch_plan(scan, division, MpsLimits.SERVER, Threads.NONE)
+    assert unbound.thread_percentage is None
+    whole = watch_plan(scan, Division(replicas=1), MpsLimits.SERVER, Threads.SHARE)
+    assert whole.thread_percentage is None
+    assert watch_plan(scan, division, MpsLimits.SERVER, 2.0).thread_percentage == 20
+
+
+@given(
+    st.integers(MIB, 2**38),
+    st.integers(1, 48),
+    st.one_of(st.none(), st.integers(MIB, 2**36)),
+    st.integers(0, 2**30),
+)
+def test_the_limits_of_all_vgpus_of_a_card_fit_into_it(memory, replicas, size, held_back):
+    card = gpu(0, "0000:01:00.0", memory)
+    division = Division(replicas, size, max_clients=48, held_back=held_back)
+    plan = watch_plan(Scan("570.1", (card,)), division, MpsLimits.SERVER, Threads.SHARE)
+    assert bool(plan.cards) == isinstance(divide(card, division), Divided)
+    for told in plan.cards:
+        assert told.memory_limit_bytes is not None
+        assert told.memory_limit_bytes * told.replicas <= usable_bytes(
+            memory, card.reserved_bytes, held_back
+        )
