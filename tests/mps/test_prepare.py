@@ -134,6 +134,30 @@ async def test_the_state_of_a_dead_daemon_is_removed_and_that_of_a_living_one_ke
 # Orphans
 
 
+async def test_shared_memory_is_emptied_where_no_daemon_and_so_no_client_is(
+    fake_mps: FakeMps, tmp_path: Path
+):
+    fake_mps.make_directories()
+    shm, elsewhere = fake_mps.directories.shm, tmp_path / "precious"
+    elsewhere.write_text("of somebody else")
+
+    def litter() -> None:
+        (shm / "psm_1").write_text("left")
+        (shm / "folder").mkdir()
+        (shm / "folder" / "file").write_text("left")
+        (shm / "link").symlink_to(elsewhere)
+        (shm / "links").symlink_to(tmp_path)
+
+    litter()
+    await make(fake_mps)
+    assert list(shm.iterdir()) == []
+    assert elsewhere.exists()
+    litter()
+    fake_mps.start()
+    await make(fake_mps)
+    assert len(list(shm.iterdir())) == 4
+
+
 async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(
     fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
 ):

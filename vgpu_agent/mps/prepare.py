@@ -7,6 +7,7 @@ not yet right. What it changes of a card is remembered first, so that `restore` 
 import json
 import logging
 import os
+import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -100,7 +101,7 @@ async def prepare(
     for directory, mode in directories.modes().items():
         _make(directory, mode)
     await end_orphans(directories.pipe, control, end_seconds=end_seconds)
-    await _forget_state(directories.state, control)
+    await _clear_away(directories, control)
     if set_mode is None:
         log.info("compute modes are left as they are")
         return
@@ -188,14 +189,32 @@ def _label(descriptor: int, directory: Path) -> None:
         )
 
 
-async def _forget_state(state: Path, control: Control) -> None:
-    """Removes what was said of a daemon that is gone. That of a living one is still true."""
+async def _clear_away(directories: Directories, control: Control) -> None:
+    """Removes what a daemon that is gone has left: what was said of it, and its shared memory.
+
+    Only here can no client be there. Of a living daemon both are still true.
+    """
     try:
         await control.servers()
     except MpsDownError:
-        _remove(state)
+        _remove(directories.state)
+        if directories.shm is not None:
+            _empty(directories.shm)
     except MpsError:
         return  # the daemon is there, or nobody knows: the file names the daemon that it means
+
+
+def _empty(directory: Path) -> None:
+    """Removes what is in a directory that every pod may write to; what cannot be is told."""
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be emptied: %s", directory, error)
 
 
 def _remove(file: Path) -> None:
