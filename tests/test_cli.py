@@ -186,7 +186,7 @@ def test_a_bug_ends_with_1_and_is_logged_with_its_trace(monkeypatch, caplog, err
 
 
 def test_an_end_as_asked_is_0(monkeypatch):
-    monkeypatch.setattr(program, "execute", lambda _: None)
+    monkeypatch.setattr(program, "execute", lambda _: 0)
     with pytest.raises(SystemExit) as caught:
         program.main()
     assert caught.value.code == 0
@@ -353,3 +353,30 @@ def test_it_ends_on_every_python_whatever_the_kubelet_does(kubelet_dir, python, 
     assert sockets(kubelet_dir) == []
     assert "Traceback" not in agent.text
     assert "Warning" not in agent.text
+
+
+# The doctor
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_wrong_where_all_is_there(kubelet_dir):
+    variables = {
+        "VGPU_GPU_DRIVER": "simulated",
+        "VGPU_KUBELET_DIR": str(kubelet_dir),
+        "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
+        "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
+    }
+    with KubeletPeer(kubelet_dir):
+        done = execute("doctor", "--json", **variables)
+    assert done.returncode == 0, done.stdout
+    assert done.stderr == ""
+    assert json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_doctor_goes_on_where_the_settings_are_wrong_and_ends_with_1(kubelet_dir):
+    done = execute("doctor", VGPU_KUBELET_DIR=str(kubelet_dir), VGPU_REPLICAS="x")
+    assert done.returncode == 1
+    assert "VGPU_REPLICAS='x'" in done.stdout
+    assert "kubelet directory" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr

@@ -18,7 +18,7 @@ def main() -> None:
     """The console script."""
     code = 0
     try:
-        execute(sys.argv[1:])
+        code = execute(sys.argv[1:])
     except* (SettingsError, ListenError) as wrong:
         code = _explain(wrong, 2)
     except* VgpuAgentError as failed:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 import anyio
 
@@ -13,6 +14,8 @@ from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_daemon, make_driver, run_agent
 from vgpu_agent.dev import run_dev
+from vgpu_agent.doctor import Verdict, examine, render_json, render_text, worst
+from vgpu_agent.errors import SettingsError
 from vgpu_agent.model.state import Latest
 from vgpu_agent.mps.commands import mps_prepare, mps_restore, mps_watch
 from vgpu_agent.observe import logs
@@ -39,6 +42,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     steps.add_parser("prepare", help="make the node ready for the MPS daemon")
     steps.add_parser("watch", help="tell the daemon its limits and keep an eye on them")
     steps.add_parser("restore", help="set the compute modes back that prepare has changed")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check all that the agent needs; exit code 1 if something would stop it",
+    )
+    doctor.add_argument("--json", action="store_true", help="the report as JSON")
     dev = commands.add_parser(
         "dev", help="run the agent with simulated GPUs and a stand-in kubelet, and watch it work"
     )
@@ -86,6 +94,24 @@ async def dev(seconds: float | None, *, watch_health: bool = True) -> None:
             tasks.cancel_scope.cancel()
 
 
+async def doctor(*, as_json: bool) -> int:
+    """`vgpu-agent doctor`: its exit code. Works with wrong settings too."""
+    settings: Settings | SettingsError
+    try:
+        settings = configuration.load()
+    except SettingsError as error:
+        settings = error
+    checks = await examine(
+        settings,
+        environment=os.environ,
+        make_driver=make_driver,
+        make_daemon=lambda chosen: make_daemon(chosen, make_driver(chosen)),
+    )
+    sys.stdout.write(render_json(checks) if as_json else render_text(checks))
+    sys.stdout.flush()
+    return int(worst(checks) is Verdict.FAIL)
+
+
 async def _follow_signals(
     signals: AsyncIterator[signal.Signals],
     scope: anyio.CancelScope,
@@ -104,23 +130,30 @@ def _tell(line: str) -> None:
     sys.stdout.flush()
 
 
-def execute(arguments: Sequence[str]) -> None:
-    """Runs a command. Raises SettingsError, ListenError, StoryError, or groups of errors."""
+def execute(arguments: Sequence[str]) -> int:
+    """Runs a command; its exit code.
+
+    Raises SettingsError, ListenError, StoryError, or groups of errors.
+    """
     options = parse(arguments)
     if options.command == "dev":
         logs.configure(LogLevel.ERROR, LogFormat.TEXT)
         anyio.run(dev, options.seconds)
-        return
+        return 0
+    if options.command == "doctor":
+        logs.configure(LogLevel.ERROR, LogFormat.TEXT)
+        return anyio.run(partial(doctor, as_json=options.json))
     settings = configuration.load()
     logs.configure(settings.log_level, settings.log_format)
     if options.command == "release":
         release(settings, _tell)
-        return
+        return 0
     for name, nearest in configuration.unknown_variables(os.environ).items():
         hint = f"; did you mean {nearest}?" if nearest else ""
         log.warning("%s is no setting of vgpu-agent and does nothing%s", name, hint)
     if options.command == "mps":
         steps = {"prepare": mps_prepare, "watch": mps_watch, "restore": mps_restore}
         steps[options.step](settings)
-        return
+        return 0
     anyio.run(run, settings)
+    return 0

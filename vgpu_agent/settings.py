@@ -550,6 +550,23 @@ def load() -> Settings:
     raise SettingsError("\n".join([head, *problems.values()]))
 
 
+def assume(environment: Mapping[str, str]) -> Settings | None:
+    """The settings with the default of every wrong variable; None where that is wrong too."""
+    given = {name.upper(): value for name, value in environment.items()}
+    values = {
+        name: given[variable(name)] for name in Settings.model_fields if variable(name) in given
+    }
+    while True:
+        try:
+            return EmbeddedSettings.model_validate(values)
+        except ValidationError as error:
+            if not values:
+                return None
+            wrong = {str(problem["loc"][0]) for problem in error.errors()} & values.keys()
+            # A default that does not fit what is set is nobody's fault here: keep nothing then.
+            values = {name: value for name, value in values.items() if wrong and name not in wrong}
+
+
 def _problems(error: ValidationError) -> dict[str, str]:
     """A line for each wrong variable, however many ways it is wrong in."""
     return {
