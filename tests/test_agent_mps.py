@@ -166,6 +166,22 @@ def test_allocate_tells_shares_of_what_is_usable(node: Node) -> None:
             assert mounts == {(pipe, pipe), (shm, "/dev/shm")}
 
 
+def test_what_the_server_has_of_a_card_is_kept_out_of_the_shares_once_it_is_measured(
+    node: Node, fake_nvml: FakeNvml
+) -> None:
+    node.mps.start()
+    with node.watcher():
+        node.wait_healthy(20)
+        server = node.mps.start_server()
+        fake_nvml.update(UUIDS[0], process=server, process_memory=1024)
+        node.agent.wait_line(f"the MPS server has 1024 MiB of GPU {UUIDS[0]}")
+        limits = []
+        for uuid in UUIDS:
+            (container,) = node.kubelet.allocate([f"{uuid}::0"]).container_responses
+            limits.append(container.envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"])
+        assert limits == [f"0={(24576 - 512 - 1024) // 10}M", f"0={USABLE // 10}M"]
+
+
 def test_restarts_of_the_agent_and_the_watcher_leave_daemon_server_and_clients_alone(
     kubelet_dir: Path, node: Node
 ) -> None:

@@ -319,7 +319,7 @@ def test_no_trace_of_the_library_is_in_the_error(monkeypatch):
 def test_a_size_and_a_number_of_vgpus_exclude_each_other(monkeypatch):
     monkeypatch.setenv("VGPU_DEVICE_MEMORY", "8Gi")
     assert load().division() == Division(
-        10, device_memory=8 << 30, max_clients=48, held_back=512 << 20
+        10, device_memory=8 << 30, max_clients=48, held_back=512 << 20, measured=True
     )
     monkeypatch.setenv("VGPU_REPLICAS", "10")  # set is set, also to its default
     with pytest.raises(SettingsError, match=r"VGPU_DEVICE_MEMORY='8Gi' is wrong.*VGPU_REPLICAS"):

@@ -316,7 +316,8 @@ class Settings(BaseSettings):
         None,
         description="Memory of each card kept out of the shares, for the MPS server.",
         json_schema_extra=_allowed(
-            f"`auto` ({MPS_SERVER_MARGIN // MIB}Mi under MPS, else 0) or a size such as 512Mi"
+            f"`auto` (under MPS {MPS_SERVER_MARGIN // MIB}Mi until a server is measured, otherwise"
+            " 0), or a size such as 512Mi"
         ),
     )
     placement: Placement = Field(
@@ -484,6 +485,7 @@ class Settings(BaseSettings):
             by_gpu=self.replicas_by_gpu,
             max_clients=(self.mps_max_clients or MPS_MAX_CLIENTS) if mps else None,
             held_back=self.memory_held_back,
+            measured=mps and self.memory_reserved is None,
         )
 
     @property

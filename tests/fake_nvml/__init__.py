@@ -50,6 +50,8 @@ class FakeCard:
     remap_pending: int | None = 0
     action: int | None = None
     energy: int | None = None
+    process: int = 0
+    process_memory: int = 0
     events: int | None = ALL_EVENTS
     memory_v2: bool = True
     epoch: int = 0

@@ -75,6 +75,7 @@ struct card {
     long long ecc;           /* uncorrectable errors */
     long long remap_failed, remap_pending;
     long long action;        /* recovery action */
+    long long process, process_memory; /* a PID that uses the card, and its MiB */
     long long energy;        /* mJ since the driver initialised the card */
     long long events;        /* event types that the card supports, as a mask */
     long long memory_v2;     /* 0: only the first version of the memory call works */
@@ -136,6 +137,12 @@ typedef struct {
         unsigned long long ullVal;
     } value;
 } nvmlFieldValue_t;
+
+typedef struct {
+    unsigned int pid;
+    unsigned long long usedGpuMemory;
+    unsigned int gpuInstanceId, computeInstanceId;
+} nvmlProcessInfo_t;
 
 typedef struct {
     nvmlDevice_t device;
@@ -222,6 +229,8 @@ static void set_field(struct card *card, const char *key, const char *value)
         {"remap_pending", &card->remap_pending},
         {"action", &card->action},
         {"energy", &card->energy},
+        {"process", &card->process},
+        {"process_memory", &card->process_memory},
         {"events", &card->events},
         {"memory_v2", &card->memory_v2},
         {"epoch", &card->epoch},
@@ -744,16 +753,24 @@ nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldV
 }
 
 nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
-                                                     void *processes)
+                                                     nvmlProcessInfo_t *processes)
 {
     struct card card;
-    (void)processes;
-    *count = 0;
-    return enter(device, &card);
+    nvmlReturn_t result = enter(device, &card);
+    unsigned int room = *count;
+    *count = result == SUCCESS && card.process > 0 ? 1 : 0;
+    if (result != SUCCESS || *count == 0)
+        return result;
+    if (room < 1)
+        return INSUFFICIENT_SIZE;
+    memset(processes, 0, sizeof *processes);
+    processes->pid = (unsigned int)card.process;
+    processes->usedGpuMemory = (unsigned long long)card.process_memory << 20;
+    return SUCCESS;
 }
 
 nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
-                                                        void *processes)
+                                                        nvmlProcessInfo_t *processes)
 {
     return nvmlDeviceGetComputeRunningProcesses_v3(device, count, processes);
 }

@@ -610,3 +610,20 @@ def set_compute_mode(uuid: str, mode: ComputeMode) -> bool:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
     return True
+
+
+def process_memory(uuid: str) -> dict[int, int]:
+    """Bytes of a card that each process has, by its PID on the host; those that NVML tells.
+
+    Blocks. Opens NVML for itself. Raises DriverError.
+    """
+    _open()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError as error:
+        raise DriverError(f"processes on {uuid} cannot be listed ({error})") from error
+    finally:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+    return {each.pid: each.usedGpuMemory for each in found if each.usedGpuMemory is not None}

@@ -117,7 +117,9 @@ def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> 
             card=card,
             share=Share(counts[card.gpu.uuid], card.replicas),
             usable=usable_bytes(
-                card.gpu.memory_bytes, card.gpu.reserved_bytes, sharing.memory_held_back
+                card.gpu.memory_bytes,
+                card.gpu.reserved_bytes,
+                sharing.memory_held_back if card.server_bytes is None else card.server_bytes,
             ),
         )
         for card in sorted(inventory.cards, key=lambda card: card.gpu.pci_bus_id.lower())

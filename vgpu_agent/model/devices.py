@@ -74,6 +74,7 @@ class Card:
     """A card that is advertised: so many vGPUs, and the faults that it has now.
 
     `vgpu_bytes` is the memory of a vGPU where cards are divided by size, None where by count.
+    `server_bytes` is what the MPS server was measured to have of the card, where that counts.
     `notes` are what an operator should know of a card that stays healthy. `recovery_wait` is for
     how many seconds its probes have to pass before it is proven good.
     """
@@ -82,6 +83,7 @@ class Card:
     replicas: int
     faults: tuple[Fault, ...] = ()
     vgpu_bytes: int | None = None
+    server_bytes: int | None = None
     notes: tuple[str, ...] = ()
     recovery_wait: float = 0.0
 

@@ -76,7 +76,7 @@ class Division:
     By count (`replicas`), or by size where `device_memory` bytes are set. `by_gpu` overrides the
     count for single cards, by index, UUID or model name: 1 is a whole card, 0 leaves the card to
     others. `max_clients` is the bound of MPS on a card, None without MPS. `held_back` bytes of each
-    card are kept out.
+    card are kept out; where `measured`, what the MPS server is measured to have is, once known.
     """
 
     replicas: int
@@ -84,6 +84,7 @@ class Division:
     by_gpu: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     max_clients: int | None = None
     held_back: int = 0
+    measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,8 @@ class Mps:
 
     `problem` says why no vGPU can be given, None where all is well; `replacement` why the MPS pod
     has to be replaced, though it serves. `clients` counts clients by the UUID of their card,
-    `waiting` those of another user that wait for their turn.
+    `waiting` those of another user that wait for their turn, and `server_bytes` what its server was
+    measured to have of a card.
     """
 
     wanted: bool = False
@@ -147,6 +148,7 @@ class Mps:
     replacement: str | None = None
     clients: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     waiting: int = 0
+    server_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 XidKey = tuple[str | None, int]
@@ -207,7 +209,14 @@ class NodeState:
             elif before is None:
                 faults = tuple(self._node_faults.values())
                 notes = () if divided.note is None else (divided.note,)
-                known[gpu.uuid] = Card(gpu, divided.replicas, faults, divided.vgpu_bytes, notes)
+                known[gpu.uuid] = Card(
+                    gpu,
+                    divided.replicas,
+                    faults,
+                    vgpu_bytes=divided.vgpu_bytes,
+                    server_bytes=self._server_bytes(gpu.uuid),
+                    notes=notes,
+                )
             else:
                 known[gpu.uuid] = replace(before, gpu=gpu, replicas=divided.replicas)
         for left in excluded:
@@ -229,6 +238,9 @@ class NodeState:
         if applied is None or isinstance(divided, Excluded):
             return divided
         return replace(divided, replicas=applied)
+
+    def _server_bytes(self, uuid: str) -> int | None:
+        return self.snapshot.mps.server_bytes.get(uuid) if self._division.measured else None
 
     def driver_failed(self, error: str) -> bool:
         """The driver cannot be asked."""
@@ -320,8 +332,9 @@ class NodeState:
         for card in self.snapshot.inventory.cards:
             own = [each for each in card.faults if each.reason not in before]
             left = (*own, *self._node_faults.values())
-            if left != card.faults:
-                cards[card.gpu.uuid] = replace(card, faults=left)
+            fresh = replace(card, faults=left, server_bytes=self._server_bytes(card.gpu.uuid))
+            if fresh != card:
+                cards[card.gpu.uuid] = fresh
         self._replace_cards(cards)
         return changed
 

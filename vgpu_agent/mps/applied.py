@@ -21,13 +21,14 @@ class AppliedCard:
     """A card as the daemon knows it. `ordinal` is its CUDA number there.
 
     `memory_limit_bytes` is the daemon's default limit of pinned memory for one client; None is no
-    limit.
+    limit. `server_bytes` is what the daemon's server has of the card itself, None until one ran.
     """
 
     uuid: str
     ordinal: int
     replicas: int
     memory_limit_bytes: int | None
+    server_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

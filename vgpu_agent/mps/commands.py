@@ -16,7 +16,7 @@ from vgpu_agent.model.share import MIB, Divided, Division, MpsLimits, Share, div
 from vgpu_agent.mps.applied import AppliedCard
 from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.prepare import Directories, SetComputeMode, prepare, restore
-from vgpu_agent.mps.watch import WatchFiles, WatchPlan, watch
+from vgpu_agent.mps.watch import Measure, WatchFiles, WatchPlan, watch
 from vgpu_agent.settings import GpuDriverKind, MpsComputeMode, Settings
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,12 @@ async def _work(settings: Settings, directories: Directories) -> None:
     async with make_driver(settings) as driver:
         scan = await driver.scan()
     plan = watch_plan(scan, settings.division(), settings.mps_limits, settings.mps_threads)
-    await watch(plan, _control(directories), WatchFiles(directories.state, directories.watch))
+    await watch(
+        plan,
+        _control(directories),
+        WatchFiles(directories.state, directories.watch),
+        measure=_measure(settings),
+    )
 
 
 def watch_plan(
@@ -126,6 +131,14 @@ def _directories(settings: Settings) -> Directories:
 
 def _control(directories: Directories) -> Control:
     return Control(directories.pipe, directories.log)
+
+
+def _measure(settings: Settings) -> Measure | None:
+    if settings.gpu_driver is GpuDriverKind.SIMULATED:
+        return None
+    from vgpu_agent.gpu.nvml import process_memory
+
+    return process_memory
 
 
 def _set_mode(settings: Settings) -> SetComputeMode | None:

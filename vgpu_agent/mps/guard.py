@@ -14,8 +14,9 @@ from anyio.abc import TaskStatus
 
 from vgpu_agent.gpu.health import Fact, Finding
 from vgpu_agent.model.devices import Excluded, Fault, Gpu
-from vgpu_agent.model.share import Division, MpsLimits, divide
+from vgpu_agent.model.share import MIB, Division, MpsLimits, divide
 from vgpu_agent.model.state import Mps, NodeState
+from vgpu_agent.mps.applied import Applied
 from vgpu_agent.mps.daemon import Daemon, DaemonLook
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,17 @@ def judge(
             replacement=_replacement(told, gpus, division),
             clients=look.clients,
             waiting=look.waiting,
+            server_bytes=_server_bytes(applied),
         ),
         tuple(findings),
         MappingProxyType(told),
+    )
+
+
+def _server_bytes(applied: Applied | None) -> Mapping[str, int]:
+    cards = () if applied is None else applied.cards
+    return MappingProxyType(
+        {card.uuid: card.server_bytes for card in cards if card.server_bytes is not None}
     )
 
 
@@ -141,6 +150,15 @@ class MpsGuard:
             log.warning("%s", now.replacement)
         if now.waiting > before.waiting:
             log.warning("%d MPS clients of another user wait for their turn", now.waiting)
+        for uuid, taken in now.server_bytes.items():
+            if uuid not in before.server_bytes and taken > self.division.held_back:
+                log.warning(
+                    "the MPS server has %d MiB of GPU %s, and %d MiB are kept out of the shares%s",
+                    taken // MIB,
+                    uuid,
+                    self.division.held_back // MIB,
+                    "" if self.division.measured else ": set VGPU_MEMORY_RESERVED=auto or more",
+                )
         for fault in faults:
             if fault.reason.value == "mps-fault" and before.problem is None:
                 log.warning("%s: all its clients end; nothing is restarted", fault.detail)

@@ -11,20 +11,24 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 
-from vgpu_agent.errors import MpsError, MpsRefusedError, MpsSetupError
+from vgpu_agent.errors import DriverError, MpsError, MpsRefusedError, MpsSetupError
 from vgpu_agent.model.share import MIB, MpsLimits
 from vgpu_agent.mps import applied, processes
 from vgpu_agent.mps.applied import Applied, AppliedCard
 from vgpu_agent.mps.control import Control, same_limit
 
 log = logging.getLogger(__name__)
+
+Measure = Callable[[str], Mapping[int, int]]
+"""Bytes of a card, by its UUID, that each process has, by PID. May raise DriverError."""
 
 _BACK_OFF = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Seconds from one failed look at the daemon to the next; a new daemon ends them."""
@@ -61,16 +65,18 @@ async def watch(
     control: Control,
     files: WatchFiles,
     *,
+    measure: Measure | None = None,
     poll_seconds: float = 0.5,
     look_seconds: float = 5,
 ) -> None:
     """Watches until cancelled. Raises MpsSetupError where another watcher runs.
 
-    Whether there is a new daemon is seen every `poll_seconds`; all else is asked for every
-    `look_seconds`.
+    `measure` tells, in a worker thread, how many bytes of a card each process has; with it the
+    memory of a server itself is published, once one runs. Whether there is a new daemon is seen
+    every `poll_seconds`; all else is asked for every `look_seconds`.
     """
     with _only_one(files.lock) as memory:
-        watcher = _Watcher(plan, control, files.state, memory)
+        watcher = _Watcher(plan, control, files.state, memory, measure)
         failures = 0
         while True:
             generation = applied.generation_of(control.pipe_directory)
@@ -145,7 +151,14 @@ class _Watcher:
     when daemons came.
     """
 
-    def __init__(self, plan: WatchPlan, control: Control, state: Path, memory: _Memory) -> None:
+    def __init__(
+        self,
+        plan: WatchPlan,
+        control: Control,
+        state: Path,
+        memory: _Memory,
+        measure: Measure | None,
+    ) -> None:
         cards = tuple(
             replace(card, memory_limit_bytes=_whole_mib(card.memory_limit_bytes))
             for card in plan.cards
@@ -156,6 +169,7 @@ class _Watcher:
         self._control = control
         self._state = state
         self._memory = memory
+        self._measure = measure
         self._applied = memory.load()
         self._after_apply: _Defaults | None = None
         self._told = ""
@@ -170,11 +184,12 @@ class _Watcher:
         generation = applied.generation_of(self._control.pipe_directory)
         self._count(generation)
         try:
-            found = await self._look(generation or "")
+            published = self._published()
+            found = await self._measured(await self._look(generation or ""), published)
             now = applied.generation_of(self._control.pipe_directory)
             if generation is None or now != generation:
                 return False  # it was replaced meanwhile: what was found is of nobody
-            if found != self._published():
+            if found != published:
                 applied.write(self._state, found)
         except MpsError as error:
             self._tell(str(error))
@@ -187,6 +202,23 @@ class _Watcher:
             return False
         self._tell(found.problem or f"limits are in force: {_words(found)}")
         return True
+
+    async def _measured(self, found: Applied, published: Applied | None) -> Applied:
+        """With what a server of this daemon has of each card: measured once, then kept."""
+        known: dict[str, int | None] = {}
+        if published is not None and published.generation == found.generation:
+            known = {card.uuid: card.server_bytes for card in published.cards}
+        if self._measure is not None and None in [known.get(card.uuid) for card in found.cards]:
+            servers = await self._control.servers()
+            for card in found.cards if servers else ():
+                try:
+                    used = await anyio.to_thread.run_sync(self._measure, card.uuid)
+                except DriverError as error:
+                    log.info("the memory of the MPS server is not known: %s", error)
+                    break
+                known[card.uuid] = sum(used.get(pid, 0) for pid in servers) or None
+        cards = tuple(replace(card, server_bytes=known.get(card.uuid)) for card in found.cards)
+        return replace(found, cards=cards)
 
     def _published(self) -> Applied | None:
         try:
