@@ -1,4 +1,7 @@
-"""The commands: `run`, `release`, `doctor` and `mps` on a node, `dev` on a desk."""
+"""The commands: `run`, `release`, `doctor` and `mps` on a node, `dev` on a desk.
+
+What only one command needs is imported in it: `run` stays small.
+"""
 
 import argparse
 import logging
@@ -13,11 +16,8 @@ import anyio
 from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_daemon, make_driver, run_agent
-from vgpu_agent.dev import run_dev
-from vgpu_agent.doctor import Verdict, examine, render_json, render_text, worst
 from vgpu_agent.errors import SettingsError
 from vgpu_agent.model.state import Latest
-from vgpu_agent.mps.commands import mps_prepare, mps_restore, mps_watch
 from vgpu_agent.observe import logs
 from vgpu_agent.release import findable, release
 from vgpu_agent.settings import LogFormat, LogLevel, Settings
@@ -87,6 +87,8 @@ async def run(settings: Settings) -> None:
 
 async def dev(seconds: float | None, *, watch_health: bool = True) -> None:
     """`vgpu-agent dev`: until SIGTERM or SIGINT, or for so many seconds."""
+    from vgpu_agent.dev import run_dev
+
     with anyio.open_signal_receiver(*_SIGNALS) as signals:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, Latest(0))
@@ -96,6 +98,8 @@ async def dev(seconds: float | None, *, watch_health: bool = True) -> None:
 
 async def doctor(*, as_json: bool) -> int:
     """`vgpu-agent doctor`: its exit code. Works with wrong settings too."""
+    from vgpu_agent.doctor import Verdict, examine, render_json, render_text, worst
+
     settings: Settings | SettingsError
     try:
         settings = configuration.load()
@@ -152,6 +156,8 @@ def execute(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {nearest}?" if nearest else ""
         log.warning("%s is no setting of vgpu-agent and does nothing%s", name, hint)
     if options.command == "mps":
+        from vgpu_agent.mps.commands import mps_prepare, mps_restore, mps_watch
+
         steps = {"prepare": mps_prepare, "watch": mps_watch, "restore": mps_restore}
         steps[options.step](settings)
         return 0
