@@ -15,6 +15,8 @@ import pytest
 
 from tests.fake_nvml import XID_EVENTS, FakeCard, FakeNvml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 MIB = 1 << 20

@@ -20,6 +20,8 @@ from tests.kubelet_peer import Device, KubeletPeer, StalledPeer, off_loop
 from tests.wire import dp, dp_grpc
 from vgpu_agent.kubelet._proto import v1beta1
 
+pytestmark = pytest.mark.slow
+
 RESOURCE = "example.com/card"
 
 

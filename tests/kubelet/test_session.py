@@ -31,6 +31,8 @@ from tests.kubelet_peer import off_loop
 from tests.wire import dp, dp_grpc
 from vgpu_agent.kubelet import session as session_module
 
+pytestmark = pytest.mark.slow
+
 
 def told(caplog, words):
     """The log lines with these words."""

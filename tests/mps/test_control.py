@@ -25,6 +25,8 @@ from vgpu_agent.mps.control import (
     waiting_clients,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def children() -> list[str]:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

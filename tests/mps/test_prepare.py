@@ -12,6 +12,8 @@ from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.share import Division
 from vgpu_agent.mps.prepare import SetComputeMode, end_orphans, prepare
 
+pytestmark = pytest.mark.slow
+
 DIVISION = Division(replicas=10)
 
 # As `vgpu-agent mps` does it, and without the settings, which take longest to import.

@@ -20,6 +20,8 @@ from vgpu_agent.mps.commands import watch_plan
 from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.watch import WatchFiles, WatchPlan, watch
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 2300 * MIB
 CARDS = (AppliedCard("GPU-a", 0, 10, LIMIT), AppliedCard("GPU-b", 1, 10, LIMIT))
 OPEN_CARDS = tuple(replace(card, memory_limit_bytes=None) for card in CARDS)
