@@ -23,6 +23,10 @@ def main() -> None:
         code = _explain(wrong, 2)
     except* VgpuAgentError as failed:
         code = _explain(failed, 1)
+    except* BrokenPipeError:
+        # Whoever read our output has left; Python's own last flush must not stumble over it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except* Exception:
         # A bug: say all that is known, and let the DaemonSet start a fresh process.
         log.critical("ending after an unexpected error", exc_info=True)

@@ -16,11 +16,11 @@ import anyio
 from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_daemon, make_driver, run_agent
-from vgpu_agent.errors import SettingsError
+from vgpu_agent.errors import MpsSetupError, SettingsError
 from vgpu_agent.model.state import Latest
 from vgpu_agent.observe import logs
 from vgpu_agent.release import findable, release
-from vgpu_agent.settings import LogFormat, LogLevel, Settings
+from vgpu_agent.settings import LogFormat, LogLevel, Settings, SharingKind
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +158,10 @@ def execute(arguments: Sequence[str]) -> int:
     if options.command == "mps":
         from vgpu_agent.mps.commands import mps_prepare, mps_restore, mps_watch
 
+        if settings.sharing is not SharingKind.MPS and options.step != "restore":
+            raise MpsSetupError(
+                f"VGPU_SHARING={settings.sharing}: without MPS there is nothing to {options.step}"
+            )
         steps = {"prepare": mps_prepare, "watch": mps_watch, "restore": mps_restore}
         steps[options.step](settings)
         return 0

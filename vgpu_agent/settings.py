@@ -307,8 +307,8 @@ class Settings(BaseSettings):
     )
     mps_shm_directory: AbsolutePath = Field(
         Path("/dev/shm/vgpu-mps"),  # noqa: S108 - a path on the host, not a temporary file
-        description="The host directory that MPS containers share as /dev/shm.",
-        json_schema_extra=_allowed("an absolute path"),
+        description="The host directory that MPS containers share as /dev/shm. Emptied by us.",
+        json_schema_extra=_allowed("an absolute path of its own: not /dev/shm itself"),
     )
     memory_reserved: Annotated[
         int | None, Field(ge=0, lt=MAX_BYTES), BeforeValidator(_auto(_size))
@@ -413,6 +413,17 @@ class Settings(BaseSettings):
     def _clients_of_a_card(cls, value: int, info: ValidationInfo) -> int:
         most = info.data.get("mps_max_clients") or MPS_MAX_CLIENTS
         if info.data.get("sharing") is SharingKind.MPS and value > most:
+            raise ValueError
+        return value
+
+    @field_validator("mps_shm_directory")
+    @classmethod
+    def _directory_of_its_own(cls, value: Path, info: ValidationInfo) -> Path:
+        mps, kubelet = info.data.get("mps_directory"), info.data.get("kubelet_dir")
+        shared = value in (Path("/"), Path("/dev"), Path("/dev/shm"))  # noqa: S108 - a comparison
+        shared |= any(each is not None and each.is_relative_to(value) for each in (mps, kubelet))
+        shared |= mps is not None and value.is_relative_to(mps)
+        if shared:
             raise ValueError
         return value
 

@@ -696,3 +696,44 @@ async def test_passed_probes_prove_nothing_about_the_mps_daemon(node):
     for _ in range(3):
         await node.look(after=RECOVERY)
     assert node.reasons(ONE) == [Reason.MPS, Reason.MPS_FAULT]
+
+
+async def test_a_card_that_is_left_out_for_a_while_still_waits_for_its_reset(node, driver):
+    driver.xid(ONE, UNTIL_RESET)
+    await told(node)
+    (gpu,) = [gpu for gpu in CARDS if gpu.uuid == ONE]
+    scan = driver.scan
+
+    async def without_one() -> Scan:
+        whole = await scan()
+        gpus = tuple(each for each in whole.gpus if each.uuid != ONE)
+        return Scan(whole.driver_version, gpus, (Excluded(gpu, "cdi", "not named"),))
+
+    driver.scan = without_one
+    await node.look(after=5)
+    assert node.healthy == [TWO]
+    driver.scan = scan
+    await node.look(after=5)
+    await node.look(after=RECOVERY)
+    assert node.reasons(ONE) == [Reason.XID]
+
+
+async def test_a_scan_that_takes_too_long_heals_nothing(node, driver, monkeypatch):
+    monkeypatch.setattr(probe, "CALL_LIMIT", 0.05)
+    driver.xid(ONE, UNTIL_RESET)
+    await told(node)
+    scan = driver.scan
+
+    async def slow() -> Scan:
+        await driver.release()  # the session is being opened anew
+        await anyio.sleep(1)
+        raise AssertionError("nobody waits so long")
+
+    driver.scan = slow
+    await node.look(after=5)
+    await node.look(after=5)
+    driver.scan = scan
+    await node.look(after=5)
+    await node.look(after=5)
+    assert node.reasons(ONE) == [Reason.XID]
+    assert node.healthy == [TWO]

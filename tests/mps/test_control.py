@@ -266,3 +266,13 @@ def test_a_log_whose_beginning_is_lost_tells_the_user_by_its_clients():
     served = line("NEW CLIENT 71 from user 1000: Server already exists")
     assert waiting_clients(served + FOREIGN) == (WaitingClient(72, 0),)
     assert waiting_clients(FOREIGN) == ()
+
+
+async def test_a_program_that_ends_without_reading_is_a_daemon_that_is_down(tmp_path):
+    program = tmp_path / "nvidia-cuda-mps-control"
+    program.write_text("#!/bin/sh\necho 'Cannot find MPS control daemon process'; exit 1\n")
+    program.chmod(0o755)
+    control = Control(tmp_path / "pipe", tmp_path / "log", binary=str(program))
+    for _ in range(5):
+        with pytest.raises(MpsDownError):
+            await control.servers()

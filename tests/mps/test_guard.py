@@ -181,3 +181,22 @@ async def test_it_looks_by_itself_and_soon_where_the_daemon_changed(monkeypatch)
                 if snapshot.mps.problem is None:
                     break
         tasks.cancel_scope.cancel()
+
+
+async def test_a_card_that_the_daemon_was_never_told_of_is_not_offered():
+    node = Node()
+    node.daemon = SimulatedDaemon({ONE: 10}, MpsLimits.CLIENT)
+    node.guard.daemon = node.daemon
+    await node.guard.look()
+    node.state.driver_answered("1", GPUS)
+    assert node.reasons() == [[], [Reason.MPS]]
+    await node.guard.look()
+    assert node.reasons() == [[], [Reason.MPS]]
+
+
+async def test_a_fault_of_the_server_is_logged_once_for_as_long_as_it_lasts(caplog):
+    node = Node()
+    node.daemon.fail_server(faulty=True)
+    for _ in range(4):
+        await node.guard.look()
+    assert caplog.text.count("nothing is restarted") == 1

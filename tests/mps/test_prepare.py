@@ -136,10 +136,22 @@ async def test_the_state_of_a_dead_daemon_is_removed_and_that_of_a_living_one_ke
 # Orphans
 
 
+async def test_a_directory_that_holds_files_of_others_is_neither_opened_nor_emptied(
+    fake_mps: FakeMps,
+):
+    shm = fake_mps.directories.shm
+    shm.mkdir(mode=0o700)
+    (shm / "precious").write_text("of somebody else")
+    with pytest.raises(MpsSetupError, match="VGPU_MPS_SHM_DIRECTORY"):
+        await make(fake_mps)
+    assert (shm / "precious").exists()
+    assert stat.S_IMODE(shm.stat().st_mode) == 0o700
+
+
 async def test_shared_memory_is_emptied_where_no_daemon_and_so_no_client_is(
     fake_mps: FakeMps, tmp_path: Path
 ):
-    fake_mps.make_directories()
+    await make(fake_mps)
     shm, elsewhere = fake_mps.directories.shm, tmp_path / "precious"
     elsewhere.write_text("of somebody else")
 
@@ -152,12 +164,12 @@ async def test_shared_memory_is_emptied_where_no_daemon_and_so_no_client_is(
 
     litter()
     await make(fake_mps)
-    assert list(shm.iterdir()) == []
+    assert [path.name for path in shm.iterdir()] == [".vgpu-agent"]
     assert elsewhere.exists()
     litter()
     fake_mps.start()
     await make(fake_mps)
-    assert len(list(shm.iterdir())) == 4
+    assert len(list(shm.iterdir())) == 5
 
 
 async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(

@@ -92,6 +92,6 @@ class NamedByCdi:
         """See the driver."""
         return await self._driver.next_events()
 
-    async def release(self) -> None:
+    async def release(self) -> bool:
         """See the driver."""
-        await self._driver.release()
+        return await self._driver.release()

@@ -113,6 +113,6 @@ class GpuDriver(Protocol):
         """Waits at most a second for events; none is a normal answer."""
         ...
 
-    async def release(self) -> None:
-        """Lets go of all cards, so that they can be reset, until the next scan."""
+    async def release(self) -> bool:
+        """Lets go of all cards for a reset, until the next scan; whether it could."""
         ...

@@ -161,13 +161,14 @@ class NvmlDriver:
                 await anyio.sleep(_SLICE_SECONDS)
         return ()
 
-    async def release(self) -> None:
-        """Closes NVML until the next scan, or leaves it open where a call does not return."""
+    async def release(self) -> bool:
+        """Closes NVML until the next scan; False where a call that hangs keeps it open."""
         with anyio.move_on_after(_CLOSE_SECONDS):
             await self._calls.run(self._session.close)
         if not self._session.is_open:
-            return
+            return True
         _log.warning("NVML was left open: a call to the driver does not return")
+        return False
 
 
 class _Gate:
@@ -317,8 +318,11 @@ class _Session:
         try:
             handle = _Handle(pynvml.nvmlDeviceGetHandleByIndex(index))
             uuid: str = pynvml.nvmlDeviceGetUUID(handle)
-        except pynvml.NVMLError:
-            return None
+        except pynvml.NVMLError as error:
+            if error.value in _GONE:
+                return None
+            # An odd error is not a card that went away: what was known of the place stays.
+            return next((found for found in known.values() if found.gpu.index == index), None)
         try:
             return _Found(handle, self._describe(index, handle, uuid))
         except pynvml.NVMLError as error:

@@ -91,6 +91,9 @@ class HealthWatch:
     _no_library_since: float | None = None
     _saving: anyio.Lock = field(default_factory=anyio.Lock)
     _wake: anyio.Event = field(default_factory=anyio.Event)
+    _asked: anyio.Event = field(default_factory=anyio.Event)
+    _early: dict[str, Fault] = field(default_factory=dict)
+    _looking: bool = False
     _handles_void: bool = True
     _release_asked: bool = False
     _next_release: float = 0.0
@@ -127,6 +130,7 @@ class HealthWatch:
     def release(self) -> None:
         """Asks for all cards to be let go of for a while, so that they can be reset."""
         self._release_asked = True
+        self._asked.set()
         self._wake.set()
 
     async def _until_next_look(self) -> None:
@@ -151,16 +155,22 @@ class HealthWatch:
         readings: dict[str, Reading | None] = {}
         scan: Scan | None = None
         problem: DriverError | None = None
-        if self.policy.enabled and not self._handles_void:
+        if self.policy.enabled:
             readings = await self._probe(tuple(self._tracks))
+        if self._handles_void:
+            # Lost by a handle that is void anyway says nothing of the card: asked again below.
+            readings = {u: r for u, r in readings.items() if r is None or not r.lost}
         if None not in readings.values():
             # A look at all cards would hang where one of them hangs.
+            self._looking = True
             scan, problem = await self._scan()
-            self._handles_void = problem is not None
+            self._handles_void = scan is None
         if scan is not None and self.policy.enabled:
             unread = [gpu.uuid for gpu in scan.gpus if gpu.uuid not in readings]
             readings |= await self._probe(unread)
         self._tell(scan, problem, readings)
+        self._looking = False
+        self._early.clear()
         await self._remember()
 
     async def _probe(self, uuids: Sequence[str]) -> dict[str, Reading | None]:
@@ -245,12 +255,26 @@ class HealthWatch:
             for each in self._recalled.pop(uuid, ()) if self.policy.enabled else ():
                 self._tracks[uuid].counters = each.counters
                 self._add([uuid], each.fault)
-        # Whoever waited for a reset when the agent ended and is not there now is being reset.
-        self._seen_away.update(self._recalled)
+            if uuid in self._early:
+                self._add([uuid], self._early.pop(uuid))
         for left in after.excluded:
             if left not in before.excluded:
                 log.warning("GPU %s left out: %s", left.gpu.uuid, left.detail)
-            self._tracks.pop(left.gpu.uuid, None)
+            self._set_aside(left.gpu.uuid, before.inventory.find(left.gpu.uuid))
+        # Whoever waits for a reset and is not there at all is being reset.
+        self._seen_away.update(self._recalled.keys() - {left.gpu.uuid for left in after.excluded})
+
+    def _set_aside(self, uuid: str, card: Card | None) -> None:
+        """A card is left out from now on: what it waits for is remembered until it is back."""
+        track = self._tracks.pop(uuid, None)
+        if track is not None and card is not None:
+            waiting = tuple(
+                Remembered(uuid, fault, track.counters)
+                for fault in card.faults
+                if fault.until_reset
+            )
+            if waiting:
+                self._recalled[uuid] = waiting
 
     def _absent(self, uuid: str) -> None:
         track = self._tracks[uuid]
@@ -360,17 +384,21 @@ class HealthWatch:
 
     async def _release(self) -> None:
         """Lets go of NVML for a while: the driver refuses a reset while a client is there."""
-        await self.driver.release()
+        self._asked = anyio.Event()
+        asked, self._release_asked = self._release_asked, False
+        released = await self.driver.release()
         self._handles_void = True  # closed by us, which says nothing of a reset
-        self.state.driver_released(self.wall_clock() + RELEASE)
-        log.warning("all GPUs are let go of for %.0f s: they can be reset now", RELEASE)
-        await anyio.sleep(RELEASE)
+        if released:
+            self.state.driver_released(self.wall_clock() + RELEASE)
+            log.warning("all GPUs are let go of for %.0f s: they can be reset now", RELEASE)
+            with anyio.move_on_after(RELEASE):
+                await self._asked.wait()  # a request meanwhile gets a full time of its own
+            self._asked = anyio.Event()
         self._next_release = self.clock() + RELEASE_PAUSE
-        if self._release_asked:
+        if released and asked:
             # Whoever asked has reset what had to be reset, and is believed.
             for track in self._tracks.values():
                 track.returned = True
-        self._release_asked = False
 
     # Changes
 
@@ -383,6 +411,9 @@ class HealthWatch:
     def _add(self, uuids: Collection[str] | None, fault: Fault) -> None:
         now = self.clock()
         healthy = {card.gpu.uuid for card in self.state.snapshot.inventory.cards if card.healthy}
+        for uuid in uuids or ():
+            if uuid not in self._tracks and self._looking:
+                self._early[uuid] = fault  # of a card that this look may be about to list
         for uuid, track in self._tracks.items():
             if uuids is None or uuid in uuids:
                 track.last_bad = now

@@ -99,9 +99,10 @@ class SimulatedDriver:
         events, self._events = self._events, []
         return events
 
-    async def release(self) -> None:
+    async def release(self) -> bool:
         """Every handle is void until the next scan."""
         self._handles = {}
+        return True
 
     # Faults on demand
 

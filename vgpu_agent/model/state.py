@@ -179,6 +179,7 @@ class NodeState:
         self._division = division
         self._applied: Mapping[str, int] = {}
         self._node_faults: dict[Reason, Fault] = {}
+        self._untold: Fault | None = None
         self.latest = Latest(Snapshot())
 
     @property
@@ -207,7 +208,7 @@ class NodeState:
                 left_out.append(divided)
                 known.pop(gpu.uuid, None)
             elif before is None:
-                faults = tuple(self._node_faults.values())
+                faults = self._mps_faults(gpu.uuid)
                 notes = () if divided.note is None else (divided.note,)
                 known[gpu.uuid] = Card(
                     gpu,
@@ -304,11 +305,25 @@ class NodeState:
         self._replace_cards({uuid: replace(card, faults=faults)})
         return True
 
-    def mps_seen(self, mps: Mps, faults: Collection[Fault], applied: Mapping[str, int]) -> bool:
+    def _mps_faults(self, uuid: str) -> tuple[Fault, ...]:
+        """What the MPS daemon's watch says of a card."""
+        faults = tuple(self._node_faults.values())
+        untold = self._untold
+        if untold is None or not self._applied or uuid in self._applied:
+            return faults
+        return faults if untold.reason in self._node_faults else (*faults, untold)
+
+    def mps_seen(
+        self,
+        mps: Mps,
+        faults: Collection[Fault],
+        applied: Mapping[str, int],
+        untold: Fault | None = None,
+    ) -> bool:
         """The MPS daemon was looked at: `faults` are of all cards, also of those to come.
 
         `applied` is the number of vGPUs, by UUID, that it was told; where it differs from the
-        settings it holds.
+        settings it holds, and a card that is not in it has the fault `untold`.
         """
         changed = self._become(replace(self.snapshot, mps=mps))
         if applied != self._applied:
@@ -328,10 +343,13 @@ class NodeState:
             else each
             for each in faults
         }
+        if untold is None or self._untold is None:
+            self._untold = untold  # with the time of the first
         cards = {}
+        of_mps = {Reason.MPS, Reason.MPS_FAULT}
         for card in self.snapshot.inventory.cards:
-            own = [each for each in card.faults if each.reason not in before]
-            left = (*own, *self._node_faults.values())
+            own = [each for each in card.faults if each.reason not in of_mps]
+            left = (*own, *self._mps_faults(card.gpu.uuid))
             fresh = replace(card, faults=left, server_bytes=self._server_bytes(card.gpu.uuid))
             if fresh != card:
                 cards[card.gpu.uuid] = fresh

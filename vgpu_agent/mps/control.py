@@ -7,6 +7,8 @@ form they expect and where it was seen; they take what cannot be misread and ref
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -84,9 +86,9 @@ class Control:
         async with self._turn:
             try:
                 # On the way out of a cancelled run anyio kills the child and waits for its end.
-                with anyio.fail_after(self._timeout):
+                with anyio.fail_after(self._timeout), _standard_input(line) as stdin:
                     done = await anyio.run_process(
-                        [self._binary], input=f"{line}\n".encode(), check=False, env=environment
+                        [self._binary], stdin=stdin, check=False, env=environment
                     )
             except TimeoutError:
                 raise MpsHungError(
@@ -146,6 +148,18 @@ class Control:
 
 # The sentence of the program where its daemon is away (seen in reports; it ends with code 1).
 _DOWN = re.compile(r"cannot find mps control daemon|connection refused", re.IGNORECASE)
+
+
+@contextmanager
+def _standard_input(line: str) -> Iterator[int]:
+    """A pipe with the line in it: a program that ends without reading it breaks nothing."""
+    read, write = os.pipe()
+    try:
+        os.write(write, f"{line}\n".encode())
+        os.close(write)
+        yield read
+    finally:
+        os.close(read)
 
 
 def parse_pids(text: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from vgpu_agent.gpu.health import Fact, Finding
-from vgpu_agent.model.devices import Excluded, Fault, Gpu
+from vgpu_agent.model.devices import Excluded, Fault, Gpu, Reason
 from vgpu_agent.model.share import MIB, Division, MpsLimits, divide
 from vgpu_agent.model.state import Mps, NodeState
 from vgpu_agent.mps.applied import Applied
@@ -114,6 +114,7 @@ class MpsGuard:
     limits: MpsLimits
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
+    _faulty: bool = False
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Runs until cancelled; started after the first look."""
@@ -138,7 +139,8 @@ class MpsGuard:
         verdict = judge(look, gpus, self.division, self.limits)
         now = self.wall_clock()
         faults = [fault for each in verdict.findings if (fault := each.fault(now)) is not None]
-        self.state.mps_seen(verdict.mps, faults, verdict.applied)
+        untold = Finding(Fact.MPS_DOWN, "the daemon was not told of this card: replace the MPS pod")
+        self.state.mps_seen(verdict.mps, faults, verdict.applied, untold.fault(now))
         self._log(before.mps, verdict.mps, faults)
 
     def _log(self, before: Mps, now: Mps, faults: list[Fault]) -> None:
@@ -159,6 +161,7 @@ class MpsGuard:
                     self.division.held_back // MIB,
                     "" if self.division.measured else ": set VGPU_MEMORY_RESERVED=auto or more",
                 )
-        for fault in faults:
-            if fault.reason.value == "mps-fault" and before.problem is None:
-                log.warning("%s: all its clients end; nothing is restarted", fault.detail)
+        faulty = next((fault for fault in faults if fault.reason is Reason.MPS_FAULT), None)
+        if faulty is not None and not self._faulty:
+            log.warning("%s: all its clients end; nothing is restarted", faulty.detail)
+        self._faulty = faulty is not None

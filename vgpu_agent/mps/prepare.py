@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 SERVER = "nvidia-cuda-mps-server"
 
+OURS = ".vgpu-agent"
+"""Marks a directory of shared memory as made by us, so that it may be emptied."""
+
 SetComputeMode = Callable[[str, ComputeMode], bool]
 """Sets the mode of the card of that UUID; False where it has none. Blocks; raises DriverError."""
 
@@ -98,8 +101,12 @@ async def prepare(
 
     `set_mode` None leaves compute modes alone. An orphaned server has `end_seconds` to end.
     """
+    if directories.shm is not None:
+        _refuse_foreign(directories.shm)
     for directory, mode in directories.modes().items():
         _make(directory, mode)
+    if directories.shm is not None:
+        (directories.shm / OURS).touch(mode=0o600)
     await end_orphans(directories.pipe, control, end_seconds=end_seconds)
     await _clear_away(directories, control)
     if set_mode is None:
@@ -189,6 +196,19 @@ def _label(descriptor: int, directory: Path) -> None:
         )
 
 
+def _refuse_foreign(shm: Path) -> None:
+    """Shared memory is emptied when no client is left: never what somebody else put there."""
+    try:
+        names = {path.name for path in shm.iterdir()}
+    except OSError:
+        return  # not there yet, or no directory, which is told where it is made
+    if names and OURS not in names:
+        raise MpsSetupError(
+            f"{shm} holds files and was not made by vgpu-agent: it would be opened to every"
+            " container and emptied; set VGPU_MPS_SHM_DIRECTORY to a directory of its own"
+        )
+
+
 async def _clear_away(directories: Directories, control: Control) -> None:
     """Removes what a daemon that is gone has left: what was said of it, and its shared memory.
 
@@ -209,6 +229,8 @@ def _empty(directory: Path) -> None:
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
+                if entry.name == OURS:
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
                 else:
