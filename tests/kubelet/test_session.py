@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import gc
 import logging
 import os
 import shutil
@@ -8,6 +9,7 @@ import stat
 import statistics
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
@@ -649,6 +651,34 @@ async def test_the_end_is_clean_while_the_kubelet_follows(kubelet_dir, hold_conn
         assert open_sockets(rig.path) == 0
         assert len(kubelet.registrations) == 1
         assert rig.state.snapshot.kubelet.streams == 0
+
+
+async def test_the_end_cuts_connections_that_come_with_it(kubelet_dir):
+    """asyncio leaks a connection that it accepts just before the server is closed."""
+
+    async def come(delay: int) -> None:
+        for turn in range(delay + 6):
+            if turn >= delay:
+                late = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                clients.append(late)
+                if late.connect_ex(str(rig.path)):
+                    return
+            await anyio.lowlevel.checkpoint()
+
+    clients: list[socket.socket] = []
+    for delay in range(5):
+        async with kubelet_in(kubelet_dir), agent(kubelet_dir) as rig:
+            await rig.registered()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(come, delay)
+                tasks.start_soon(rig.stop)
+        assert open_sockets(rig.path) == 0
+        with warnings.catch_warnings(record=True) as leaks:
+            warnings.simplefilter("always", ResourceWarning)
+            gc.collect()
+        assert not leaks
+    for client in clients:
+        client.close()
 
 
 async def test_the_end_is_quick_while_a_send_is_blocked(kubelet_dir):

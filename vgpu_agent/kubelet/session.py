@@ -263,16 +263,21 @@ class KubeletSession:
             yield own
         finally:
             with CancelScope(shield=True):
-                await self._stop_serving(server, plugin, own)
+                await self._stop_serving(server, listener, plugin, own)
 
     async def _stop_serving(
-        self, server: _PluginServer, plugin: DevicePlugin, own: Identity
+        self, server: _PluginServer, listener: socket.socket, plugin: DevicePlugin, own: Identity
     ) -> None:
         """Ends the streams, then the connections, then the socket: in that order on purpose.
 
         A late end of an old stream would make the kubelet drop a new registration, and a server
         of Python 3.12 and newer waits for as long as a connection is open.
         """
+        # asyncio leaks what it has accepted but not made a connection of when the server closes:
+        # two turns of the loop make it one, which is then cut with the others.
+        asyncio.get_running_loop().remove_reader(listener)
+        for _ in range(2):
+            await anyio.lowlevel.checkpoint()
         plugin.end_streams()
         with anyio.move_on_after(CLEAN_END):
             async for streams in plugin.streams.follow():
