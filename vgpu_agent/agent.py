@@ -7,6 +7,7 @@ after itself.
 """
 
 import logging
+import socket
 from dataclasses import dataclass
 
 import anyio
@@ -101,13 +102,20 @@ async def run_agent(
     metrics = Metrics(
         version=__version__,
         resource_name=settings.resource_name,
+        sharing=settings.sharing_rules(),
         max_clients=settings.division().max_clients or 0,
     )
     web = Web(
         listener=listen(settings.metrics_address),
         state=state,
         metrics=metrics,
-        status=Status(__version__, settings.resource_name, settings.health_checks),
+        status=Status(
+            version=__version__,
+            resource_name=settings.resource_name,
+            health_checks=settings.health_checks,
+            sharing=settings.sharing_rules(),
+            host=socket.gethostname(),
+        ),
     )
     memory = FaultMemory(settings.state_directory)
     health = HealthWatch(only_named(driver, settings), state, settings.health_policy(), memory)

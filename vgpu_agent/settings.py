@@ -373,6 +373,23 @@ class Settings(BaseSettings):
         description="Where /metrics, /healthz and /readyz are served.",
         json_schema_extra=_allowed("host:port or [IPv6]:port, port 0 (any free) to 65535"),
     )
+    status_page: Switch = Field(
+        True,
+        description="Whether the page at / and /status.json are served. They show names of pods.",
+        json_schema_extra=_allowed("`on` or `off`"),
+    )
+    podresources_interval: Seconds = Field(
+        60,
+        description="Seconds between two questions to the kubelet about who holds which vGPU;"
+        " it is also asked after each allocation.",
+        json_schema_extra=_allowed("a number of seconds from 1"),
+    )
+    process_metrics: Switch = Field(
+        False,
+        description="Whether memory and processes of each container are told. Needs the host's"
+        " PID namespace and /var/log/containers.",
+        json_schema_extra=_allowed("`on` or `off`"),
+    )
     log_level: LogLevel = Field(
         LogLevel.INFO,
         description="The least important log lines that are written.",

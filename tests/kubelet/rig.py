@@ -186,7 +186,7 @@ async def registered(kubelet_dir: Path, **options: Any) -> AsyncIterator[tuple[K
 
 def unchanging(snapshot: Snapshot) -> Snapshot:
     """The snapshot without what only counts."""
-    return replace(snapshot, lists_sent=0, registrations={})
+    return replace(snapshot, lists_sent=0, registrations={}, allocates=0)
 
 
 # Calls in bytes

@@ -2,13 +2,18 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from tests.kubelet.rig import MPS, TIME_SLICING
+from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
+from vgpu_agent.model.share import MpsLimits
 from vgpu_agent.model.state import Driver, Kubelet, RegistrationResult, Snapshot
 from vgpu_agent.observe.metrics import Metrics
 
@@ -40,6 +45,10 @@ LEFT_OUT = Gpu(
     pci_bus_id="00000000:03:00.0",
 )
 
+RESNET = Holder("team-a", "resnet-0", "main")
+LLAMA = Holder("team-b", "llama-0", "server")
+SHRUNK = Holder("team-b", "old-0", "main")
+
 SNAPSHOT = Snapshot(
     inventory=Inventory(
         (
@@ -69,6 +78,19 @@ SNAPSHOT = Snapshot(
         {RegistrationResult.REGISTERED: 2, RegistrationResult.UNREACHABLE: 5}
     ),
     lists_sent=7,
+    holders=Holders(
+        None,
+        (
+            Assignment(RESNET, ("GPU-a::0",)),
+            Assignment(LLAMA, ("GPU-a::2", "GPU-a::3", "GPU-b::1")),
+            Assignment(SHRUNK, ("GPU-b::0", "GPU-b::9", "GPU-gone::1")),
+        ),
+    ),
+    usage=Usage(
+        MappingProxyType({("GPU-a", RESNET): Used(2, GIB), ("GPU-x", LLAMA): Used(1, GIB)}),
+        MappingProxyType({"GPU-a": 3, "GPU-x": 1}),
+    ),
+    memory_used=MappingProxyType({"GPU-a": 5 * GIB}),
 )
 
 REASONS = [
@@ -92,6 +114,29 @@ def card(uuid: str, index: int, **labels: str) -> dict[str, str]:
 def devices(uuid: str, index: int, health: str) -> dict[str, str]:
     return card(uuid, index, resource=RESOURCE, health=health)
 
+
+def held(uuid: str, index: int, by: Holder, **labels: str) -> dict[str, str]:
+    names = {"namespace": by.namespace, "pod": by.pod, "container": by.container}
+    return card(uuid, index, **labels, **names)
+
+
+def vgpu(uuid: str, index: int, number: int) -> dict[str, str]:
+    return card(uuid, index, resource=RESOURCE, device_id=f"{uuid}::{number}")
+
+
+def holding(uuid: str, index: int, number: int, by: Holder) -> dict[str, str]:
+    return held(uuid, index, by, resource=RESOURCE, device_id=f"{uuid}::{number}")
+
+
+# Half a GiB is held back for the MPS server (tests.kubelet.rig.MPS). Of a container that holds
+# vGPUs which are no longer made the share is not known.
+QUARTER_OF_A = (24 * GIB - (400 << 20) - GIB // 2) // 4
+QUARTER_OF_B = (24 * GIB - GIB // 2) // 4
+SHARES = [
+    (held("GPU-a", 0, RESNET), QUARTER_OF_A),
+    (held("GPU-a", 0, LLAMA), 2 * QUARTER_OF_A),
+    (held("GPU-b", 1, LLAMA), QUARTER_OF_B),
+]
 
 # Family: type, and every sample with its labels.
 EXPECTED: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
@@ -125,6 +170,7 @@ EXPECTED: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
         [
             (card("GPU-a", 0, kind="total"), 24 * GIB),
             (card("GPU-a", 0, kind="reserved"), 400 << 20),
+            (card("GPU-a", 0, kind="used"), 5 * GIB),
             (card("GPU-b", 1, kind="total"), 24 * GIB),
             (card("GPU-b", 1, kind="reserved"), 0),
         ],
@@ -167,12 +213,35 @@ EXPECTED: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
     ),
     "vgpu_list_and_watch_updates": ("counter", [({}, 7)]),
     "vgpu_kubelet_connected": ("gauge", [({}, 1)]),
+    "vgpu_podresources_up": ("gauge", [({}, 1)]),
+    "vgpu_device_allocated": (
+        "gauge",
+        [(vgpu("GPU-a", 0, n), int(n in (0, 2, 3))) for n in range(4)]
+        + [(vgpu("GPU-b", 1, n), int(n in (0, 1))) for n in range(4)],
+    ),
+    "vgpu_allocation_info": (
+        "gauge",
+        [
+            (holding("GPU-a", 0, 0, RESNET), 1),
+            (holding("GPU-a", 0, 2, LLAMA), 1),
+            (holding("GPU-a", 0, 3, LLAMA), 1),
+            (holding("GPU-b", 1, 1, LLAMA), 1),
+            (holding("GPU-b", 1, 0, SHRUNK), 1),
+        ],
+    ),
+    "vgpu_allocation_memory_share_bytes": ("gauge", SHARES),
+    "vgpu_allocation_memory_limit_bytes_per_process": ("gauge", SHARES),
+    "vgpu_orphaned_allocations": ("gauge", [({"resource": RESOURCE}, 2)]),
+    "vgpu_largest_free_share": ("gauge", [({"resource": RESOURCE}, 1)]),
+    "vgpu_container_memory_used_bytes": ("gauge", [(held("GPU-a", 0, RESNET), GIB)]),
+    "vgpu_container_processes": ("gauge", [(held("GPU-a", 0, RESNET), 2)]),
+    "vgpu_unattributed_processes": ("gauge", [(card("GPU-a", 0), 3)]),
 }
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(version="1.2.3", resource_name=RESOURCE)
+    return Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS)
 
 
 def text(metrics: Metrics, snapshot: Snapshot = SNAPSHOT, accept: str = "") -> str:
@@ -217,7 +286,9 @@ def test_every_series_is_named_as_its_type_wants(metrics):
 def test_units_are_base_units(metrics):
     metrics.observe_rpc("Allocate", "OK", 0.002)
     names = {family.name for family in parse_text(text(metrics))}
-    assert {name for name in names if "memory" in name} == {"vgpu_gpu_memory_bytes"}
+    memory = {name for name in names if "memory" in name}
+    assert memory
+    assert {name for name in memory if "_bytes" not in name} == set()
     assert {name for name in names if "duration" in name} == {"vgpu_rpc_duration_seconds"}
     unwanted = ("_mib", "_mb", "_kib", "_percent", "_ms", "_milliseconds", "_minutes")
     assert [name for name in names if name.endswith(unwanted)] == []
@@ -363,7 +434,7 @@ def _rpc(metrics: Metrics, part: str) -> list[tuple[dict[str, str], float]]:
 
 
 def test_timings_stay_over_scrapes_and_belong_to_one_agent(metrics):
-    other = Metrics(version="1.2.3", resource_name=RESOURCE)
+    other = Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS)
     metrics.observe_rpc("Allocate", "OK", 0.1)
     assert text(metrics) == text(metrics)
     assert _rpc(other, "count") == []
@@ -387,6 +458,71 @@ def test_calls_are_timed_while_metrics_are_rendered(metrics):
     finally:
         ended.set()
         caller.join()
+
+
+# Who holds what
+
+
+def told(body: str) -> set[str]:
+    return {family.name for family in parse_text(body)}
+
+
+def test_who_holds_what_is_not_told_as_long_as_it_is_not_known(metrics):
+    unknown = replace(SNAPSHOT, holders=Holders("no such socket"))
+    names = told(text(metrics, unknown))
+    assert samples(metrics, unknown, "vgpu_podresources_up") == [({}, 0)]
+    assert not [name for name in names if "alloc" in name or "free_share" in name]
+
+
+def test_what_was_known_last_is_told_while_the_kubelet_does_not_answer(metrics):
+    silent = replace(SNAPSHOT, holders=replace(SNAPSHOT.holders, error="no such socket"))
+    assert samples(metrics, silent, "vgpu_podresources_up") == [({}, 0)]
+    assert samples(metrics, silent, "vgpu_device_allocated") == [
+        (labels, value) for labels, value in EXPECTED["vgpu_device_allocated"][1]
+    ]
+
+
+def test_the_series_of_a_pod_end_with_it(metrics):
+    text(metrics)
+    ended = replace(SNAPSHOT, holders=Holders(None, ()), usage=Usage())
+    assert "resnet-0" not in text(metrics, ended)
+    assert {value for _, value in samples(metrics, ended, "vgpu_device_allocated")} == {0}
+
+
+def test_a_lost_card_keeps_its_series_while_it_is_listed(metrics):
+    """That is when they are needed; GPU-b is lost."""
+    of_card = [labels for labels, _ in samples(metrics, SNAPSHOT, "vgpu_allocation_info")]
+    assert {labels["pod"] for labels in of_card if labels["gpu_uuid"] == "GPU-b"} == {
+        "llama-0",
+        "old-0",
+    }
+
+
+@pytest.mark.parametrize("sharing", [TIME_SLICING, replace(MPS, mps=None)])
+def test_a_limit_is_told_only_where_there_is_one(sharing):
+    metrics = Metrics(version="1.2.3", resource_name=RESOURCE, sharing=sharing)
+    assert samples(metrics, SNAPSHOT, "vgpu_allocation_memory_limit_bytes_per_process") == []
+    assert len(samples(metrics, SNAPSHOT, "vgpu_allocation_memory_share_bytes")) == len(SHARES)
+
+
+def test_without_limits_in_mps_none_is_told():
+    unlimited = replace(MPS, mps=replace(MPS.mps, limits=MpsLimits.NONE))
+    metrics = Metrics(version="1.2.3", resource_name=RESOURCE, sharing=unlimited)
+    assert samples(metrics, SNAPSHOT, "vgpu_allocation_memory_limit_bytes_per_process") == []
+
+
+def test_usage_is_told_only_where_processes_are_looked_at(metrics):
+    names = told(text(metrics, replace(SNAPSHOT, usage=None)))
+    assert not [
+        name for name in names if "container" in name or "process" in name.rpartition("_per")[0]
+    ]
+
+
+def test_a_share_is_what_the_container_was_told(metrics):
+    granted = grant(SNAPSHOT.inventory, ["GPU-a::2", "GPU-a::3"], MPS).environment
+    shares = samples(metrics, SNAPSHOT, "vgpu_allocation_memory_share_bytes")
+    found = [v for labels, v in shares if labels == held("GPU-a", 0, LLAMA)]
+    assert found == [int(granted["VGPU_MEMORY_BYTES"])]
 
 
 def test_768_vgpus_are_rendered_without_a_series_for_each(metrics):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import anyio
 import pytest
 
+from tests.kubelet.rig import MPS
 from tests.kubelet_peer import off_loop
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.devices import Card, Gpu, Inventory
@@ -23,7 +24,7 @@ from vgpu_agent.settings import Address
 
 LOOPBACK = Address("127.0.0.1", 0)
 RESOURCE = "example.com/vgpu"
-STATUS = Status("1.2.3", RESOURCE, health_checks=True)
+STATUS = Status("1.2.3", RESOURCE, health_checks=True, sharing=MPS, host="node-1")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
@@ -89,7 +90,7 @@ async def serving(
     """A Web that serves; what it leaves behind at its end is looked for."""
     before = running()
     state = NodeState(Division(10))
-    metrics = metrics or Metrics(version="1.2.3", resource_name=RESOURCE)
+    metrics = metrics or Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS)
     web = Web(listener=listen(address), state=state, metrics=metrics, status=STATUS, **options)
     async with anyio.create_task_group() as tasks:
         site = Site(web, state, metrics, tasks.cancel_scope)
@@ -408,7 +409,7 @@ def test_a_port_is_found_where_any_will_do():
         web = Web(
             listener=listener,
             state=NodeState(Division(1)),
-            metrics=Metrics(version="1", resource_name=RESOURCE),
+            metrics=Metrics(version="1", resource_name=RESOURCE, sharing=MPS),
             status=STATUS,
         )
         assert web.address.host == "127.0.0.1"
@@ -470,7 +471,7 @@ class Slow(Metrics):
     """Metrics that take until they are told to go on."""
 
     def __init__(self) -> None:
-        super().__init__(version="1", resource_name=RESOURCE)
+        super().__init__(version="1", resource_name=RESOURCE, sharing=MPS)
         self.asked = threading.Event()
         self.go_on = threading.Event()
 
@@ -507,7 +508,7 @@ class Huge(Metrics):
 
 @pytest.mark.slow
 async def test_it_ends_while_a_client_reads_nothing():
-    async with serving(metrics=Huge(version="1", resource_name=RESOURCE)) as site:
+    async with serving(metrics=Huge(version="1", resource_name=RESOURCE, sharing=MPS)) as site:
         connection = await off_loop(site.connect)
         await off_loop(connection.sendall, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         await anyio.sleep(0.2)
@@ -579,7 +580,9 @@ async def test_a_page_that_fails_is_a_500_and_the_next_one_is_answered(caplog):
             raise LookupError("broken")
 
     with caplog.at_level(logging.ERROR):
-        async with serving(metrics=Broken(version="1", resource_name=RESOURCE)) as site:
+        async with serving(
+            metrics=Broken(version="1", resource_name=RESOURCE, sharing=MPS)
+        ) as site:
             assert (await site.get("/metrics")).status == 500
             assert (await site.get("/healthz")).status == 200
     assert any(

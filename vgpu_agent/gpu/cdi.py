@@ -15,6 +15,7 @@ import yaml
 
 from vgpu_agent.gpu.driver import GpuDriver, GpuEvent, Reading, Scan
 from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.holders import GpuProcess
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,10 @@ class NamedByCdi:
     async def probe(self, uuid: str) -> Reading:
         """See the driver."""
         return await self._driver.probe(uuid)
+
+    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
+        """See the driver."""
+        return await self._driver.processes(uuid)
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """See the driver."""

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.holders import GpuProcess
 
 
 class RecoveryAction(IntEnum):
@@ -107,6 +108,13 @@ class GpuDriver(Protocol):
 
     async def probe(self, uuid: str) -> Reading:
         """Asks one card how it is, by the handle of the last scan."""
+        ...
+
+    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
+        """The processes with a context on a card, MPS clients included, PIDs as the host has them.
+
+        None where the card or its driver does not tell them now.
+        """
         ...
 
     async def next_events(self) -> Sequence[GpuEvent]:

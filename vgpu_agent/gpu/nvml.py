@@ -31,6 +31,7 @@ from vgpu_agent.gpu.driver import (
     XidEvent,
 )
 from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.holders import GpuProcess
 
 _log = logging.getLogger(__name__)
 
@@ -146,6 +147,14 @@ class NvmlDriver:
         """Asks one card how it is. A card that the last scan did not see is lost."""
         lane = self._probes.setdefault(uuid, _Lane())
         return await lane.run(partial(self._session.probe, uuid))
+
+    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
+        """Compute processes and MPS clients of a card; None where it is not there or does not say.
+
+        NVML lists a client of MPS in the one list, the other or both, by the driver's version.
+        """
+        lane = self._probes.setdefault(uuid, _Lane())
+        return await lane.run(partial(self._session.processes, uuid))
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """Waits at most a second for events of the cards of the last scan.
@@ -361,6 +370,25 @@ class _Session:
             )
         except pynvml.NVMLError:
             return Reading(lost=True)
+
+    def processes(self, uuid: str) -> tuple[GpuProcess, ...] | None:
+        with self._gate.shared():
+            found = self._found.get(uuid)
+            if found is None:
+                return None
+            asks = (
+                pynvml.nvmlDeviceGetComputeRunningProcesses,
+                pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
+            )
+            try:
+                lists = [_optional(ask, found.handle) for ask in asks]
+            except pynvml.NVMLError:
+                return None
+        told = [each for each in lists if each is not None]
+        processes = {
+            each.pid: GpuProcess(each.pid, each.usedGpuMemory) for found in told for each in found
+        }
+        return tuple(processes[pid] for pid in sorted(processes)) if told else None
 
     def close(self) -> None:
         with self._gate.alone(_CLOSE_SECONDS) as alone:

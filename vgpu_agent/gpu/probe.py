@@ -211,6 +211,13 @@ class HealthWatch:
             if reading is None:
                 detail = f"the driver did not answer within {CALL_LIMIT:g} s"
                 self._mark([uuid], Finding(Fact.PROBE_TIMEOUT, detail))
+        self.state.memory_used(
+            {
+                uuid: reading.memory_used_bytes
+                for uuid, reading in readings.items()
+                if reading is not None and reading.memory_used_bytes is not None
+            }
+        )
         if scan is not None and self.policy.enabled:
             present = {gpu.uuid for gpu in scan.gpus}
             for uuid in list(self._tracks):

@@ -11,6 +11,7 @@ import anyio
 from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu.driver import GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.model.devices import Gpu
+from vgpu_agent.model.holders import GpuProcess
 
 DRIVER_VERSION = "simulated"
 _EVENT_WAIT = 1.0
@@ -25,6 +26,7 @@ class _SimulatedCard:
     on_the_bus: bool = True
     reading: Reading = Reading(memory_used_bytes=0)
     hangs: bool = False
+    processes: tuple[GpuProcess, ...] = ()
 
 
 def simulated_gpus(
@@ -91,6 +93,11 @@ class SimulatedDriver:
             return Reading(lost=True)
         return card.reading
 
+    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
+        """What `run_processes` said, of a card that is there."""
+        card = self._cards.get(uuid)
+        return card.processes if card is not None and card.on_the_bus else None
+
     async def next_events(self) -> Sequence[GpuEvent]:
         """The events since the last call, or those of the next second."""
         with anyio.move_on_after(_EVENT_WAIT):
@@ -122,6 +129,10 @@ class SimulatedDriver:
         """Every probe of the card reads this from now on."""
         self._change(uuid, reading=reading)
 
+    def run_processes(self, uuid: str, processes: Sequence[GpuProcess]) -> None:
+        """These processes, and no others, have a context on the card from now on."""
+        self._change(uuid, processes=tuple(processes))
+
     def fail_probes(self, uuid: str, error: str | None) -> None:
         """Every probe of the card fails with `error` from now on, or passes again where None."""
         self.show(uuid, replace(self._cards[uuid].reading, error=error))
@@ -142,7 +153,7 @@ class SimulatedDriver:
         """A card is put in."""
         self._cards[gpu.uuid] = _SimulatedCard(gpu)
 
-    def _change(self, uuid: str, **changes: bool | Reading) -> None:
+    def _change(self, uuid: str, **changes: bool | Reading | tuple[GpuProcess, ...]) -> None:
         self._replace(uuid, replace(self._cards[uuid], **changes))  # type: ignore[arg-type]
 
     def _replace(self, uuid: str, card: _SimulatedCard) -> None:

@@ -325,6 +325,7 @@ class DevicePlugin(DevicePluginBase):
         grants = [grant(inventory, device_ids, self._sharing) for device_ids in requests]
         for device_ids in requests:
             log.info("Allocate: %s", ", ".join(sorted(device_ids)))
+        self._state.allocated()
         return AllocateResponse(container_responses=[_response(each) for each in grants])
 
     @_guarded

@@ -68,6 +68,11 @@ class Sharing:
     device_list: DeviceList = DeviceList.ENVVAR
     cdi_kind: str = "nvidia.com/gpu"
 
+    @property
+    def limits_memory(self) -> bool:
+        """Whether a process of a container is held to its share of memory."""
+        return self.mps is not None and self.mps.limits is not MpsLimits.NONE
+
 
 @dataclass(frozen=True, slots=True)
 class Mount:
@@ -106,6 +111,18 @@ class _Part:
         return fraction(self.memory, self.card.gpu.memory_bytes)
 
 
+def _part(card: Card, vgpus: int, sharing: Sharing) -> _Part:
+    server = card.server_bytes
+    held_back = sharing.memory_held_back if server is None else server
+    usable = usable_bytes(card.gpu.memory_bytes, card.gpu.reserved_bytes, held_back)
+    return _Part(card, Share(vgpus, card.replicas), usable)
+
+
+def share_bytes(card: Card, vgpus: int, sharing: Sharing) -> int:
+    """The memory that so many vGPUs of a card are worth, in bytes."""
+    return _part(card, vgpus, sharing).memory
+
+
 def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> Grant:
     """What a container that holds these vGPUs gets.
 
@@ -113,15 +130,7 @@ def grant(inventory: Inventory, device_ids: Sequence[str], sharing: Sharing) -> 
     """
     counts = Counter(card.gpu.uuid for card in check_devices(inventory, device_ids))
     parts = [
-        _Part(
-            card=card,
-            share=Share(counts[card.gpu.uuid], card.replicas),
-            usable=usable_bytes(
-                card.gpu.memory_bytes,
-                card.gpu.reserved_bytes,
-                sharing.memory_held_back if card.server_bytes is None else card.server_bytes,
-            ),
-        )
+        _part(card, counts[card.gpu.uuid], sharing)
         for card in sorted(inventory.cards, key=lambda card: card.gpu.pci_bus_id.lower())
         if card.gpu.uuid in counts
     ]

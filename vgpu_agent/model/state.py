@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Generic, Self, TypeVar
 
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.holders import Assignment, Holders, Usage
 from vgpu_agent.model.share import Divided, Division, divide
 
 T = TypeVar("T")
@@ -157,7 +158,11 @@ TransitionKey = tuple[str, str, Reason]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that is known of the node at one moment."""
+    """All that is known of the node at one moment.
+
+    `memory_used` is in bytes by the UUID of the card. `usage` is None where processes are not
+    looked at. `allocates` counts the calls of Allocate that were answered.
+    """
 
     inventory: Inventory = Inventory()
     excluded: tuple[Excluded, ...] = ()
@@ -170,6 +175,10 @@ class Snapshot:
         default_factory=lambda: MappingProxyType({})
     )
     lists_sent: int = 0
+    allocates: int = 0
+    holders: Holders = Holders()
+    usage: Usage | None = None
+    memory_used: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class NodeState:
@@ -380,6 +389,29 @@ class NodeState:
     def xid_seen(self, uuid: str | None, xid: int) -> None:
         """The driver reported an XID; `uuid` is None where it could not tell the card."""
         self._become(replace(self.snapshot, xids=_counted(self.snapshot.xids, (uuid, xid))))
+
+    def memory_used(self, used: Mapping[str, int]) -> bool:
+        """The memory in use of each card that tells it, in bytes by UUID."""
+        return self._become(replace(self.snapshot, memory_used=MappingProxyType(dict(used))))
+
+    # Who holds what
+
+    def allocated(self) -> None:
+        """The kubelet was told what a container gets."""
+        self._become(replace(self.snapshot, allocates=self.snapshot.allocates + 1))
+
+    def holders_told(self, assignments: tuple[Assignment, ...]) -> bool:
+        """The kubelet said who holds our vGPUs."""
+        return self._become(replace(self.snapshot, holders=Holders(None, assignments)))
+
+    def holders_failed(self, error: str, *, forget: bool) -> bool:
+        """The kubelet did not say; `forget`: what it said last is too old to be believed."""
+        assignments = None if forget else self.snapshot.holders.assignments
+        return self._become(replace(self.snapshot, holders=Holders(error, assignments)))
+
+    def usage_told(self, usage: Usage) -> bool:
+        """The processes on the cards were looked at."""
+        return self._become(replace(self.snapshot, usage=usage))
 
     # Kubelet
 

@@ -11,18 +11,24 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from vgpu_agent.model.devices import Card, Gpu, Reason
+from vgpu_agent.model.container import Sharing, share_bytes
+from vgpu_agent.model.devices import Card, Gpu, Reason, device_id
+from vgpu_agent.model.holders import Holder, Usage, largest_free, orphaned, parts
 from vgpu_agent.model.state import RegistrationResult, Snapshot
 
 _G = ("gpu_uuid", "gpu_index")
+_C = ("namespace", "pod", "container")
 _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
 class Metrics:
     """The registry of one agent, and where calls of the kubelet are timed."""
 
-    def __init__(self, *, version: str, resource_name: str, max_clients: int = 0) -> None:
+    def __init__(
+        self, *, version: str, resource_name: str, sharing: Sharing, max_clients: int = 0
+    ) -> None:
         self._version = version
+        self._sharing = sharing
         self._max_clients = max_clients
         self._resource = resource_name
         self._timings = CollectorRegistry()
@@ -57,7 +63,7 @@ class Metrics:
         yield _gauge(
             "vgpu_nvml_up", "Whether the GPU driver answers.", (), [((), snapshot.driver.up)]
         )
-        yield from _card_families(cards, snapshot.driver.version or "")
+        yield from _card_families(cards, snapshot)
         yield _gauge(
             "vgpu_gpu_excluded",
             "Cards of the node that are left out, by reason.",
@@ -85,8 +91,88 @@ class Metrics:
             [((), snapshot.kubelet.connected)],
         )
 
+        yield from self._holder_families(snapshot)
+        if snapshot.usage is not None:
+            yield from _usage_families(cards, snapshot.usage)
         if snapshot.mps.wanted:
             yield from self._mps_families(snapshot)
+
+    def _holder_families(self, snapshot: Snapshot) -> Iterator[Metric]:
+        """Who holds what. Where that is not known there is no series: unknown is not zero."""
+        inventory, holders = snapshot.inventory, snapshot.holders
+        yield _gauge(
+            "vgpu_podresources_up",
+            "Whether the kubelet said who holds which vGPU when it was last asked.",
+            (),
+            [((), holders.up)],
+        )
+        if holders.assignments is None:
+            return
+        held = parts(inventory, holders.assignments)
+        taken = {(part.card.gpu.uuid, number) for part in held for number in part.numbers}
+        yield _gauge(
+            "vgpu_device_allocated",
+            "Whether a container holds the vGPU.",
+            ("resource", *_G, "device_id"),
+            [
+                (
+                    (self._resource, *_labels(card.gpu), device_id(card.gpu.uuid, number)),
+                    (card.gpu.uuid, number) in taken,
+                )
+                for card in inventory.cards
+                for number in range(card.replicas)
+            ],
+        )
+        yield _gauge(
+            "vgpu_allocation_info",
+            "Which container holds the vGPU.",
+            ("resource", *_G, "device_id", *_C),
+            [
+                (
+                    (
+                        self._resource,
+                        *_labels(part.card.gpu),
+                        device_id(part.card.gpu.uuid, number),
+                        *_names(part.holder),
+                    ),
+                    1,
+                )
+                for part in held
+                for number in part.numbers
+            ],
+        )
+        shares = [
+            (
+                (*_labels(part.card.gpu), *_names(part.holder)),
+                share_bytes(part.card, len(part.numbers), self._sharing),
+            )
+            for part in held
+            if part.whole
+        ]
+        yield _gauge(
+            "vgpu_allocation_memory_share_bytes",
+            "Memory of the card that the vGPUs of the container are worth together.",
+            (*_G, *_C),
+            shares,
+        )
+        yield _gauge(
+            "vgpu_allocation_memory_limit_bytes_per_process",
+            "Memory of the card that MPS lets each process of the container have.",
+            (*_G, *_C),
+            shares if self._sharing.limits_memory else (),
+        )
+        yield _gauge(
+            "vgpu_orphaned_allocations",
+            "vGPUs that containers hold though the node no longer has them.",
+            ("resource",),
+            [((self._resource,), len(orphaned(inventory, holders.assignments)))],
+        )
+        yield _gauge(
+            "vgpu_largest_free_share",
+            "vGPUs that the largest request may ask for which still fits on one card.",
+            ("resource",),
+            [((self._resource,), largest_free(inventory, holders.assignments))],
+        )
 
     def _mps_families(self, snapshot: Snapshot) -> Iterator[Metric]:
         mps = snapshot.mps
@@ -161,7 +247,38 @@ class Metrics:
         )
 
 
-def _card_families(cards: Sequence[Card], driver_version: str) -> Iterator[Metric]:
+def _usage_families(cards: Sequence[Card], usage: Usage) -> Iterator[Metric]:
+    listed = {card.gpu.uuid: card.gpu for card in cards}
+    used = [
+        ((*_labels(listed[uuid]), *_names(holder)), each)
+        for (uuid, holder), each in usage.containers.items()
+        if uuid in listed
+    ]
+    yield _gauge(
+        "vgpu_container_memory_used_bytes",
+        "Memory of the card that the processes of the container have together.",
+        (*_G, *_C),
+        [(labels, each.memory_bytes) for labels, each in used],
+    )
+    yield _gauge(
+        "vgpu_container_processes",
+        "Processes of the container with a context on the card.",
+        (*_G, *_C),
+        [(labels, each.processes) for labels, each in used],
+    )
+    yield _gauge(
+        "vgpu_unattributed_processes",
+        "Processes on the card that belong to no container that is known.",
+        _G,
+        [
+            (_labels(gpu), usage.unattributed[u])
+            for u, gpu in listed.items()
+            if u in usage.unattributed
+        ],
+    )
+
+
+def _card_families(cards: Sequence[Card], snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "vgpu_gpu_info",
         "What a card is.",
@@ -171,7 +288,7 @@ def _card_families(cards: Sequence[Card], driver_version: str) -> Iterator[Metri
                 (
                     *_labels(card.gpu),
                     card.gpu.model,
-                    driver_version,
+                    snapshot.driver.version or "",
                     "" if card.gpu.numa_node is None else str(card.gpu.numa_node),
                 ),
                 1,
@@ -206,7 +323,7 @@ def _card_families(cards: Sequence[Card], driver_version: str) -> Iterator[Metri
     )
     yield _gauge(
         "vgpu_gpu_memory_bytes",
-        "Memory of a card: all of it, and what the driver reserves of it.",
+        "Memory of a card: all of it, what the driver reserves of it, and what is in use.",
         (*_G, "kind"),
         [
             ((*_labels(card.gpu), kind), value)
@@ -214,7 +331,9 @@ def _card_families(cards: Sequence[Card], driver_version: str) -> Iterator[Metri
             for kind, value in (
                 ("total", card.gpu.memory_bytes),
                 ("reserved", card.gpu.reserved_bytes),
+                ("used", snapshot.memory_used.get(card.gpu.uuid)),
             )
+            if value is not None
         ],
     )
 
@@ -238,6 +357,10 @@ def _counter(name: str, text: str, labels: Sequence[str], samples: _Samples) -> 
 
 def _labels(gpu: Gpu) -> tuple[str, str]:
     return gpu.uuid, str(gpu.index)
+
+
+def _names(holder: Holder) -> tuple[str, str, str]:
+    return holder.namespace, holder.pod, holder.container
 
 
 def _without_created(families: Iterable[Metric]) -> Iterator[Metric]:

@@ -1,0 +1,195 @@
+"""Who holds which vGPUs, and how much of their cards they use.
+
+The kubelet's word (PodResources v1 and its checkpoint) comes in as values; what follows from it is
+worked out here by plain functions.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from vgpu_agent.model.devices import Card, Inventory, split_device_id
+
+NO_NAMESPACE = "unknown"
+"""Stands for the namespace of a container whose pod only the checkpoint knows, by its UID. Not
+empty: Prometheus would put the agent's own namespace there."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Holder:
+    """A container, by its names in Kubernetes."""
+
+    namespace: str
+    pod: str
+    container: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A container and the IDs of the vGPUs that it holds, in order."""
+
+    holder: Holder
+    device_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An entry of the kubelet's checkpoint: a container of a pod, and its vGPUs."""
+
+    pod_uid: str
+    container: str
+    device_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """What the kubelet said of who holds our vGPUs.
+
+    `assignments` is None where it is not known: never told, or told too long ago. `error` says why
+    the kubelet did not answer the last time.
+    """
+
+    error: str | None = "not asked yet"
+    assignments: tuple[Assignment, ...] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the kubelet answered when it was last asked."""
+        return self.error is None
+
+
+def cross_check(
+    listed: Iterable[Assignment], recorded: Sequence[Recorded] | None
+) -> tuple[Assignment, ...]:
+    """The list of PodResources, set right by the checkpoint, which was read after it.
+
+    A vGPU that the checkpoint no longer has is free: older kubelets list pods that have ended. One
+    that only the checkpoint has is held by an init container, which List leaves out; its pod is
+    told by the UID. Without a checkpoint the list alone decides.
+    """
+    listed = tuple(listed)
+    if recorded is not None:
+        kept = {vgpu for each in recorded for vgpu in each.device_ids}
+        named = {vgpu for each in listed for vgpu in each.device_ids}
+        listed = (
+            *(
+                replace(each, device_ids=tuple(v for v in each.device_ids if v in kept))
+                for each in listed
+            ),
+            *(
+                Assignment(
+                    Holder(NO_NAMESPACE, each.pod_uid, each.container),
+                    tuple(v for v in each.device_ids if v not in named),
+                )
+                for each in recorded
+            ),
+        )
+    merged: defaultdict[Holder, set[str]] = defaultdict(set)
+    for each in listed:
+        merged[each.holder].update(each.device_ids)
+    return tuple(
+        Assignment(holder, tuple(sorted(device_ids, key=_order)))
+        for holder, device_ids in sorted(merged.items())
+        if device_ids
+    )
+
+
+def _order(vgpu: str) -> tuple[str, int]:
+    return split_device_id(vgpu) or (vgpu, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a container holds of one card: the numbers of its vGPUs.
+
+    `whole` says that all its vGPUs of the card are still made, so that its share is known.
+    """
+
+    card: Card
+    holder: Holder
+    numbers: tuple[int, ...]
+    whole: bool = True
+
+
+def parts(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[Part, ...]:
+    """What each container holds of each advertised card, by card and container."""
+    found = []
+    for each in assignments:
+        numbers: defaultdict[str, list[int]] = defaultdict(list)
+        for vgpu in each.device_ids:
+            uuid, number = split_device_id(vgpu) or (vgpu, 0)
+            numbers[uuid].append(number)
+        for card in inventory.cards:
+            made = tuple(n for n in numbers[card.gpu.uuid] if n < card.replicas)
+            if made:
+                whole = len(made) == len(numbers[card.gpu.uuid])
+                found.append(Part(card, each.holder, made, whole))
+    found.sort(key=lambda part: (part.card.gpu.index, part.card.gpu.uuid, part.holder))
+    return tuple(found)
+
+
+def orphaned(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[str, ...]:
+    """The vGPUs that are held though the node no longer has them.
+
+    Fewer are made of the card than before, or it is gone or left out.
+    """
+    held = {vgpu for each in assignments for vgpu in each.device_ids}
+    return tuple(sorted((v for v in held if inventory.card_of(v) is None), key=_order))
+
+
+def largest_free(inventory: Inventory, assignments: Iterable[Assignment]) -> int:
+    """How many vGPUs the largest request may ask for that still fits on one healthy card."""
+    held = {vgpu for each in assignments for vgpu in each.device_ids}
+    taken = Counter(card.gpu.uuid for v in held if (card := inventory.card_of(v)) is not None)
+    return max(
+        (card.replicas - taken[card.gpu.uuid] for card in inventory.cards if card.healthy),
+        default=0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process with a context on a card; its memory of the card in bytes, where that is told."""
+
+    pid: int
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What the processes of a container use of a card together. Memory in bytes."""
+
+    processes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Who uses what of the cards: by UUID and container, as far as processes could be told.
+
+    `unattributed` counts, by UUID, processes that belong to no container that is known.
+    """
+
+    containers: Mapping[tuple[str, Holder], Used] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    unattributed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def attribute(
+    processes: Mapping[str, Iterable[GpuProcess]], containers: Mapping[int, Holder]
+) -> Usage:
+    """Adds up the processes of each card, by UUID, for the container that each PID runs in."""
+    used: dict[tuple[str, Holder], Used] = {}
+    unattributed = dict.fromkeys(processes, 0)
+    for uuid, running in processes.items():
+        for process in running:
+            holder = containers.get(process.pid)
+            if holder is None:
+                unattributed[uuid] += 1
+                continue
+            before = used.get((uuid, holder), Used(0, 0))
+            memory = before.memory_bytes + (process.memory_bytes or 0)
+            used[uuid, holder] = Used(before.processes + 1, memory)
+    return Usage(MappingProxyType(used), MappingProxyType(unattributed))
