@@ -173,7 +173,7 @@ def test_what_the_server_has_of_a_card_is_kept_out_of_the_shares_once_it_is_meas
     with node.watcher():
         node.wait_healthy(20)
         server = node.mps.start_server()
-        fake_nvml.update(UUIDS[0], process=server, process_memory=1024)
+        fake_nvml.update(UUIDS[0], compute=((server, 1024),))
         node.agent.wait_line(f"the MPS server has 1024 MiB of GPU {UUIDS[0]}")
         limits = []
         for uuid in UUIDS:

@@ -19,6 +19,7 @@ from vgpu_agent.gpu.memory import FaultMemory
 from vgpu_agent.gpu.probe import HealthWatch
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
+from vgpu_agent.kubelet.podresources import PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
 from vgpu_agent.model.container import DeviceList
 from vgpu_agent.model.share import Divided, divide
@@ -115,7 +116,9 @@ async def run_agent(
             health_checks=settings.health_checks,
             sharing=settings.sharing_rules(),
             host=socket.gethostname(),
+            names_pods=settings.status_page,
         ),
+        page=settings.status_page,
     )
     memory = FaultMemory(settings.state_directory)
     health = HealthWatch(only_named(driver, settings), state, settings.health_policy(), memory)
@@ -133,6 +136,12 @@ async def run_agent(
             observer=metrics,
         ),
     )
+    podresources = PodResourcesWatch(
+        directory=settings.kubelet_dir,
+        resource_name=settings.resource_name,
+        state=state,
+        interval=settings.podresources_interval,
+    )
     async with driver, anyio.create_task_group() as tasks:
         await tasks.start(web.run)
         log.info("metrics at http://%s/metrics", web.address)
@@ -143,7 +152,12 @@ async def run_agent(
             await tasks.start(health.run)
         else:
             await health.look()
+        tasks.start_soon(podresources.run)
         tasks.start_soon(session.run)
+        if settings.process_metrics:
+            from vgpu_agent.usage.watch import UsageWatch  # imported where it is used
+
+            tasks.start_soon(UsageWatch(driver, state).run)
         if release_requests is not None:
             tasks.start_soon(_release_on_request, health, release_requests)
         task_status.started(Running(state, web.address))

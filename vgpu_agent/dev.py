@@ -1,12 +1,13 @@
 """`vgpu-agent dev`: the agent, simulated cards and a stand-in kubelet, and what happens then.
 
-The story is told by what the kubelet observed over its socket. A step that is not observed in time
+The story is told by what the kubelet observed over its socket, and by what the agent knows of who
+holds what. A step that is not observed in time
 ends it with a StoryError that names the step.
 """
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import anyio
@@ -17,6 +18,7 @@ from vgpu_agent.errors import AdmissionError, ListenError, StoryError
 from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.kubelet.standin import Admitted, Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.devices import split_device_id
+from vgpu_agent.model.holders import Assignment
 from vgpu_agent.mps.daemon import SimulatedDaemon
 from vgpu_agent.observe.web import listen
 from vgpu_agent.settings import Address, EmbeddedSettings, GpuDriverKind, Settings
@@ -39,6 +41,7 @@ def embedded_settings(kubelet_dir: Path) -> Settings:
         metrics_address=_free_address(Address("127.0.0.1", 9408)),
         health_interval=1,
         recovery_seconds=1,
+        podresources_interval=1,
     )
 
 
@@ -125,6 +128,7 @@ class Story:
         for pod, count in (("resnet-0", 1), ("bert-0", 2), ("llama-0", 5)):
             await anyio.sleep(SHOWN_FOR / 2)
             self._admitted(await self._admit(pod, count))
+        await self._held_by("holders", {"resnet-0": 1, "bert-0": 2, "llama-0": 5})
 
         await anyio.sleep(SHOWN_FOR)
         lists = self._kubelet.observed.value.lists
@@ -141,6 +145,11 @@ class Story:
         self._driver.enumerate_again(failing.uuid)
         seen = await self._until("card healing", lambda seen: seen.healthy == total)
         self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+
+        await anyio.sleep(SHOWN_FOR)
+        self._tell("(pod bert-0 ends)")
+        self._kubelet.end("bert-0")
+        await self._held_by("holders after an end", {"resnet-0": 1, "llama-0": 5})
 
         await anyio.sleep(SHOWN_FOR)
         self._tell("(the MPS daemon dies)")
@@ -165,7 +174,8 @@ class Story:
 
         self.step, self.complete = "end", True
         self._tell(
-            "all of it worked: registered, listed, allocated, failed over, healed, registered again"
+            "all of it worked: registered, listed, allocated, told who holds what, failed over,"
+            " healed, did without MPS and with it again, registered again"
         )
 
     async def _until(self, step: str, holds: Callable[[Observed], bool]) -> Observed:
@@ -176,6 +186,19 @@ class Story:
                 if holds(seen):
                     return seen
         raise self._failed(f"not observed within {STEP:g} s; the kubelet has {self._has()}")
+
+    async def _held_by(self, step: str, expected: dict[str, int]) -> None:
+        """Waits until the agent knows that these pods hold so many vGPUs, and no other any."""
+        self.step = step
+        held = None
+        with anyio.move_on_after(STEP):
+            async for snapshot in self._running.state.latest.follow():
+                held = _by_pod(snapshot.holders.assignments or ())
+                if held == expected:
+                    pods = ", ".join(f"{pod} {count}" for pod, count in expected.items())
+                    self._tell(f"agent: vGPUs are held by {pods} (PodResources)")
+                    return
+        raise self._failed(f"not known within {STEP:g} s; the agent knows of {held}")
 
     async def _admit(self, pod: str, count: int) -> Admitted:
         self.step = f"admission of {pod}"
@@ -209,6 +232,11 @@ def _count(seen: Observed) -> str:
 
 def _updates(count: int) -> str:
     return "one update" if count == 1 else f"{count} updates"
+
+
+def _by_pod(assignments: Iterable[Assignment]) -> dict[str, int]:
+    """How many vGPUs each pod holds."""
+    return {each.holder.pod: len(each.device_ids) for each in assignments}
 
 
 def _by_card(seen: Observed) -> dict[str, bool]:

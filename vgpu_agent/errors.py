@@ -30,6 +30,13 @@ class DriverLibraryError(DriverError):
     """
 
 
+# Commands that ask the running agent
+
+
+class NoAgentError(VgpuAgentError):
+    """No running agent answers where it was asked; the message says what does instead."""
+
+
 class ReleaseError(VgpuAgentError):
     """The running agent could not be made to let go of the cards."""
 
@@ -86,6 +93,10 @@ class StreamMissingError(RegistrationError):
 
 class KubeletAwayError(KubeletError):
     """No kubelet listens on its socket."""
+
+
+class PodResourcesError(VgpuAgentError):
+    """The kubelet did not say who holds which vGPU; it is asked again."""
 
 
 # Rehearsal

@@ -93,13 +93,16 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def _address(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\s\[\]]+)):(\d{1,5})", value.strip())
+def parse_address(text: str) -> Address:
+    """Reads host:port or [IPv6]:port. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\s\[\]]+)):(\d{1,5})", text.strip())
     if match is None or int(match[3]) > 65535:
         raise ValueError
     return Address(match[1] or match[2], int(match[3]))
+
+
+def _address(value: object) -> object:
+    return parse_address(value) if isinstance(value, str) else value
 
 
 _UNITS = {"": 1} | {
@@ -300,6 +303,12 @@ class Settings(BaseSettings):
         description="Holds the MPS daemon's `pipe` directory, on the host and in containers.",
         json_schema_extra=_allowed("an absolute path"),
     )
+    mps_multiuser: Switch = Field(
+        False,
+        description="Whether `vgpu-agent mps daemon` serves users of different UIDs at the same"
+        " time, where the daemon of the driver can.",
+        json_schema_extra=_allowed("`on` or `off`"),
+    )
     mps_shm: Switch = Field(
         True,
         description="Whether MPS containers share the host directory below as their /dev/shm.",
@@ -370,12 +379,13 @@ class Settings(BaseSettings):
     )
     metrics_address: Annotated[Address, BeforeValidator(_address)] = Field(
         Address("0.0.0.0", 9408),  # noqa: S104 - scraped from outside the pod
-        description="Where /metrics, /healthz and /readyz are served.",
+        description="Where the page, /metrics, /healthz, /readyz and /status.json are served.",
         json_schema_extra=_allowed("host:port or [IPv6]:port, port 0 (any free) to 65535"),
     )
     status_page: Switch = Field(
         True,
-        description="Whether the page at / and /status.json are served. They show names of pods.",
+        description="Whether there is a page at /, and names of pods in /status.json. /metrics"
+        " always has them.",
         json_schema_extra=_allowed("`on` or `off`"),
     )
     podresources_interval: Seconds = Field(
@@ -575,9 +585,23 @@ def load() -> Settings:
         problems["device_memory"] = _problem("device_memory", "")
     if settings is not None and not problems:
         return settings
+    raise _wrong(problems)
+
+
+def read(environment: Mapping[str, str], *names: str) -> Settings:
+    """Settings of which only these are read; the others are defaults. Raises SettingsError."""
+    given = {name.upper(): value for name, value in environment.items()}
+    values = {name: given[variable(name)] for name in names if variable(name) in given}
+    try:
+        return EmbeddedSettings.model_validate(values)
+    except ValidationError as error:
+        raise _wrong(_problems(error)) from None
+
+
+def _wrong(problems: Mapping[str, str]) -> SettingsError:
     count = len(problems)
     head = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
-    raise SettingsError("\n".join([head, *problems.values()]))
+    return SettingsError("\n".join([head, *problems.values()]))
 
 
 def assume(environment: Mapping[str, str]) -> Settings | None:
@@ -674,7 +698,7 @@ def _code(text: str) -> str:
 
 
 def markdown_table() -> str:
-    """All settings as the table of the README."""
+    """All settings as the table of docs/settings.md."""
     rows = ["| variable | default | allowed | what it is |", "| --- | --- | --- | --- |"]
     for name, field in sorted(Settings.model_fields.items()):
         rows.append(

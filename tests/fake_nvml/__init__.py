@@ -15,6 +15,10 @@ XID_EVENTS = 0x8
 ALL_EVENTS = XID_EVENTS | 0x8000
 
 
+Processes = tuple[tuple[int, int | None], ...]
+"""PIDs, and how much memory each has."""
+
+
 def build(directory: Path) -> Path:
     """Compiles the library with `cc` into that directory; raises CalledProcessError."""
     library = directory / "libnvidia-ml.so.1"
@@ -29,7 +33,8 @@ class FakeCard:
 
     `error` is the NVML error that its memory call answers; a new `epoch` makes older handles lost;
     every call takes `hang` seconds, or until that is 0 again. `set_mode_error` is what setting its
-    compute mode answers.
+    compute mode answers. `compute` and `mps` are its two lists of processes, `compute_error` and
+    `mps_error` what asking for them answers instead; that takes `list_hang` seconds.
     """
 
     uuid: str
@@ -50,8 +55,12 @@ class FakeCard:
     remap_pending: int | None = 0
     action: int | None = None
     energy: int | None = None
-    process: int = 0
-    process_memory: int = 0
+    compute: Processes | None = ()
+    mps: Processes | None = ()
+    compute_error: int = 0
+    mps_error: int = 0
+    process_v3: bool = True
+    list_hang: float = 0
     events: int | None = ALL_EVENTS
     memory_v2: bool = True
     epoch: int = 0
@@ -170,5 +179,7 @@ def _word(value: object) -> str:
             return "-"
         case bool():
             return str(int(value))
+        case tuple():
+            return ",".join(f"{pid}:{_word(memory)}" for pid, memory in value)
         case _:
             return str(value)

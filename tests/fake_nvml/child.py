@@ -30,6 +30,15 @@ async def probe(driver: NvmlDriver, uuid: str) -> Any:
     return dataclasses.asdict(await driver.probe(uuid))
 
 
+async def processes(driver: NvmlDriver, uuid: str) -> Any:
+    found = await driver.processes(uuid)
+    return None if found is None else [dataclasses.astuple(process) for process in found]
+
+
+async def release(driver: NvmlDriver) -> Any:
+    return await driver.release()
+
+
 async def events(driver: NvmlDriver, waits: int) -> Any:
     """The events of so many waits, or of the first that has any."""
     for _ in range(waits):
@@ -46,8 +55,11 @@ async def cancel(driver: NvmlDriver, after: float) -> Any:
     return time.monotonic() - start - after
 
 
-async def hang(driver: NvmlDriver, uuid: str, seconds: float, times: int) -> Any:
-    """What happens on the loop and to threads while probes hang: ticks, timeouts, new threads."""
+async def hang(
+    driver: NvmlDriver, uuid: str, seconds: float, times: int, name: str = "probe"
+) -> Any:
+    """What happens on the loop and to threads while calls hang: ticks, timeouts, new threads."""
+    call = getattr(driver, name)
     ticks = timeouts = 0
     before = threading.active_count()
     done = anyio.Event()
@@ -62,7 +74,7 @@ async def hang(driver: NvmlDriver, uuid: str, seconds: float, times: int) -> Any
         tasks.start_soon(tick)
         for _ in range(times):
             with anyio.move_on_after(seconds) as scope:
-                await driver.probe(uuid)
+                await call(uuid)
             timeouts += scope.cancelled_caught
         done.set()
     return {"ticks": ticks, "timeouts": timeouts, "threads": threading.active_count() - before}
@@ -86,7 +98,8 @@ async def leave(driver: NvmlDriver) -> Any:
 
 
 COMMANDS = {
-    command.__name__: command for command in (scan, probe, events, cancel, hang, advance, leave)
+    command.__name__: command
+    for command in (scan, probe, processes, release, events, cancel, hang, advance, leave)
 }
 
 offset = 0.0

@@ -8,10 +8,12 @@
  *   wait_error 999               what the wait for events answers at once (0: it works)
  *   card uuid=GPU-a name="NVIDIA L4" memory=24576 ...
  *                                a card; memory in MiB, the fields are in struct card
+ *                                compute=12:512,13:- are its processes, a PID and the MiB that it
+ *                                has each, mps=... those of its clients of MPS
  *   event 7 GPU-a 79             XID 79 on that card; "-" is a card that cannot be told
  *   action_event 8 GPU-a         the card's recovery action has changed
  *
- * "-" as a number means that the card does not offer the value. Every event has a number of its
+ * "-" as a number or a list means that the card does not offer the value. Every event has a number of its
  * own and is delivered once per process, as soon as a thread waits with the card in its event set
  * (NVML would lose what comes earlier; a test could not tell when to send it). Those in the file at
  * the first nvmlInit are of the past.
@@ -54,6 +56,7 @@ enum {
     MAX_CARDS = 32,
     MAX_EVENTS = 4096,
     MAX_HANDLES = 4096,
+    MAX_PROCESSES = 64,
     NONE = -1,             /* the value is not offered */
     UNCORRECTED = 1,
     VALUE_UNSIGNED_INT = 1,
@@ -61,6 +64,15 @@ enum {
     MEMORY_V2 = 0x02000028,
     EVENT_XID = 0x8,
     EVENT_RECOVERY_ACTION = 0x8000,
+};
+
+struct process {
+    long long pid, memory; /* MiB */
+};
+
+struct processes {
+    int count; /* NONE: the card has no such list */
+    struct process process[MAX_PROCESSES];
 };
 
 struct card {
@@ -75,7 +87,10 @@ struct card {
     long long ecc;           /* uncorrectable errors */
     long long remap_failed, remap_pending;
     long long action;        /* recovery action */
-    long long process, process_memory; /* a PID that uses the card, and its MiB */
+    struct processes compute, mps;
+    long long compute_error, mps_error; /* what asking for the list answers */
+    long long process_v3;    /* 0: only the second version of these calls works */
+    double list_hang;        /* seconds that these calls take, until the file says 0 */
     long long energy;        /* mJ since the driver initialised the card */
     long long events;        /* event types that the card supports, as a mask */
     long long memory_v2;     /* 0: only the first version of the memory call works */
@@ -137,6 +152,8 @@ typedef struct {
         unsigned long long ullVal;
     } value;
 } nvmlFieldValue_t;
+
+#define NOT_AVAILABLE (~0ULL)
 
 typedef struct {
     unsigned int pid;
@@ -210,6 +227,24 @@ static long long number(const char *text)
     return value;
 }
 
+static void parse_processes(struct processes *processes, const char *value)
+{
+    char *words = strdup(value), *rest = words, *word;
+
+    if (words == NULL)
+        fail("no memory");
+    processes->count = strcmp(value, "-") == 0 ? NONE : 0;
+    while (processes->count != NONE && (word = strsep(&rest, ",")) != NULL && *word != '\0') {
+        char *memory = strchr(word, ':');
+        if (memory == NULL || processes->count == MAX_PROCESSES)
+            fail("not processes: %s", value);
+        *memory++ = '\0';
+        processes->process[processes->count].pid = number(word);
+        processes->process[processes->count++].memory = number(memory);
+    }
+    free(words);
+}
+
 static void set_field(struct card *card, const char *key, const char *value)
 {
     const struct {
@@ -229,8 +264,9 @@ static void set_field(struct card *card, const char *key, const char *value)
         {"remap_pending", &card->remap_pending},
         {"action", &card->action},
         {"energy", &card->energy},
-        {"process", &card->process},
-        {"process_memory", &card->process_memory},
+        {"compute_error", &card->compute_error},
+        {"mps_error", &card->mps_error},
+        {"process_v3", &card->process_v3},
         {"events", &card->events},
         {"memory_v2", &card->memory_v2},
         {"epoch", &card->epoch},
@@ -251,8 +287,14 @@ static void set_field(struct card *card, const char *key, const char *value)
     else if (strcmp(key, "cc") == 0) {
         if (sscanf(value, "%d.%d", &card->major, &card->minor) != 2)
             fail("not a compute capability: %s", value);
-    } else if (strcmp(key, "hang") == 0)
+    } else if (strcmp(key, "compute") == 0)
+        parse_processes(&card->compute, value);
+    else if (strcmp(key, "mps") == 0)
+        parse_processes(&card->mps, value);
+    else if (strcmp(key, "hang") == 0)
         card->hang = strtod(value, NULL);
+    else if (strcmp(key, "list_hang") == 0)
+        card->list_hang = strtod(value, NULL);
     else
         fail("unknown field of a card: %s", key);
 }
@@ -264,7 +306,7 @@ static void parse_card(char *rest)
     if (control.cards++ == MAX_CARDS)
         fail("too many cards");
     memset(card, 0, sizeof *card);
-    card->memory_v2 = 1;
+    card->memory_v2 = card->process_v3 = 1;
     for (;;) {
         char *key, *value;
         rest += strspn(rest, " ");
@@ -752,27 +794,78 @@ nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldV
     return result;
 }
 
+/* Processes */
+
+/* As every call on a card begins, after the time that its lists take as well. */
+static nvmlReturn_t enter_lists(nvmlDevice_t device, struct card *card)
+{
+    double start = now_ms();
+    for (;;) {
+        nvmlReturn_t result = enter(device, card);
+        if (result != SUCCESS || now_ms() - start >= card->list_hang * 1e3)
+            return result;
+        sleep_ms(2);
+    }
+}
+
+/* How many there are is asked for by room for none. */
+static nvmlReturn_t list(const struct processes *from, long long error, unsigned int *count,
+                         nvmlProcessInfo_t *to)
+{
+    unsigned int room = *count, i;
+
+    if (error != 0)
+        return (nvmlReturn_t)error;
+    if (from->count == NONE)
+        return NOT_SUPPORTED;
+    *count = (unsigned int)from->count;
+    if (*count > room)
+        return INSUFFICIENT_SIZE;
+    for (i = 0; i < *count; i++) {
+        const struct process *process = &from->process[i];
+        memset(&to[i], 0, sizeof to[i]);
+        to[i].pid = (unsigned int)process->pid;
+        to[i].usedGpuMemory = process->memory == NONE ? NOT_AVAILABLE
+                                                      : (unsigned long long)process->memory << 20;
+        to[i].gpuInstanceId = to[i].computeInstanceId = 0xFFFFFFFF;
+    }
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v2(nvmlDevice_t device, unsigned int *count,
+                                                     nvmlProcessInfo_t *processes)
+{
+    struct card card;
+    nvmlReturn_t result = enter_lists(device, &card);
+    return result != SUCCESS ? result : list(&card.compute, card.compute_error, count, processes);
+}
+
 nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
                                                      nvmlProcessInfo_t *processes)
 {
     struct card card;
     nvmlReturn_t result = enter(device, &card);
-    unsigned int room = *count;
-    *count = result == SUCCESS && card.process > 0 ? 1 : 0;
-    if (result != SUCCESS || *count == 0)
-        return result;
-    if (room < 1)
-        return INSUFFICIENT_SIZE;
-    memset(processes, 0, sizeof *processes);
-    processes->pid = (unsigned int)card.process;
-    processes->usedGpuMemory = (unsigned long long)card.process_memory << 20;
-    return SUCCESS;
+    if (result == SUCCESS && card.process_v3 == 0)
+        return FUNCTION_NOT_FOUND;
+    return nvmlDeviceGetComputeRunningProcesses_v2(device, count, processes);
+}
+
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v2(nvmlDevice_t device, unsigned int *count,
+                                                        nvmlProcessInfo_t *processes)
+{
+    struct card card;
+    nvmlReturn_t result = enter_lists(device, &card);
+    return result != SUCCESS ? result : list(&card.mps, card.mps_error, count, processes);
 }
 
 nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
                                                         nvmlProcessInfo_t *processes)
 {
-    return nvmlDeviceGetComputeRunningProcesses_v3(device, count, processes);
+    struct card card;
+    nvmlReturn_t result = enter(device, &card);
+    if (result == SUCCESS && card.process_v3 == 0)
+        return FUNCTION_NOT_FOUND;
+    return nvmlDeviceGetMPSComputeRunningProcesses_v2(device, count, processes);
 }
 
 /* Events */

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 
 MIB = 1 << 20
 
+NO_PERMISSION = 4
+INSUFFICIENT_SIZE = 7
 DRIVER_NOT_LOADED = 9
+FUNCTION_NOT_FOUND = 13
 GPU_IS_LOST = 15
 VERSION_MISMATCH = 18
 UNKNOWN = 999
@@ -366,3 +369,102 @@ def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(
     assert child.ask("leave") < 2  # nor does it hold up the end
     fake_nvml.update("GPU-a", hang=0)
     assert not child.ask("probe", "GPU-b")["lost"]
+
+
+def test_a_process_that_both_lists_name_is_one_with_the_larger_memory_that_is_known(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(L4, SECOND)
+    child.ask("scan")
+    assert child.ask("processes", "GPU-a") == []
+    assert child.ask("processes", "GPU-unknown") is None
+    fake_nvml.update(
+        "GPU-a",
+        compute=((41, 512), (12, 30), (13, None), (14, 7)),
+        mps=((12, 64), (13, 9), (14, None), (15, None), (16, 0)),
+    )
+    assert child.ask("processes", "GPU-a") == [
+        [12, 64 * MIB],
+        [13, 9 * MIB],
+        [14, 7 * MIB],
+        [15, None],
+        [16, 0],
+        [41, 512 * MIB],
+    ]
+    assert child.ask("processes", "GPU-b") == []
+    fake_nvml.update("GPU-a", compute=tuple((pid, pid) for pid in range(1, 65)), mps=())
+    assert child.ask("processes", "GPU-a") == [[pid, pid * MIB] for pid in range(1, 65)]
+
+
+@pytest.mark.parametrize("process_v3", [True, False], ids=["v3", "v2"])
+def test_processes_are_told_by_drivers_without_mps_or_with_older_calls(
+    start: Start, fake_nvml: FakeNvml, process_v3: bool
+) -> None:
+    child = start()
+    card = dataclasses.replace(L4, compute=((41, 512),), process_v3=process_v3)
+    fake_nvml.set_cards(card)
+    child.ask("scan")
+    assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
+    fake_nvml.update("GPU-a", mps=None)
+    assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
+    fake_nvml.update("GPU-a", mps_error=FUNCTION_NOT_FOUND)
+    assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        {"compute": None},
+        {"compute_error": FUNCTION_NOT_FOUND},
+        {"compute_error": NO_PERMISSION},
+        {"compute_error": INSUFFICIENT_SIZE},  # more processes than room was made for
+        {"compute_error": UNKNOWN},
+        {"mps_error": NO_PERMISSION},
+        {"mps_error": INSUFFICIENT_SIZE},
+        {"lost": True},
+        {"epoch": 1},
+    ],
+    ids=str,
+)
+def test_a_card_whose_processes_are_not_all_told_tells_none(
+    start: Start, fake_nvml: FakeNvml, failure: dict[str, Any]
+) -> None:
+    child = start()
+    fake_nvml.set_cards(dataclasses.replace(L4, compute=((41, 512),), mps=((42, 1),)))
+    child.ask("scan")
+    assert len(child.ask("processes", "GPU-a")) == 2
+    fake_nvml.update("GPU-a", **failure)
+    assert child.ask("processes", "GPU-a") is None
+
+
+def test_asking_for_processes_does_not_open_what_was_let_go_of(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(dataclasses.replace(L4, compute=((41, 512),)))
+    assert child.ask("processes", "GPU-a") is None
+    child.ask("scan")
+    assert child.ask("release")
+    assert child.ask("processes", "GPU-a") is None
+    assert child.ask("probe", "GPU-a")["lost"]  # it is still closed
+    child.ask("scan")
+    assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
+
+
+def test_a_list_of_processes_that_hangs_costs_one_thread_and_holds_up_no_probe(
+    start: Start, fake_nvml: FakeNvml
+) -> None:
+    child = start()
+    fake_nvml.set_cards(L4, SECOND)
+    child.ask("scan")
+    child.ask("probe", "GPU-a")  # which leaves an idle thread
+    fake_nvml.update("GPU-a", list_hang=60)
+    found = child.ask("hang", "GPU-a", 0.1, 4, "processes")
+    assert found["timeouts"] == 4
+    assert found["ticks"] > 10
+    assert found["threads"] <= 1
+    assert child.ask("hang", "GPU-a", 10, 1, "probe")["timeouts"] == 0
+    assert child.ask("processes", "GPU-b") == []
+    fake_nvml.update("GPU-a", list_hang=0)
+    assert child.ask("processes", "GPU-a") == []

@@ -6,6 +6,7 @@ import pytest
 from vgpu_agent.gpu.driver import Reading, Scan, XidEvent
 from vgpu_agent.gpu.simulated import DRIVER_VERSION, SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import MAX_DEVICE_ID, device_id
+from vgpu_agent.model.holders import GpuProcess
 
 GIB = 1 << 30
 WELL = Reading(memory_used_bytes=0)
@@ -181,3 +182,21 @@ async def test_the_driver_can_be_entered_again(driver):
         async with driver as entered:
             assert entered is driver
             assert (await driver.scan()).gpus == CARDS
+
+
+# Processes
+
+
+async def test_processes_run_where_they_are_told_to_as_long_as_the_card_is_there(driver):
+    running = (GpuProcess(7, GIB), GpuProcess(8, None))
+    assert await driver.processes(ONE) == ()
+    driver.run_processes(ONE, running)
+    assert await driver.processes(ONE) == running
+    assert await driver.processes(TWO) == ()
+    assert await driver.processes("GPU-unknown") is None
+    driver.run_processes(ONE, running[1:])
+    assert await driver.processes(ONE) == running[1:]
+    driver.fall_off(ONE)
+    assert await driver.processes(ONE) is None
+    driver.enumerate_again(ONE)
+    assert await driver.processes(ONE) == ()

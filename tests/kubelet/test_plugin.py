@@ -30,6 +30,8 @@ from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.plugin import ListEncoder
 from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
 from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.share import MpsLimits
+from vgpu_agent.model.state import Mps
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE_NOW = grpc.StatusCode.FAILED_PRECONDITION
@@ -270,6 +272,18 @@ async def test_vgpus_of_two_cards_are_told_in_pci_order(kubelet_dir):
         assert envs["VGPU_SHARE"] == "2/10,1/10"
         assert envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=3174M,1=1587M"
         assert envs["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
+
+
+async def test_allocations_are_for_the_daemon_as_it_was_set_up(kubelet_dir):
+    """With limits of its own a client gets those of one vGPU, whatever the settings say now."""
+    async with registered(kubelet_dir) as (_, rig):
+        rig.state.mps_seen(Mps(wanted=True, limits=MpsLimits.SERVER), (), {})
+        two = await rig.call("Allocate", allocation(rig.ids(1, 0, 1)))
+        assert two.code is INVALID
+        assert "VGPU_MPS_LIMITS=server" in two.details
+        one = await rig.call("Allocate", allocation(rig.ids(1, 0)))
+        answer = dp.AllocateResponse.FromString(one.response)
+        assert "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT" not in answer.container_responses[0].envs
 
 
 async def test_several_containers_of_one_request_get_an_answer_each_in_order(kubelet_dir):

@@ -375,3 +375,31 @@ def test_a_vgpu_of_a_size_has_that_size_and_two_have_twice_as_much():
         assert environment["VGPU_MEMORY_BYTES"] == str(count * 2000 * MIB)
         assert environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == f"0={count * 2000}M"
         assert environment["VGPU_SHARE"] == f"{count}/3"
+
+
+# What the daemon was set up for
+
+
+@pytest.mark.parametrize(
+    ("wanted", "applied", "holds"),
+    [
+        (MpsLimits.CLIENT, None, MpsLimits.CLIENT),
+        (MpsLimits.CLIENT, MpsLimits.NONE, MpsLimits.CLIENT),
+        (MpsLimits.NONE, MpsLimits.CLIENT, MpsLimits.NONE),
+        (MpsLimits.SERVER, MpsLimits.SERVER, MpsLimits.SERVER),
+        (MpsLimits.CLIENT, MpsLimits.SERVER, MpsLimits.SERVER),
+        (MpsLimits.NONE, MpsLimits.SERVER, MpsLimits.SERVER),
+        (MpsLimits.SERVER, MpsLimits.CLIENT, MpsLimits.CLIENT),
+        (MpsLimits.SERVER, MpsLimits.NONE, MpsLimits.NONE),
+    ],
+)
+def test_what_the_daemon_was_set_up_for_holds_where_it_has_limits_of_its_own(
+    wanted, applied, holds
+):
+    sharing = Sharing(mps=MpsSharing("/pipe", None, limits=wanted))
+    assert sharing.under(applied) == Sharing(mps=MpsSharing("/pipe", None, limits=holds))
+
+
+def test_without_mps_no_daemon_changes_anything():
+    sharing = Sharing(mps=None)
+    assert sharing.under(MpsLimits.SERVER) is sharing

@@ -87,7 +87,13 @@ SNAPSHOT = Snapshot(
         ),
     ),
     usage=Usage(
-        MappingProxyType({("GPU-a", RESNET): Used(2, GIB), ("GPU-x", LLAMA): Used(1, GIB)}),
+        MappingProxyType(
+            {
+                ("GPU-a", RESNET): Used(2, GIB),
+                ("GPU-b", LLAMA): Used(1, None),
+                ("GPU-x", LLAMA): Used(1, GIB),
+            }
+        ),
         MappingProxyType({"GPU-a": 3, "GPU-x": 1}),
     ),
     memory_used=MappingProxyType({"GPU-a": 5 * GIB}),
@@ -234,7 +240,10 @@ EXPECTED: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
     "vgpu_orphaned_allocations": ("gauge", [({"resource": RESOURCE}, 2)]),
     "vgpu_largest_free_share": ("gauge", [({"resource": RESOURCE}, 1)]),
     "vgpu_container_memory_used_bytes": ("gauge", [(held("GPU-a", 0, RESNET), GIB)]),
-    "vgpu_container_processes": ("gauge", [(held("GPU-a", 0, RESNET), 2)]),
+    "vgpu_container_processes": (
+        "gauge",
+        [(held("GPU-a", 0, RESNET), 2), (held("GPU-b", 1, LLAMA), 1)],
+    ),
     "vgpu_unattributed_processes": ("gauge", [(card("GPU-a", 0), 3)]),
 }
 

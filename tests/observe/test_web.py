@@ -1,20 +1,25 @@
 import asyncio
+import base64
+import hashlib
 import http.client
+import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import pytest
 
-from tests.kubelet.rig import MPS
+from tests.agent_process import running as running_agent
+from tests.kubelet.rig import MPS, cards_of
 from tests.kubelet_peer import off_loop
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.holders import Assignment, Holder
 from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import Driver, NodeState, RegistrationResult, Snapshot
 from vgpu_agent.observe.metrics import Metrics
@@ -174,7 +179,7 @@ async def test_an_accept_header_that_is_no_text_is_as_good_as_none(site):
 # Requests in general
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/nothing"])
+@pytest.mark.parametrize("path", ["/", "/metrics", "/healthz", "/readyz", "/nothing"])
 async def test_head_has_the_headers_of_get_and_no_body(site, path):
     whole = await site.get(path)
     answer = await site.raw(
@@ -209,11 +214,11 @@ async def test_the_body_of_a_refused_request_does_not_become_the_next_request(si
     assert await off_loop(ask) == [405, 200]
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/metricsx", "//metrics", "/%6detricz"])
+@pytest.mark.parametrize("path", ["/metrics/", "/metricsx", "//metrics", "/%6detricz"])
 async def test_an_unknown_path_is_answered_with_those_that_exist(site, path):
     reply = await site.get(path)
     assert reply.status == 404
-    assert reply.body == b"no such path; there are /metrics, /healthz, /readyz, /status.json\n"
+    assert reply.body == b"no such path; there are /, /metrics, /healthz, /readyz, /status.json\n"
 
 
 @pytest.mark.parametrize("path", ["/healthz?", "/healthz?verbose", "/healthz?a=%ff&b=/nothing"])
@@ -295,6 +300,90 @@ async def test_an_answer_does_not_wait_for_the_client_to_confirm_its_first_half(
             return sorted(took)[5]
 
     assert await off_loop(ask) < 0.03
+
+
+# The page
+
+
+async def test_the_page_runs_nothing_but_its_own_script_and_is_framed_by_nobody(site):
+    reply = await site.get("/")
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.headers["x-frame-options"] == "DENY"
+    policy = dict(
+        part.strip().split(" ", 1) for part in reply.headers["content-security-policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    for name in ("style", "script"):
+        begin, end = f"<{name}>".encode(), f"</{name}>".encode()
+        assert reply.body.count(begin) == 1
+        inline = reply.body.partition(begin)[2].partition(end)[0]
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+        assert policy[f"{name}-src"] == f"'sha256-{digest}'"
+
+
+async def test_the_page_names_no_other_address(site):
+    body = (await site.get("/")).body
+    assert b"//" not in body.replace(b"\n// ", b"\n")
+    assert b"innerHTML" not in body
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/status.json", "/nothing"])
+async def test_no_answer_is_guessed_at_cached_or_told_to_others(site, path):
+    headers = (await site.get(path)).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["cache-control"] == "no-store"
+
+
+async def test_without_the_page_the_answer_names_the_setting():
+    async with serving(page=False) as site:
+        reply = await site.get("/")
+        assert reply.status == 404
+        assert reply.body == (
+            b"no page here: VGPU_STATUS_PAGE=off;"
+            b" there are /metrics, /healthz, /readyz, /status.json\n"
+        )
+        assert (await site.get("/status.json")).status == 200
+
+
+def with_a_pod() -> NodeState:
+    state = NodeState(Division(10))
+    state.driver_answered("1", cards_of(1))
+    uuid = state.snapshot.inventory.cards[0].gpu.uuid
+    holder = Holder("some-namespace", "some-pod", "some-container")
+    state.holders_told((Assignment(holder, (f"{uuid}::0", f"{uuid}::1", "GPU-gone::0")),))
+    return state
+
+
+def test_the_status_names_pods_only_where_it_may():
+    snapshot = with_a_pod().snapshot
+    told = json.loads(STATUS.render(snapshot))
+    assert [each["pod"] for each in told["allocations"]] == ["some-pod"]
+    text = replace(STATUS, names_pods=False).render(snapshot)
+    silent = json.loads(text)
+    assert silent["allocations"] is None
+    assert (told["names_pods"], silent["names_pods"]) == (True, False)
+    assert b"some-" not in text
+    for name in ("driver", "cards", "orphaned", "largest_free_share"):
+        assert silent[name] == told[name]
+
+
+@pytest.mark.slow
+def test_the_setting_takes_the_page_away_and_leaves_what_release_reads(kubelet_dir):
+    with running_agent(kubelet_dir, VGPU_STATUS_PAGE="off") as agent:
+        status, why = agent.get("/")
+        assert status == 404
+        assert "VGPU_STATUS_PAGE=off" in why
+        status, report = agent.get("/status.json")
+        assert status == 200
+        assert json.loads(report)["names_pods"] is False
+        assert "released_until" in json.loads(report)["driver"]
+    with running_agent(kubelet_dir) as agent:
+        assert agent.get("/")[0] == 200
+        assert json.loads(agent.get("/status.json")[1])["names_pods"] is True
 
 
 # /healthz

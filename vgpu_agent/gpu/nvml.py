@@ -2,7 +2,8 @@
 
 Every NVML call can block, for long where a card is failing, so none is made on the event loop.
 Calls go through lanes of one worker thread each: one for looking at all cards, one for waiting for
-events, and one for each card, so that a card that hangs holds up no other.
+events, and for each card one for probes and one for lists of processes, so that a card that hangs
+holds up no other, and a long list no probe.
 """
 
 import logging
@@ -66,6 +67,8 @@ _NO_MEMORY_V2 = frozenset(
     }
 )
 
+_NO_SUCH_LIST = frozenset({pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND})
+
 # What a container was given at its creation does not change any more.
 _LIBRARY_ERRORS = frozenset(
     {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH}
@@ -113,6 +116,7 @@ class NvmlDriver:
         self._calls = _Lane()
         self._waits = _Lane()
         self._probes: dict[str, _Lane] = {}
+        self._lists: dict[str, _Lane] = {}
         self._session = _Session(
             describe=partial(
                 _describe, min_compute_capability=min_compute_capability, numa_root=numa_root
@@ -151,9 +155,10 @@ class NvmlDriver:
     async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
         """Compute processes and MPS clients of a card; None where it is not there or does not say.
 
-        NVML lists a client of MPS in the one list, the other or both, by the driver's version.
+        NVML lists a client of MPS in the one list, the other or both, by the driver's version. It
+        does not open NVML: while that is let go of nothing is told.
         """
-        lane = self._probes.setdefault(uuid, _Lane())
+        lane = self._lists.setdefault(uuid, _Lane())
         return await lane.run(partial(self._session.processes, uuid))
 
     async def next_events(self) -> Sequence[GpuEvent]:
@@ -258,9 +263,9 @@ class _Session:
     """NVML while it is open, as the worker threads see it. All methods block.
 
     The threads own it, not the loop, so that a call whose caller has left still ends in order.
-    `scan` and `close` run in one lane, `wait` in another, `probe` in one for each card. What they
-    share is only replaced as a whole, and `close` is alone: NVML crashes if it is shut down, or an
-    event set freed, under a thread that is inside.
+    `scan` and `close` run in one lane, `wait` in another, `probe` and `processes` in one of each
+    card. What they share is only replaced as a whole, and `close` is alone: NVML crashes if it is
+    shut down, or an event set freed, under a thread that is inside.
     """
 
     def __init__(
@@ -376,19 +381,15 @@ class _Session:
             found = self._found.get(uuid)
             if found is None:
                 return None
-            asks = (
-                pynvml.nvmlDeviceGetComputeRunningProcesses,
-                pynvml.nvmlDeviceGetMPSComputeRunningProcesses,
-            )
             try:
-                lists = [_optional(ask, found.handle) for ask in asks]
+                told = _running(found.handle, "Compute") + _mps_clients(found.handle)
             except pynvml.NVMLError:
-                return None
-        told = [each for each in lists if each is not None]
-        processes = {
-            each.pid: GpuProcess(each.pid, each.usedGpuMemory) for found in told for each in found
-        }
-        return tuple(processes[pid] for pid in sorted(processes)) if told else None
+                return None  # half of the truth would look like all of it
+        memory: dict[int, int | None] = {}
+        for pid, used in told:
+            before = memory.get(pid)
+            memory[pid] = used if before is None else max(before, used or 0)
+        return tuple(GpuProcess(pid, memory[pid]) for pid in sorted(memory))
 
     def close(self) -> None:
         with self._gate.alone(_CLOSE_SECONDS) as alone:
@@ -579,6 +580,31 @@ def _recovery_action(handle: _Handle) -> int | None:
     return int(field.value.uiVal) if field.nvmlReturn == pynvml.NVML_SUCCESS else None
 
 
+def _running(handle: _Handle, kind: str) -> list[tuple[int, int | None]]:
+    """PIDs on a card and the bytes that each has, None where that is not told."""
+    # By the name with its version: pynvml turns a missing function of the plain name into an
+    # exception that is no NVMLError. Neither every driver nor every pynvml has both.
+    for version in ("v3", "v2"):
+        ask = getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses_{version}", None)
+        try:
+            if ask is not None:
+                return [(int(each.pid), each.usedGpuMemory) for each in ask(handle)]
+        except pynvml.NVMLError as error:
+            if error.value != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+                raise
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+
+
+def _mps_clients(handle: _Handle) -> list[tuple[int, int | None]]:
+    """As `_running`, of clients of MPS; none where a card or driver has no such list."""
+    try:
+        return _running(handle, "MPSCompute")
+    except pynvml.NVMLError as error:
+        if error.value in _NO_SUCH_LIST:
+            return []
+        raise
+
+
 def _optional(ask: Callable[[_Handle], T], handle: _Handle) -> T | None:
     """The answer to a question that not every card or driver answers; that is no fault.
 
@@ -652,10 +678,10 @@ def process_memory(uuid: str) -> dict[int, int]:
     _open()
     try:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        found = _running(handle, "Compute")
     except pynvml.NVMLError as error:
         raise DriverError(f"processes on {uuid} cannot be listed ({error})") from error
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-    return {each.pid: each.usedGpuMemory for each in found if each.usedGpuMemory is not None}
+    return {pid: memory for pid, memory in found if memory is not None}

@@ -312,7 +312,8 @@ class DevicePlugin(DevicePluginBase):
     @_guarded
     async def allocate(self, allocate_request: AllocateRequest) -> AllocateResponse:
         """What each container is started with, see `model.container`."""
-        inventory = self._state.snapshot.inventory
+        snapshot = self._state.snapshot
+        inventory, sharing = snapshot.inventory, self._sharing.under(snapshot.mps.limits)
         requests = [list(each.devices_ids) for each in allocate_request.container_requests]
         if not requests:
             raise InvalidRequestError("the request names no container")
@@ -322,7 +323,7 @@ class DevicePlugin(DevicePluginBase):
                 f"{len(requests)} container requests, but the node has {total} vGPUs"
             )
         _check_disjoint(requests)
-        grants = [grant(inventory, device_ids, self._sharing) for device_ids in requests]
+        grants = [grant(inventory, device_ids, sharing) for device_ids in requests]
         for device_ids in requests:
             log.info("Allocate: %s", ", ".join(sorted(device_ids)))
         self._state.allocated()

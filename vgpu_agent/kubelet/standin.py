@@ -1,11 +1,12 @@
 """A kubelet in this process, for `vgpu-agent dev`: it speaks the real API over real sockets.
 
 It registers plugins as the kubelet's device manager does (dials back inside Register, then opens
-ListAndWatch), keeps what it was told, and admits pods. What it observed is all that it tells.
+ListAndWatch), keeps what it was told, admits and ends pods, and lists them (PodResources). What it
+observed is all that it tells.
 """
 
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from grpclib.exceptions import StreamTerminatedError
 from grpclib.server import Server
 
 from vgpu_agent.errors import AdmissionError
+from vgpu_agent.kubelet._proto import v1
 from vgpu_agent.kubelet._proto.v1beta1 import (
     AllocateRequest,
     ContainerAllocateRequest,
@@ -30,12 +32,17 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     PreStartContainerRequest,
     RegisterRequest,
     RegistrationBase,
+    TopologyInfo,
 )
 from vgpu_agent.kubelet.plugin import HEALTHY
+from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES_SOCKET
 from vgpu_agent.kubelet.session import API_VERSION, KUBELET_SOCKET
 from vgpu_agent.model.state import Latest
 
 DIAL_TIMEOUT = 10.0
+
+NAMESPACE = "default"
+CONTAINER = "main"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +86,62 @@ async def standin_kubelet(directory: Path) -> AsyncIterator["StandinKubelet"]:
             await kubelet.stop()
 
 
+class _PodResources(v1.PodResourcesListerBase):
+    """Answers List; the other calls are UNIMPLEMENTED."""
+
+    def __init__(self, listed: Callable[[], v1.ListPodResourcesResponse]) -> None:
+        self._listed = listed
+
+    async def list(
+        self,
+        list_pod_resources_request: v1.ListPodResourcesRequest,  # noqa: ARG002
+    ) -> v1.ListPodResourcesResponse:
+        return self._listed()
+
+
 class StandinKubelet(RegistrationBase):
-    """A kubelet on `directory`, for as long as `start` and `stop` say."""
+    """A kubelet, for as long as `start` and `stop` say. `directory` is that of device plugins."""
 
     def __init__(self, directory: Path, tasks: TaskGroup) -> None:
         self._directory = directory
         self._tasks = tasks
-        self._server: Server | None = None
+        self._servers: list[Server] = []
         self._plugin: CancelScope | None = None
         self._channel: Channel | None = None
         self._pre_start = False
         self._held: dict[str, Admitted] = {}
+        self._topology: dict[str, TopologyInfo] = {}
         self.observed = Latest(Observed())
 
+    @property
+    def _sockets(self) -> tuple[Path, Path]:
+        return self._directory / KUBELET_SOCKET, self._directory.parent / POD_RESOURCES_SOCKET
+
     async def start(self) -> None:
-        """Removes every plugin's socket and its own stale one, as kubelets do, and listens."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.glob("*.sock"):
-            path.unlink()
-        self._server = Server([self])
-        await self._server.start(path=str(self._directory / KUBELET_SOCKET))
+        """Removes every plugin's socket and its own stale ones, as kubelets do, and listens."""
+        services: tuple[RegistrationBase | v1.PodResourcesListerBase, ...] = (
+            self,
+            _PodResources(self._listed),
+        )
+        for service, path in zip(services, self._sockets, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for stale in path.parent.glob("*.sock"):
+                stale.unlink()
+            server = Server([service])
+            await server.start(path=str(path))
+            self._servers.append(server)
 
     async def stop(self) -> None:
-        """Ends as a kubelet does at SIGTERM: streams cut, its socket left behind, stale."""
+        """Ends as a kubelet does at SIGTERM: streams cut, its sockets left behind, stale."""
         if self._plugin is not None:
             self._plugin.cancel()
-        if self._server is not None:
-            self._server.close()
+        for server, path in zip(self._servers, self._sockets, strict=False):
+            server.close()
             # grpclib leaves the file up to Python 3.12 and asyncio removes it from 3.13 on.
-            path = self._directory / KUBELET_SOCKET
             if not path.exists():
                 with socket.socket(socket.AF_UNIX) as stale:
                     stale.bind(str(path))
-        self._server = None
+        self._servers = []
 
     async def register(self, register_request: RegisterRequest) -> Empty:
         """Dials the plugin back inside the call, then follows its list."""
@@ -152,6 +182,7 @@ class StandinKubelet(RegistrationBase):
             lists=self.observed.value.lists + 1,
             health={device.id: device.health for device in devices.devices},
         )
+        self._topology = {device.id: device.topology for device in devices.devices}
 
     def _see(self, **seen: object) -> None:
         self.observed.publish(replace(self.observed.value, **seen))  # type: ignore[arg-type]
@@ -197,3 +228,32 @@ class StandinKubelet(RegistrationBase):
         )
         self._held[pod] = admitted
         return admitted
+
+    def end(self, pod: str) -> None:
+        """Ends an admitted pod: its devices are free."""
+        del self._held[pod]
+
+    def _listed(self) -> v1.ListPodResourcesResponse:
+        """The pods, with an entry for each device, as kubelets make it."""
+        return v1.ListPodResourcesResponse(
+            pod_resources=[
+                v1.PodResources(
+                    name=pod.pod,
+                    namespace=NAMESPACE,
+                    containers=[
+                        v1.ContainerResources(
+                            name=CONTAINER, devices=[self._device(vgpu) for vgpu in pod.device_ids]
+                        )
+                    ],
+                )
+                for pod in self._held.values()
+            ]
+        )
+
+    def _device(self, vgpu: str) -> v1.ContainerDevices:
+        nodes = self._topology.get(vgpu, TopologyInfo()).nodes
+        return v1.ContainerDevices(
+            resource_name=self.observed.value.resource_name,
+            device_ids=[vgpu],
+            topology=v1.TopologyInfo(nodes=[v1.NumaNode(id=node.id) for node in nodes]),
+        )

@@ -7,7 +7,7 @@ NVIDIA's container runtime (`NVIDIA_VISIBLE_DEVICES`) and of CUDA MPS (`CUDA_MPS
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from types import MappingProxyType
@@ -67,6 +67,19 @@ class Sharing:
     memory_held_back: int = 0
     device_list: DeviceList = DeviceList.ENVVAR
     cdi_kind: str = "nvidia.com/gpu"
+
+    def under(self, applied: MpsLimits | None) -> "Sharing":
+        """As the daemon was set up: its own limits come and go only with the daemon.
+
+        `applied` is None where that is not known. Without limits of the daemon's own the settings
+        choose freely between the other two kinds.
+        """
+        if self.mps is None or applied is None:
+            return self
+        server = MpsLimits.SERVER
+        if (self.mps.limits is server) == (applied is server):
+            return self
+        return replace(self, mps=replace(self.mps, limits=applied))
 
     @property
     def limits_memory(self) -> bool:

@@ -59,34 +59,61 @@ class Holders:
         return self.error is None
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Who holds what, after the cross-check.
+
+    `named` are the UIDs of recorded pods that the list has named, now or before. `settled`: it
+    names every recorded pod now; where not, the next list may know more.
+    """
+
+    assignments: tuple[Assignment, ...]
+    named: frozenset[str]
+    settled: bool = True
+
+
 def cross_check(
-    listed: Iterable[Assignment], recorded: Sequence[Recorded] | None
-) -> tuple[Assignment, ...]:
+    listed: Iterable[Assignment],
+    recorded: Sequence[Recorded] | None,
+    named: frozenset[str] = frozenset(),
+) -> Checked:
     """The list of PodResources, set right by the checkpoint, which was read after it.
 
     A vGPU that the checkpoint no longer has is free: older kubelets list pods that have ended. One
-    that only the checkpoint has is held by an init container, which List leaves out; its pod is
-    told by the UID. Without a checkpoint the list alone decides.
+    that only the checkpoint has is held by an init container, which List leaves out; a pod of which
+    List shows nothing is told by the UID. But kubelets write the checkpoint when something is
+    given, not when a pod ends: a pod that was `named` before and no longer is has ended. Without a
+    checkpoint the list alone decides.
     """
     listed = tuple(listed)
-    if recorded is not None:
-        kept = {vgpu for each in recorded for vgpu in each.device_ids}
-        named = {vgpu for each in listed for vgpu in each.device_ids}
-        listed = (
-            *(
-                replace(each, device_ids=tuple(v for v in each.device_ids if v in kept))
-                for each in listed
-            ),
-            *(
-                Assignment(
-                    Holder(NO_NAMESPACE, each.pod_uid, each.container),
-                    tuple(v for v in each.device_ids if v not in named),
-                )
-                for each in recorded
-            ),
-        )
+    if recorded is None:
+        return Checked(_merged(listed), named)
+    holders = {vgpu: each.holder for each in listed for vgpu in each.device_ids}
+    kept = {vgpu for each in recorded for vgpu in each.device_ids}
+    pods = {
+        each.pod_uid: holders[vgpu]
+        for each in recorded
+        for vgpu in each.device_ids
+        if vgpu in holders
+    }
+    found = [
+        replace(each, device_ids=tuple(v for v in each.device_ids if v in kept)) for each in listed
+    ]
+    for each in recorded:
+        unlisted = tuple(v for v in each.device_ids if v not in holders)
+        if each.pod_uid in pods:
+            holder = replace(pods[each.pod_uid], container=each.container)
+            found.append(Assignment(holder, unlisted))
+        elif each.pod_uid not in named:
+            holder = Holder(NO_NAMESPACE, each.pod_uid, each.container)
+            found.append(Assignment(holder, unlisted))
+    holding = {each.pod_uid for each in recorded if each.device_ids}
+    return Checked(_merged(found), frozenset(pods) | (named & holding), holding == pods.keys())
+
+
+def _merged(assignments: Iterable[Assignment]) -> tuple[Assignment, ...]:
     merged: defaultdict[Holder, set[str]] = defaultdict(set)
-    for each in listed:
+    for each in assignments:
         merged[each.holder].update(each.device_ids)
     return tuple(
         Assignment(holder, tuple(sorted(device_ids, key=_order)))
@@ -118,8 +145,8 @@ def parts(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[Part
     for each in assignments:
         numbers: defaultdict[str, list[int]] = defaultdict(list)
         for vgpu in each.device_ids:
-            uuid, number = split_device_id(vgpu) or (vgpu, 0)
-            numbers[uuid].append(number)
+            if (split := split_device_id(vgpu)) is not None:
+                numbers[split[0]].append(split[1])
         for card in inventory.cards:
             made = tuple(n for n in numbers[card.gpu.uuid] if n < card.replicas)
             if made:
@@ -158,10 +185,13 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What the processes of a container use of a card together. Memory in bytes."""
+    """What the processes of a container use of a card together.
+
+    Memory in bytes, of those whose memory the driver tells; None where it tells none.
+    """
 
     processes: int
-    memory_bytes: int
+    memory_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +219,9 @@ def attribute(
             if holder is None:
                 unattributed[uuid] += 1
                 continue
-            before = used.get((uuid, holder), Used(0, 0))
-            memory = before.memory_bytes + (process.memory_bytes or 0)
+            before = used.get((uuid, holder), Used(0, None))
+            memory = before.memory_bytes
+            if process.memory_bytes is not None:
+                memory = (memory or 0) + process.memory_bytes
             used[uuid, holder] = Used(before.processes + 1, memory)
     return Usage(MappingProxyType(used), MappingProxyType(unattributed))

@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
 from vgpu_agent.model.holders import Assignment, Holders, Usage
-from vgpu_agent.model.share import Divided, Division, divide
+from vgpu_agent.model.share import Divided, Division, MpsLimits, divide
 
 T = TypeVar("T")
 
@@ -137,14 +137,15 @@ class Mps:
     """What is known of the MPS daemon of the node, where cards are shared by MPS.
 
     `problem` says why no vGPU can be given, None where all is well; `replacement` why the MPS pod
-    has to be replaced, though it serves. `clients` counts clients by the UUID of their card,
-    `waiting` those of another user that wait for their turn, and `server_bytes` what its server was
-    measured to have of a card.
+    has to be replaced, though it serves. `limits` is what the daemon was set up for. `clients`
+    counts clients by the UUID of their card, `waiting` those of another user that wait for their
+    turn, and `server_bytes` what its server was measured to have of a card.
     """
 
     wanted: bool = False
     up: bool = False
     limits_in_force: bool = False
+    limits: MpsLimits | None = None
     problem: str | None = None
     replacement: str | None = None
     clients: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))

@@ -159,7 +159,7 @@ class Metrics:
             "vgpu_allocation_memory_limit_bytes_per_process",
             "Memory of the card that MPS lets each process of the container have.",
             (*_G, *_C),
-            shares if self._sharing.limits_memory else (),
+            shares if self._sharing.under(snapshot.mps.limits).limits_memory else (),
         )
         yield _gauge(
             "vgpu_orphaned_allocations",
@@ -258,7 +258,7 @@ def _usage_families(cards: Sequence[Card], usage: Usage) -> Iterator[Metric]:
         "vgpu_container_memory_used_bytes",
         "Memory of the card that the processes of the container have together.",
         (*_G, *_C),
-        [(labels, each.memory_bytes) for labels, each in used],
+        [(labels, each.memory_bytes) for labels, each in used if each.memory_bytes is not None],
     )
     yield _gauge(
         "vgpu_container_processes",

@@ -7,19 +7,23 @@ from datetime import UTC, datetime
 
 from vgpu_agent.model.container import Sharing, share_bytes
 from vgpu_agent.model.devices import Card, Excluded, Fault
-from vgpu_agent.model.holders import Part, Usage, Used, largest_free, orphaned, parts
+from vgpu_agent.model.holders import Part, Used, largest_free, orphaned, parts
 from vgpu_agent.model.state import Mps, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What does not change while the agent runs, and the report of what does."""
+    """What does not change while the agent runs, and the report of what does.
+
+    Without `names_pods` it does not say which containers hold what.
+    """
 
     version: str
     resource_name: str
     health_checks: bool
     sharing: Sharing
     host: str
+    names_pods: bool = True
 
     def render(self, snapshot: Snapshot) -> bytes:
         """The report. Times are in UTC, memory in bytes."""
@@ -45,6 +49,7 @@ class Status:
             "mps": _mps(snapshot.mps) if snapshot.mps.wanted else None,
             "podresources": {"up": snapshot.holders.up, "error": snapshot.holders.error},
             "process_metrics": snapshot.usage is not None,
+            "names_pods": self.names_pods,
             "cards": [_card(card, snapshot) for card in snapshot.inventory.cards],
             "excluded": [_excluded(left) for left in snapshot.excluded],
             **self._holders(snapshot),
@@ -57,15 +62,15 @@ class Status:
         if assignments is None:
             return {"allocations": None, "orphaned": None, "largest_free_share": None}
         return {
-            "allocations": [
-                self._part(part, snapshot.usage) for part in parts(inventory, assignments)
-            ],
+            "allocations": [self._part(part, snapshot) for part in parts(inventory, assignments)]
+            if self.names_pods
+            else None,
             "orphaned": list(orphaned(inventory, assignments)),
             "largest_free_share": largest_free(inventory, assignments),
         }
 
-    def _part(self, part: Part, usage: Usage | None) -> dict[str, object]:
-        gpu, vgpus = part.card.gpu, len(part.numbers)
+    def _part(self, part: Part, snapshot: Snapshot) -> dict[str, object]:
+        gpu, vgpus, usage = part.card.gpu, len(part.numbers), snapshot.usage
         share = share_bytes(part.card, vgpus, self.sharing) if part.whole else None
         used = usage and usage.containers.get((gpu.uuid, part.holder), Used(0, 0))
         return {
@@ -76,7 +81,7 @@ class Status:
             "gpu_index": gpu.index,
             "numbers": list(part.numbers),
             "memory_share_bytes": share,
-            "memory_limited": self.sharing.limits_memory,
+            "memory_limited": self.sharing.under(snapshot.mps.limits).limits_memory,
             "memory_used_bytes": used and used.memory_bytes,
             "processes": used and used.processes,
         }

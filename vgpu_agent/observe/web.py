@@ -1,14 +1,18 @@
-"""The HTTP side: /metrics, /healthz, /readyz and /status.json, on the agent's own loop.
+"""The HTTP side: the page, /metrics, /healthz, /readyz and /status.json, on the agent's own loop.
 
 uvicorn speaks HTTP; the application here answers from the newest snapshot and renders metrics in a
 worker thread, so that a scrape does not delay the kubelet.
 """
 
+import base64
+import hashlib
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import anyio
@@ -37,6 +41,13 @@ GRACE = 1
 """Seconds that requests get to end at shutdown."""
 
 PLAIN = "text/plain; charset=utf-8"
+
+EVERYWHERE = {
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+"""Headers of every answer."""
 
 
 def listen(address: Address) -> socket.socket:
@@ -68,8 +79,41 @@ class Answer:
     headers: Mapping[str, str] | None = None
 
 
+Page = Callable[[Mapping[str, Any]], Awaitable[Answer]]
+"""Answers a request, whose ASGI scope it is given."""
+
+
+def load_page() -> Answer:
+    """The page for people. It runs its own style and script and nothing else, and asks only us."""
+    body = (resources.files(__package__) / "page.html").read_bytes()
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:;"
+        f" style-src {_hashes(body, b'style')}; script-src {_hashes(body, b'script')};"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"content-security-policy": policy, "x-frame-options": "DENY"}
+    return Answer(200, body, "text/html; charset=utf-8", headers)
+
+
+def _hashes(html: bytes, tag: bytes) -> str:
+    """The sources of a content security policy for what stands between these tags."""
+    inline = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(each).digest()).decode() for each in inline)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def _always(answer: Answer) -> Page:
+    async def page(scope: Mapping[str, Any]) -> Answer:  # noqa: ARG001
+        return answer
+
+    return page
+
+
 class Web:
-    """Serves one node's state. Owns the sign of life and the listening socket."""
+    """Serves one node's state. Owns the sign of life and the listening socket.
+
+    Without `page` there is none at /.
+    """
 
     def __init__(
         self,
@@ -78,6 +122,7 @@ class Web:
         state: NodeState,
         metrics: Metrics,
         status: Status,
+        page: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._listener = listener
@@ -87,6 +132,13 @@ class Web:
         self._clock = clock
         self._last_beat = clock()
         self._rendering = CapacityLimiter(1)
+        self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
+        self._pages |= {
+            "/metrics": self._metrics_page,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/status.json": self._status_json,
+        }
 
     @property
     def address(self) -> Address:
@@ -123,16 +175,10 @@ class Web:
         if scope["type"] != "http":
             return
         method, path = scope["method"], scope["path"]
-        pages = {
-            "/metrics": self._metrics_page,
-            "/healthz": self._healthz,
-            "/readyz": self._readyz,
-            "/status.json": self._status_page,
-        }
-        page = pages.get(path)
+        page = self._pages.get(path)
         if page is None:
-            paths = ", ".join(pages)
-            answer = Answer(404, f"no such path; there are {paths}\n".encode())
+            why = "no page here: VGPU_STATUS_PAGE=off" if path == "/" else "no such path"
+            answer = Answer(404, f"{why}; there are {', '.join(self._pages)}\n".encode())
         elif method not in ("GET", "HEAD"):
             answer = Answer(405, b"only GET and HEAD\n", headers={"allow": "GET, HEAD"})
         else:
@@ -140,7 +186,7 @@ class Web:
         headers = {
             "content-type": answer.content_type,
             "content-length": str(len(answer.body)),
-            "cache-control": "no-store",
+            **EVERYWHERE,
             **(answer.headers or {}),
         }
         await send(
@@ -163,7 +209,7 @@ class Web:
         )
         return Answer(200, body, content_type)
 
-    async def _status_page(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+    async def _status_json(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
         body = await anyio.to_thread.run_sync(
             self._status.render, self._state.snapshot, limiter=self._rendering
         )

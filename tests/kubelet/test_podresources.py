@@ -1,0 +1,808 @@
+"""Asking the kubelet who holds what: a kubelet that answers, and many that do not."""
+
+import gc
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kubelet.podresources_peer import (
+    ANSWER_HEADERS,
+    Pod,
+    a_pod,
+    checkpoint,
+    encoded,
+    entry,
+    listening,
+    over_http2,
+    serving,
+)
+from tests.kubelet.rig import RESOURCE, cards_of, wait_for
+from tests.kubelet_peer import off_loop
+from tests.model.strategies import tried
+from vgpu_agent.errors import PodResourcesError
+from vgpu_agent.kubelet import podresources
+from vgpu_agent.kubelet.podresources import (
+    PodResourcesWatch,
+    decode_list,
+    read_answer,
+    read_checkpoint,
+)
+from vgpu_agent.model.devices import device_id
+from vgpu_agent.model.holders import NO_NAMESPACE, Assignment, Holder
+from vgpu_agent.model.share import Division
+from vgpu_agent.model.state import NodeState, RegistrationResult
+
+DATA = Path(__file__).parents[1] / "data"
+RECORDED_RESOURCE = "k8s.amazonaws.com/vgpu"
+RECORDED_CARD = "GPU-a0000000-1111-2222-3333-000000000000"
+pytestmark = pytest.mark.slow
+
+CARDS = [gpu.uuid for gpu in cards_of(4)]
+
+
+@dataclass
+class Clock:
+    """The time, and what a test adds to it."""
+
+    ahead: float = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@dataclass
+class Watched:
+    """A watch that runs, and the state that it tells."""
+
+    state: NodeState
+    clock: Clock
+
+    @property
+    def held(self) -> dict[str, int] | None:
+        """How many vGPUs each pod holds."""
+        told = self.state.snapshot.holders.assignments
+        return None if told is None else {each.holder.pod: len(each.device_ids) for each in told}
+
+    async def until(self, condition, within=10.0):
+        with anyio.move_on_after(within):
+            async for _ in self.state.latest.follow():
+                if condition(self):
+                    return
+        raise AssertionError(f"not within {within} s; the last was {self.state.snapshot.holders}")
+
+    async def until_held(self, within=10.0, **expected):
+        wanted = {pod.replace("_", "-"): count for pod, count in expected.items()}
+        await self.until(lambda now: now.held == wanted and now.state.snapshot.holders.up, within)
+
+    async def until_error(self, words, within=10.0):
+        await self.until(lambda now: words in (now.state.snapshot.holders.error or ""), within)
+
+
+@asynccontextmanager
+async def watching(kubelet_dir, *, resource=RESOURCE, interval=60.0):
+    state = NodeState(Division(10))
+    state.driver_answered("simulated", cards_of(4))
+    clock = Clock()
+    watch = PodResourcesWatch(kubelet_dir, resource, state, interval, clock)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch.run)
+        yield Watched(state, clock)
+        tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch):
+    """Retries come soon, and slow answers are given up soon."""
+    monkeypatch.setattr(podresources, "QUIET", 0.05)
+    monkeypatch.setattr(podresources, "BURST", 0.2)
+    monkeypatch.setattr(podresources, "RETRY", 0.05)
+    monkeypatch.setattr(podresources, "LIST_TIMEOUT", 1.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stumbles(caplog):
+    """No test makes asyncio say anything, nor leaves a connection behind."""
+    caplog.set_level(logging.INFO)
+    yield
+    gc.collect()  # what was left open is told of here, not in a later test
+    said = [each for each in caplog.records if each.name == "asyncio" or each.exc_info]
+    assert [each.getMessage() for each in said] == []
+
+
+def told(caplog, words=""):
+    """The watch's log lines with these words."""
+    return [
+        each.getMessage()
+        for each in caplog.records
+        if each.name == podresources.__name__ and words in each.getMessage()
+    ]
+
+
+def vgpus(card, *numbers):
+    return [device_id(CARDS[card], n) for n in numbers]
+
+
+# What is told
+
+
+async def test_what_a_real_kubelet_sent_is_told(kubelet_dir):
+    answer = (DATA / "podresources-list.bin").read_bytes()
+    async with serving(kubelet_dir, answer) as kubelet:
+        kubelet.checkpoint.write_bytes((DATA / "kubelet_internal_checkpoint.json").read_bytes())
+        async with watching(kubelet_dir, resource=RECORDED_RESOURCE) as agent:
+            await agent.until_held(one_node1=1, three_node1=3)
+            told_of = agent.state.snapshot.holders.assignments
+    assert told_of == (
+        Assignment(Holder("default", "one-node1", "main"), (device_id(RECORDED_CARD, 0),)),
+        Assignment(
+            Holder("default", "three-node1", "main"),
+            tuple(device_id(RECORDED_CARD, n) for n in (1, 2, 3)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 110, 250])
+async def test_any_number_of_pods_is_told(kubelet_dir, count):
+    pods = [a_pod(f"pod-{n:03}", *(f"g{n}::{i}" for i in range(7))) for n in range(count)]
+    entries = [entry(f"uid-{n}", *(f"g{n}::{i}" for i in range(7))) for n in range(count)]
+    async with serving(kubelet_dir, encoded(*pods)) as kubelet:
+        kubelet.checkpoint.write_text(checkpoint(*entries))
+        async with watching(kubelet_dir) as agent:
+            await agent.until(lambda now: now.state.snapshot.holders.up, within=30)
+            assert agent.state.snapshot.holders.assignments == tuple(
+                Assignment(
+                    Holder("default", pod.name, "main"), tuple(pod.containers["main"][RESOURCE])
+                )
+                for pod in pods
+            )
+
+
+async def test_only_our_resource_is_told(kubelet_dir):
+    ours, other = vgpus(0, 1), "example.com/other"
+    pods = [
+        Pod("both", {"main": {RESOURCE: ours, other: ["x"]}, "side": {other: ["y"]}}),
+        Pod("other", {"main": {other: ["z"]}}),
+        Pod("alike", {"main": {RESOURCE + "-2": ["GPU-q::0"]}}),
+        Pod("none", {"main": {}}),
+    ]
+    async with serving(kubelet_dir, encoded(*pods)) as kubelet:
+        kubelet.checkpoint.write_text(
+            checkpoint(entry("u", *ours), entry("v", "z", resource=other, container="init"))
+        )
+        async with watching(kubelet_dir) as agent:
+            await agent.until_held(both=1)
+
+
+async def test_the_loop_goes_on_while_a_large_answer_is_decoded(kubelet_dir, monkeypatch):
+    spans, threads = [], []
+
+    def timed(*args):
+        began = time.monotonic()
+        threads.append(threading.current_thread())
+        reading = read_answer(*args)
+        spans.append((began, time.monotonic()))
+        return reading
+
+    monkeypatch.setattr(podresources, "read_answer", timed)
+    pods = [a_pod(f"pod-{n}", *(f"g{n}::{i}" for i in range(7))) for n in range(250)]
+    beats = []
+
+    async def beat():
+        while True:
+            beats.append(time.monotonic())
+            await anyio.sleep(0.001)
+
+    async with (
+        serving(kubelet_dir, encoded(*pods)),
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(beat)
+        async with watching(kubelet_dir) as agent:
+            await agent.until(lambda now: now.state.snapshot.holders.up, within=30)
+        tasks.cancel_scope.cancel()
+    ((began, ended),) = spans
+    assert threads != [threading.main_thread()]
+    assert len([at for at in beats if began < at < ended]) >= 20
+
+
+# When it is asked
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_pods_come_and_go(kubelet_dir):
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
+        await agent.until_held()
+        for n in range(1, 4):
+            kubelet.answer = encoded(*(a_pod(f"pod-{i}", *vgpus(0, i)) for i in range(n)))
+            agent.state.allocated()
+            await agent.until(lambda now, n=n: len(now.held or ()) == n)
+        kubelet.answer = encoded(a_pod("pod-2", *vgpus(0, 2)))
+        agent.state.allocated()
+        await agent.until_held(pod_2=1)
+
+
+async def test_the_kubelet_is_asked_again_and_again(kubelet_dir):
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir, interval=0.05) as agent:
+        await agent.until_held()
+        kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+        await agent.until_held(a=1)
+        kubelet.answer = b""
+        await agent.until_held()
+
+
+async def test_a_burst_of_allocates_makes_one_question_after_it(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(podresources, "QUIET", 1.0)
+    monkeypatch.setattr(podresources, "BURST", 60.0)
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
+        await agent.until_held()
+        assert kubelet.calls == 1
+        for n in range(20):
+            kubelet.answer = encoded(a_pod("last", *vgpus(0, *range(n % 10 + 1))))
+            agent.state.allocated()
+            await anyio.sleep(0.01)
+        await agent.until_held(last=10)
+        assert kubelet.calls == 2
+
+
+async def test_a_burst_without_end_is_not_waited_for(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(podresources, "QUIET", 60.0)
+    monkeypatch.setattr(podresources, "BURST", 0.3)
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
+        await agent.until_held()
+        for _ in range(2):
+            before = kubelet.calls
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(allocate_all_the_time, agent)
+                await wait_for(lambda before=before: kubelet.calls > before, "question")
+                tasks.cancel_scope.cancel()
+
+
+async def allocate_all_the_time(agent):
+    while True:
+        agent.state.allocated()
+        await anyio.sleep(0.01)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_what_is_allocated_while_the_kubelet_answers_is_asked_for_too(kubelet_dir):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow(_context):
+        asked.set()
+        go_on.wait(10)
+        return b""
+
+    async with serving(kubelet_dir, slow) as kubelet, watching(kubelet_dir) as agent:
+        await off_loop(asked.wait, 10)
+        agent.state.allocated()
+        kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+        go_on.set()
+        await agent.until_held(a=1)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_registration_makes_it_ask(kubelet_dir):
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
+        await agent.until_held()
+        kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+        agent.state.registration_tried(RegistrationResult.REFUSED)
+        agent.state.registration_tried(RegistrationResult.REGISTERED)
+        await agent.until_held(a=1)
+
+
+# The checkpoint
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_pod_that_ended_is_not_held_by_a_checkpoint_that_nobody_wrote_since(kubelet_dir):
+    pods = [a_pod("a", *vgpus(0, 1)), a_pod("b", *vgpus(0, 2))]
+    async with serving(kubelet_dir, encoded(*pods)) as kubelet:
+        kubelet.checkpoint.write_text(
+            checkpoint(entry("u-a", *vgpus(0, 1)), entry("u-b", *vgpus(0, 2)))
+        )
+        async with watching(kubelet_dir, interval=0.1) as agent:
+            await agent.until_held(a=1, b=1)
+            kubelet.answer = encoded(pods[0])
+            await agent.until_held(a=1)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_pod_that_the_kubelet_does_not_list_yet_is_asked_for_again_soon(kubelet_dir):
+    async with serving(kubelet_dir) as kubelet:
+        kubelet.checkpoint.write_text(checkpoint(entry("u-a", *vgpus(0, 1))))
+        async with watching(kubelet_dir, interval=3600) as agent:
+            await agent.until_held(u_a=1)
+            (one,) = agent.state.snapshot.holders.assignments
+            assert one.holder == Holder(NO_NAMESPACE, "u-a", "main")
+            kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+            await agent.until_held(a=1)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_checkpoint_that_is_of_no_use_is_told_once_and_the_list_decides(
+    kubelet_dir, caplog
+):
+    async with (
+        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))) as kubelet,
+        watching(kubelet_dir, interval=0.05) as agent,
+    ):
+        await agent.until_held(a=1)
+        assert told(caplog, "checkpoint") == []
+        kubelet.checkpoint.write_text("{")
+        await wait_for(lambda: told(caplog, "is no checkpoint"), "line")
+        await more_calls(kubelet)
+        assert agent.held == {"a": 1}
+        kubelet.checkpoint.write_text(checkpoint())
+        await agent.until_held()
+        assert len(told(caplog, "checkpoint")) == 2
+
+
+async def more_calls(kubelet, count=3):
+    until = kubelet.calls + count
+    await wait_for(lambda: kubelet.calls >= until, "more calls")
+
+
+def test_a_checkpoint_is_read(tmp_path):
+    path = tmp_path / "checkpoint"
+    path.write_text(
+        checkpoint(
+            entry("u", "g::0", "g::1", "g::2"),
+            entry("u", "g::3", container="init"),
+            entry("w", "x", resource="example.com/other"),
+            {**entry("old"), "DeviceIDs": ["g::4", "g::5"]},
+            {**entry("none"), "DeviceIDs": None},
+            {**entry("empty"), "DeviceIDs": {"0": None, "-1": []}},
+        )
+    )
+    found = read_checkpoint(path, RESOURCE)
+    assert [(each.pod_uid, each.container, set(each.device_ids)) for each in found] == [
+        ("u", "main", {"g::0", "g::1", "g::2"}),
+        ("u", "init", {"g::3"}),
+        ("old", "main", {"g::4", "g::5"}),
+        ("none", "main", set()),
+        ("empty", "main", set()),
+    ]
+
+
+def test_the_checkpoint_of_a_node_without_allocations_is_empty(tmp_path):
+    path = tmp_path / "checkpoint"
+    path.write_text(checkpoint())
+    assert read_checkpoint(path, RESOURCE) == []
+    assert read_checkpoint(tmp_path / "missing", RESOURCE) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"Data": null}',
+        b'{"Data": {}}',
+        b'{"Data": {"PodDeviceEntries": 3}}',
+        b'{"Data": {"PodDeviceEntries": [{}]}}',
+        b'{"Data": {"PodDeviceEntries": [3]}}',
+        json.dumps({"Data": {"PodDeviceEntries": [{**entry("u"), "PodUID": 3}]}}).encode(),
+        json.dumps({"Data": {"PodDeviceEntries": [{**entry("u"), "DeviceIDs": 3}]}}).encode(),
+        json.dumps(
+            {"Data": {"PodDeviceEntries": [{**entry("u"), "DeviceIDs": {"0": [3]}}]}}
+        ).encode(),
+        checkpoint(entry("u", "g::0")).encode()[:-40],
+    ],
+)
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
+    path = tmp_path / "checkpoint"
+    path.write_bytes(content)
+    with pytest.raises(PodResourcesError, match="is no checkpoint"):
+        read_checkpoint(path, RESOURCE)
+
+
+def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint"
+    path.write_text(checkpoint(entry("u", "g::0")))
+    monkeypatch.setattr(podresources, "MAX_BYTES", path.stat().st_size)
+    assert len(read_checkpoint(path, RESOURCE)) == 1
+    monkeypatch.setattr(podresources, "MAX_BYTES", path.stat().st_size - 1)
+    with pytest.raises(PodResourcesError, match="is larger than"):
+        read_checkpoint(path, RESOURCE)
+    with pytest.raises(PodResourcesError, match="cannot read"):
+        read_checkpoint(tmp_path, RESOURCE)
+
+
+# Orphans
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_vgpus_that_are_held_and_no_longer_made_are_told_once(kubelet_dir, caplog):
+    answer = encoded(a_pod("a", *vgpus(0, 9, 10, 11), *vgpus(1, 0)))
+    async with (
+        serving(kubelet_dir, answer) as kubelet,
+        watching(kubelet_dir, interval=0.05) as agent,
+    ):
+        await agent.until_held(a=4)
+        await more_calls(kubelet)
+        (line,) = told(caplog, "no longer has")
+        assert line.endswith(", ".join(vgpus(0, 10, 11)))
+        assert line.startswith("2 vGPUs")
+        kubelet.answer = encoded(a_pod("a", *vgpus(0, *range(10, 30))))
+        await agent.until_held(a=20)
+        await wait_for(lambda: told(caplog, "and 12 more"), "another line")
+        kubelet.answer = b""
+        await agent.until_held()
+        await wait_for(lambda: told(caplog, "no vGPU is held any more"), "a last line")
+        await more_calls(kubelet)
+        assert len(told(caplog, "no longer has")) == 2
+
+
+async def test_nothing_is_orphaned_before_the_driver_has_told_its_cards(kubelet_dir, caplog):
+    state = NodeState(Division(10))
+    watch = PodResourcesWatch(kubelet_dir, RESOURCE, state, 60.0)
+    async with (
+        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))),
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(watch.run)
+        await Watched(state, Clock()).until_held(a=1)
+        tasks.cancel_scope.cancel()
+    assert told(caplog, "no longer has") == []
+
+
+# Trouble
+
+
+def refused(context):
+    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests")
+
+
+def hanging_up(_connection):
+    """Ends the connection as soon as it is there."""
+
+
+def silent(connection):
+    while connection.recv(65536):
+        pass
+
+
+def no_http(connection):
+    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+    silent(connection)
+
+
+def bad_frame(connection):
+    connection.sendall(bytes(9))  # data without a stream
+    silent(connection)
+
+
+def broken_off(http, stream):
+    http.send_headers(stream, ANSWER_HEADERS)
+    http.send_data(stream, b"\0\0\0\0\x64" + b"x" * 10, end_stream=True)
+
+
+def nothing_said(http, stream):
+    http.send_headers(stream, ANSWER_HEADERS)
+    http.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+
+
+def compressed(http, stream):
+    http.send_headers(stream, ANSWER_HEADERS)
+    http.send_data(stream, b"\1\0\0\0\x01x")
+    http.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+
+
+def no_grpc(http, stream):
+    http.send_headers(stream, [(":status", "404"), ("content-type", "text/html")], end_stream=True)
+
+
+def odd_status(http, stream):
+    http.send_headers(stream, [*ANSWER_HEADERS, ("grpc-status", "ok")], end_stream=True)
+
+
+def reset(http, stream):
+    http.reset_stream(stream, 8)
+
+
+def going_away(http, _stream):
+    http.close_connection()
+
+
+def informational(http, stream):
+    """An event that grpclib does not know."""
+    http.send_headers(stream, [(":status", "103")])
+
+
+def without_end(http, stream):
+    http.send_headers(stream, ANSWER_HEADERS)
+    http.send_data(stream, b"\0\0\0\0\x64" + b"x" * 10)
+
+
+BAD_PEERS = {
+    "hanging up": (hanging_up, "ended the call before its answer"),
+    "silent": (silent, "did not answer List within 1 s"),
+    "no HTTP": (no_http, "did not answer List within 1 s"),
+    "bad frame": (bad_frame, "ended the call before its answer"),
+    "broken off": (over_http2(broken_off), "cannot be read"),
+    "nothing said": (over_http2(nothing_said), "cannot be read"),
+    "compressed": (over_http2(compressed), "cannot be read"),
+    "no gRPC": (over_http2(no_grpc), "does not serve PodResources v1"),
+    "odd status": (over_http2(odd_status), "refused with UNKNOWN"),
+    "reset": (over_http2(reset), "ended the call before its answer"),
+    "going away": (over_http2(going_away), "ended the call before its answer"),
+    "informational": (over_http2(informational), "is no gRPC"),
+    "without end": (over_http2(without_end), "did not answer List within 1 s"),
+}
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("name", BAD_PEERS)
+async def test_a_peer_that_speaks_badly_is_told_once_and_a_good_one_is_found(
+    kubelet_dir, caplog, name
+):
+    serve, words = BAD_PEERS[name]
+    async with watching(kubelet_dir, interval=0.2) as agent:
+        async with listening(kubelet_dir, serve):
+            before = len(told(caplog))
+            await agent.until(lambda now: "there is no" not in now.state.snapshot.holders.error)
+            await agent.until_error(words)
+            await anyio.sleep(0.5)  # some more questions
+        lines = told(caplog, "cannot ask")
+        assert len([line for line in lines[before:] if words in line]) >= 1
+        assert len(lines) == len(dict.fromkeys(lines))
+        async with serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))):
+            await agent.until_held(a=1)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize(
+    ("answer", "options", "words"),
+    [
+        (refused, {}, "the kubelet refused with RESOURCE_EXHAUSTED: too many requests"),
+        (b"", {"method": "/v1.PodResourcesLister/Get"}, "does not serve PodResources v1"),
+        (b"\xff\xff\xff", {}, "is garbage"),
+        (encoded(a_pod("a", *vgpus(0, 1)))[:-3], {}, "is garbage"),
+    ],
+)
+async def test_an_answer_that_is_none_leaves_what_was_known(
+    kubelet_dir, caplog, answer, options, words
+):
+    good = encoded(a_pod("a", *vgpus(0, 1)))
+    async with watching(kubelet_dir, interval=0.1) as agent:
+        async with serving(kubelet_dir, good):
+            await agent.until_held(a=1)
+        async with serving(kubelet_dir, answer, **options) as kubelet:
+            await agent.until_error(words)
+            await more_calls(kubelet) if not options else await anyio.sleep(0.3)
+            assert agent.held == {"a": 1}
+            assert len(told(caplog, words)) == 1
+        async with serving(kubelet_dir, good):
+            await agent.until_held(a=1)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_an_answer_that_is_too_large_is_not_read_to_its_end(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(podresources, "MAX_BYTES", 100_000)
+    large = encoded(*(a_pod(f"pod-{n}", *vgpus(0, *range(10))) for n in range(150)))
+    assert len(large) > 105_000
+    small = encoded(*(a_pod(f"pod-{n}", *vgpus(0, *range(10))) for n in range(100)))
+    async with serving(kubelet_dir, large) as kubelet, watching(kubelet_dir, interval=0.1) as agent:
+        await agent.until_error("the kubelet's answer is larger than 0.0953674 MiB")
+        kubelet.answer = small
+        await agent.until(lambda now: len(now.held or ()) == 100)
+
+
+def test_the_bound_is_that_of_other_clients():
+    assert podresources.MAX_BYTES == 16 * 1024 * 1024
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_kubelet_that_restarts_is_asked_again(kubelet_dir, caplog):
+    async with (
+        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))) as kubelet,
+        watching(kubelet_dir, interval=0.1) as agent,
+    ):
+        for restarts in range(1, 4):
+            await agent.until_held(a=1)
+            await off_loop(kubelet.stop)
+            await agent.until_error(f"nobody listens on {kubelet.socket}")
+            assert agent.held == {"a": 1}
+            await off_loop(kubelet.start)
+            await agent.until_held(a=1)
+            assert len(told(caplog, "the kubelet says who holds")) == restarts + 1
+    # A connection that is cut in the middle of a call has words of its own, at most.
+    assert 3 <= len(told(caplog, "cannot ask")) <= 6
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_no_kubelet_is_told_once(kubelet_dir, caplog):
+    async with watching(kubelet_dir, interval=0.05) as agent:
+        await agent.until_error(f"there is no {kubelet_dir}/pod-resources/kubelet.sock")
+        await anyio.sleep(0.3)  # several attempts
+        assert len(told(caplog)) == 1
+        assert agent.held is None
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_kubelet_that_fails_is_asked_less_and_less_often(kubelet_dir, monkeypatch):
+    monkeypatch.setattr(podresources, "RETRY", 0.02)
+    times = []
+
+    def failing(context):
+        times.append(time.monotonic())
+        refused(context)
+
+    async with serving(kubelet_dir, failing), watching(kubelet_dir, interval=3600) as agent:
+        await wait_for(lambda: len(times) >= 6, "attempts")
+        assert times[5] - times[4] >= 0.02 * 2**4
+        # An Allocate makes it soon again.
+        agent.state.allocated()
+        count = len(times)
+        await wait_for(lambda: len(times) >= count + 3, "attempts")
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_what_was_told_too_long_ago_is_forgotten(kubelet_dir, caplog):
+    async with watching(kubelet_dir, interval=0.1) as agent:
+        async with serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))):
+            await agent.until_held(a=1)
+        await agent.until(lambda now: not now.state.snapshot.holders.up)
+        agent.clock.ahead += podresources.FORGET_AT_LEAST - 10
+        await anyio.sleep(0.3)
+        assert agent.held == {"a": 1}
+        agent.clock.ahead += 11
+        await agent.until(lambda now: now.held is None)
+        await anyio.sleep(0.3)
+        assert len(told(caplog, "forgetting")) == 1
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_long_interval_lets_it_be_remembered_for_longer(kubelet_dir):
+    async with watching(kubelet_dir, interval=100) as agent:
+        async with serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))):
+            await agent.until_held(a=1)
+        agent.state.allocated()
+        await agent.until(lambda now: not now.state.snapshot.holders.up)
+        agent.clock.ahead += 490
+        agent.state.allocated()
+        await anyio.sleep(0.5)
+        assert agent.held == {"a": 1}
+        agent.clock.ahead += 11
+        agent.state.allocated()
+        await agent.until(lambda now: now.held is None)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+async def test_a_bug_of_ours_is_not_taken_for_a_kubelet_in_trouble(kubelet_dir, monkeypatch):
+    def bug(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(podresources, "cross_check", bug)
+    async with serving(kubelet_dir):
+        with pytest.raises(ExceptionGroup) as caught:
+            async with watching(kubelet_dir):
+                await anyio.sleep(10)
+    assert caught.group_contains(ZeroDivisionError)
+
+
+# The end
+
+
+def sockets() -> int:
+    """How many sockets this process has open."""
+    found = 0
+    for each in Path("/proc/self/fd").iterdir():
+        try:
+            found += str(each.readlink()).startswith("socket:")
+        except OSError:  # that of the listing itself
+            continue
+    return found
+
+
+@pytest.mark.parametrize("serve", [silent, no_http, hanging_up, over_http2(without_end)])
+async def test_cancellation_at_any_moment_leaves_nothing_open(kubelet_dir, serve):
+    async with listening(kubelet_dir, serve):
+        await anyio.sleep(0.05)
+        before = sockets()
+        for turns in (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 25, 40):
+            async with watching(kubelet_dir):
+                for _ in range(turns):
+                    await anyio.lowlevel.checkpoint()
+        async with watching(kubelet_dir):
+            await anyio.sleep(0.2)
+        await wait_for(lambda: sockets() <= before, "end of all sockets")
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("serve", [bad_frame, hanging_up, over_http2(broken_off)])
+async def test_bad_peers_leave_no_connection_behind(kubelet_dir, serve):
+    calls = Counter()
+
+    def counted(connection):
+        calls["all"] += 1
+        serve(connection)
+
+    async with listening(kubelet_dir, counted):
+        before = sockets()
+        async with watching(kubelet_dir, interval=0.01):
+            await wait_for(lambda: calls["all"] >= 30, "calls")
+            assert sockets() <= before + 4
+        await wait_for(lambda: sockets() <= before, "end of all sockets")
+
+
+async def test_the_end_does_not_wait_for_an_answer_that_is_being_decoded(kubelet_dir, monkeypatch):
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def slow(*args):
+        decoding.set()
+        go_on.wait(10)
+        return read_answer(*args)
+
+    monkeypatch.setattr(podresources, "read_answer", slow)
+    async with serving(kubelet_dir):
+        with anyio.fail_after(8):
+            async with watching(kubelet_dir):
+                await off_loop(decoding.wait, 10)
+        go_on.set()
+
+
+# Bytes
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+resources = st.sampled_from([RESOURCE, RESOURCE + "2", "example.com/other"])
+pods = st.builds(
+    Pod,
+    name=names,
+    containers=st.dictionaries(
+        names, st.dictionaries(resources, st.lists(names, max_size=4)), max_size=3
+    ),
+    namespace=names,
+)
+
+
+@tried(200)
+@given(st.lists(pods, max_size=6))
+def test_any_answer_is_decoded(those):
+    assert [each for each in decode_list(encoded(*those), RESOURCE) if each.device_ids] == [
+        Assignment(Holder(pod.namespace, pod.name, container), tuple(held[RESOURCE]))
+        for pod in those
+        for container, held in pod.containers.items()
+        if held.get(RESOURCE)
+    ]
+
+
+answers = st.lists(pods, min_size=1, max_size=3).map(lambda those: encoded(*those))
+
+
+@tried(300)
+@given(st.binary(max_size=60) | answers, st.data())
+def test_garbage_is_said_to_be_garbage_and_does_nothing_else(answer, data):
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, max(len(answer) - 1, 0)))
+        answer = answer[:at] + data.draw(st.binary(max_size=2)) + answer[at + 1 :]
+    with suppress(PodResourcesError):
+        found = decode_list(answer, RESOURCE)
+        assert all(isinstance(vgpu, str) for each in found for vgpu in each.device_ids)
+
+
+@tried(200)
+@given(st.lists(pods, min_size=1, max_size=4), st.data())
+def test_an_answer_that_breaks_off_is_garbage_or_has_fewer_whole_pods(those, data):
+    whole = encoded(*those)
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    try:
+        found = decode_list(cut, RESOURCE)
+    except PodResourcesError:
+        return
+    assert cut in [encoded(*those[:n]) for n in range(len(those))]
+    assert found == decode_list(whole, RESOURCE)[: len(found)]

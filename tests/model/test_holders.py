@@ -1,0 +1,332 @@
+"""Who holds what, against the same worked out the slow way."""
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.model.strategies import a_gpu, ids, inventories, strangers, tried
+from vgpu_agent.model.devices import Card, Inventory, device_id, split_device_id
+from vgpu_agent.model.holders import (
+    NO_NAMESPACE,
+    Assignment,
+    GpuProcess,
+    Holder,
+    Holders,
+    Recorded,
+    Used,
+    attribute,
+    cross_check,
+    largest_free,
+    orphaned,
+    parts,
+)
+
+VGPUS = [device_id(f"gpu-{card}", n) for card in range(3) for n in (0, 1, 2, 9, 10)]
+CONTAINERS = ["init", "main", "sidecar"]
+
+holders = st.builds(
+    Holder,
+    st.sampled_from(["default", "prod"]),
+    st.sampled_from(["a", "b", "c"]),
+    st.sampled_from(CONTAINERS),
+)
+some_vgpus = st.lists(st.sampled_from(VGPUS), max_size=6).map(tuple)
+any_lists = st.lists(st.builds(Assignment, holders, some_vgpus), max_size=6)
+any_records = st.lists(
+    st.builds(
+        Recorded, st.sampled_from(["u1", "u2", "u3"]), st.sampled_from(CONTAINERS), some_vgpus
+    ),
+    max_size=6,
+)
+any_named = st.frozensets(st.sampled_from(["u1", "u2", "u3", "u4"]))
+
+
+def pairs(assignments):
+    """Every container with each of its vGPUs."""
+    return {(each.holder, vgpu) for each in assignments for vgpu in each.device_ids}
+
+
+def held(assignments):
+    return {vgpu for each in assignments for vgpu in each.device_ids}
+
+
+# What the kubelet knows, as it is, for the tests of the cross-check
+
+
+@st.composite
+def nodes(draw):
+    """A kubelet: pods that run, and the pods that have ended since it wrote its checkpoint.
+
+    A pod is its UID, its name, and what each of its containers holds.
+    """
+    free = draw(st.permutations(VGPUS))
+    pods = []
+    for n in range(draw(st.integers(0, 4))):
+        containers = {}
+        for name in draw(st.lists(st.sampled_from(CONTAINERS), unique=True, max_size=3)):
+            count = draw(st.integers(0, 3))
+            containers[name], free = free[:count], free[count:]
+        pods.append((f"uid-{n}", f"pod-{n}", containers))
+    gone = draw(st.integers(0, len(pods)))
+    return pods[gone:], pods[:gone]
+
+
+def listed(pods):
+    """As List tells them: without init containers."""
+    return [
+        Assignment(Holder("default", name, container), tuple(vgpus))
+        for _, name, containers in pods
+        for container, vgpus in containers.items()
+        if container != "init"
+    ]
+
+
+def recorded(pods):
+    return [
+        Recorded(uid, container, tuple(vgpus))
+        for uid, _, containers in pods
+        for container, vgpus in containers.items()
+    ]
+
+
+def only_init(pod):
+    """Whether List shows nothing of the pod, though it holds something."""
+    return not any(vgpus for name, vgpus in pod[2].items() if name != "init")
+
+
+@tried(300)
+@given(nodes())
+def test_every_container_that_runs_is_told_with_what_it_holds_and_no_other(node):
+    running, ended = node
+    before = cross_check(listed(running + ended), recorded(running + ended))
+    now = cross_check(listed(running), recorded(running + ended), before.named)
+    expected = {
+        (
+            Holder(NO_NAMESPACE, uid, container)
+            if only_init(pod)
+            else Holder("default", name, container),
+            vgpu,
+        )
+        # One that held by its init container only and has ended is told until the next Allocate.
+        for pod in running + [each for each in ended if only_init(each)]
+        for uid, name, containers in [pod]
+        for container, vgpus in containers.items()
+        for vgpu in vgpus
+    }
+    assert pairs(now.assignments) == expected
+    holding = [pod for pod in running + ended if any(pod[2].values())]
+    assert now.settled == all(pod in running and not only_init(pod) for pod in holding)
+
+
+def test_a_pod_that_ended_holds_nothing_though_the_checkpoint_still_has_it():
+    one = [Assignment(Holder("default", "p", "main"), ("g::0",))]
+    record = [Recorded("u", "main", ("g::0",)), Recorded("u", "init", ("g::1",))]
+    before = cross_check(one, record)
+    assert before.settled
+    after = cross_check([], record, before.named)
+    assert (after.assignments, after.settled) == ((), False)
+    again = cross_check([], record, after.named)
+    assert again.assignments == ()
+    assert cross_check([], [], again.named).named == frozenset()
+
+
+def test_an_init_container_is_told_by_the_name_of_its_pod_where_that_is_known():
+    one = [Assignment(Holder("default", "p", "main"), ("g::0",))]
+    record = [Recorded("u", "init", ("g::0", "g::1")), Recorded("u", "main", ("g::0",))]
+    assert cross_check(one, record).assignments == (
+        Assignment(Holder("default", "p", "init"), ("g::1",)),
+        Assignment(Holder("default", "p", "main"), ("g::0",)),
+    )
+
+
+def test_an_init_container_of_a_pod_that_the_list_does_not_show_is_told_by_the_uid():
+    told = cross_check([], [Recorded("u", "init", ("g::0",))])
+    assert told.assignments == (Assignment(Holder(NO_NAMESPACE, "u", "init"), ("g::0",)),)
+    assert not told.settled
+
+
+def test_a_pod_that_has_ended_and_is_still_listed_holds_nothing():
+    one = [Assignment(Holder("default", "p", "main"), ("g::0",))]
+    assert cross_check(one, []).assignments == ()
+
+
+@tried(300)
+@given(any_lists, any_records, any_named)
+def test_whatever_the_kubelet_says_only_recorded_vgpus_are_held(told, record, named):
+    checked = cross_check(told, record, named)
+    assert held(checked.assignments) <= held(record)
+    # What both know is never lost, nor taken from whom the list says.
+    assert {pair for pair in pairs(told) if pair[1] in held(record)} <= pairs(checked.assignments)
+    # Nothing recorded is lost but what pods left that had a name.
+    lost = held(record) - held(checked.assignments)
+    assert lost <= held(each for each in record if each.pod_uid in named)
+    assert checked.named <= {each.pod_uid for each in record}
+
+
+@tried(200)
+@given(any_lists, any_named)
+def test_without_a_checkpoint_the_list_alone_decides(told, named):
+    checked = cross_check(told, None, named)
+    assert pairs(checked.assignments) == pairs(told)
+    assert (checked.named, checked.settled) == (named, True)
+
+
+@tried(200)
+@given(any_lists, st.none() | any_records, any_named, st.randoms())
+def test_each_container_is_told_once_in_an_order_that_does_not_depend_on_the_kubelets(
+    told, record, named, chance
+):
+    checked = cross_check(told, record, named)
+    names = [each.holder for each in checked.assignments]
+    assert names == sorted(set(names))
+    for each in checked.assignments:
+        numbers = [split_device_id(vgpu) for vgpu in each.device_ids]
+        assert numbers
+        assert numbers == sorted(set(numbers))
+    if len(held(told)) == len(pairs(told)):  # else which of two holders names a pod is a draw
+        shuffled = [
+            replace(each, device_ids=tuple(chance.sample(each.device_ids, len(each.device_ids))))
+            for each in chance.sample(told, len(told))
+        ]
+        if record is None or not any(only_one_name(told, record)):
+            assert cross_check(shuffled, record, named) == checked
+
+
+def only_one_name(told, record):
+    """For each recorded pod whether the list gives it several names, which no kubelet does."""
+    by_vgpu = {vgpu: each.holder for each in told for vgpu in each.device_ids}
+    for uid in {each.pod_uid for each in record}:
+        of_pod = held(each for each in record if each.pod_uid == uid)
+        yield len({by_vgpu[v].pod + by_vgpu[v].namespace for v in of_pod if v in by_vgpu}) > 1
+
+
+# What follows from it
+
+
+@st.composite
+def node_and_holders(draw):
+    """Cards, and containers that hold of them, of others, and what is no vGPU at all."""
+    inventory = draw(inventories(most=4, replicas=4))
+    known = [
+        *inventory.device_ids,
+        *(device_id(card.gpu.uuid, card.replicas + n) for card in inventory.cards for n in (0, 7)),
+        *(card.gpu.uuid for card in inventory.cards),  # as other plugins name whole cards
+        device_id("gone", 0),
+    ]
+    assignments = []
+    for n in range(draw(st.integers(0, 4))):
+        vgpus = draw(st.lists(st.sampled_from(known), unique=True, max_size=6))
+        vgpus += draw(strangers)
+        assignments.append(Assignment(Holder("default", f"pod-{n}", "main"), tuple(set(vgpus))))
+    return inventory, assignments
+
+
+@tried(300)
+@given(node_and_holders())
+def test_parts_are_the_vgpus_of_each_container_on_each_card(example):
+    inventory, assignments = example
+    found = parts(inventory, assignments)
+    told = Counter(
+        (part.holder, device_id(part.card.gpu.uuid, n)) for part in found for n in part.numbers
+    )
+    assert told == Counter(
+        (each.holder, vgpu)
+        for each in assignments
+        for vgpu in each.device_ids
+        if vgpu in set(inventory.device_ids)
+    )
+    assert all(part.numbers for part in found)
+    assert len({(part.card.gpu.uuid, part.holder) for part in found}) == len(found)
+    order = [(part.card.gpu.index, part.card.gpu.uuid, part.holder) for part in found]
+    assert order == sorted(order)
+
+
+@tried(300)
+@given(node_and_holders())
+def test_a_part_is_whole_unless_the_container_holds_what_is_no_longer_made_of_the_card(example):
+    inventory, assignments = example
+    by_holder = {each.holder: each.device_ids for each in assignments}
+    for part in parts(inventory, assignments):
+        of_card = [
+            vgpu
+            for vgpu in by_holder[part.holder]
+            if (split_device_id(vgpu) or ("", 0))[0] == part.card.gpu.uuid
+        ]
+        assert part.whole == (set(of_card) <= set(part.card.device_ids))
+
+
+@tried(300)
+@given(node_and_holders())
+def test_what_is_held_is_either_of_a_part_or_orphaned(example):
+    inventory, assignments = example
+    orphans = orphaned(inventory, assignments)
+    assert set(orphans) == held(assignments) - set(inventory.device_ids)
+    assert len(orphans) == len(set(orphans))
+    in_parts = {
+        device_id(part.card.gpu.uuid, n)
+        for part in parts(inventory, assignments)
+        for n in part.numbers
+    }
+    assert in_parts | set(orphans) == held(assignments)
+    assert not in_parts & set(orphans)
+
+
+def test_orphans_come_in_the_order_of_their_numbers():
+    one = Assignment(Holder("default", "p", "main"), tuple(ids("gpu-1", 10, 9, 2)))
+    other = Assignment(Holder("default", "q", "main"), tuple(ids("gpu-0", 11)))
+    assert orphaned(Inventory(), [one, other]) == (*ids("gpu-0", 11), *ids("gpu-1", 2, 9, 10))
+
+
+@tried(300)
+@given(node_and_holders())
+def test_the_largest_request_fits_on_one_healthy_card_and_one_more_does_not(example):
+    inventory, assignments = example
+    size = largest_free(inventory, assignments)
+    free = [
+        sum(vgpu not in held(assignments) for vgpu in card.device_ids)
+        for card in inventory.cards
+        if card.healthy
+    ]
+    assert all(count <= size for count in free)
+    assert size in free or (size, free) == (0, [])
+
+
+def test_a_vgpu_that_two_containers_are_said_to_hold_is_taken_once():
+    inventory = Inventory((Card(a_gpu(0), 4),))
+    twice = [Assignment(Holder("default", pod, "main"), tuple(ids("gpu-0", 1))) for pod in "ab"]
+    assert largest_free(inventory, twice) == 3
+
+
+def test_nothing_is_known_before_the_kubelet_was_asked():
+    assert (Holders().up, Holders().assignments) == (False, None)
+    assert Holders(None, ()).up
+
+
+# Processes
+
+processes = st.lists(
+    st.builds(GpuProcess, st.integers(1, 9), st.none() | st.integers(0, 2**40)), max_size=6
+)
+
+
+@tried(300)
+@given(
+    st.dictionaries(st.sampled_from(["gpu-0", "gpu-1", "gpu-2"]), processes),
+    st.dictionaries(st.integers(1, 9), holders),
+)
+def test_processes_are_counted_for_their_container_or_as_of_nobody(running, containers):
+    usage = attribute(running, containers)
+    assert set(usage.unattributed) == set(running)
+    for uuid, found in running.items():
+        of_nobody = [process for process in found if process.pid not in containers]
+        assert usage.unattributed[uuid] == len(of_nobody)
+        for holder in set(containers.values()):
+            own = [process for process in found if containers.get(process.pid) == holder]
+            used = usage.containers.get((uuid, holder))
+            if own:
+                told = [each.memory_bytes for each in own if each.memory_bytes is not None]
+                assert used == Used(len(own), sum(told) if told else None)
+            else:
+                assert used is None

@@ -1,0 +1,301 @@
+"""The watch over a simulated driver, with a /proc and a folder of links made by the test."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import anyio
+import pytest
+
+from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.model.holders import GpuProcess, Holder, Usage, Used
+from vgpu_agent.model.share import Division
+from vgpu_agent.model.state import NodeState
+from vgpu_agent.usage.watch import UsageWatch
+
+GIB = 1 << 30
+CARDS = simulated_gpus(2, "A card", 24 * GIB, (0,))
+A, B = (card.uuid for card in CARDS)
+
+UID = "55c6c714-b240-4dec-9a45-57b61696ab6e"
+TRAIN, SERVE, MPS = (
+    Holder("ml", "train-0", "main"),
+    Holder("web", "serve.x", "c-1"),
+    Holder("kube-system", "vgpu-mps-x7", "daemon"),
+)
+
+
+class Node:
+    """A node's processes and containers, and a watch that looks at them."""
+
+    def __init__(self, root: Path) -> None:
+        self.driver = SimulatedDriver(CARDS)
+        self.state = NodeState(Division(replicas=10))
+        self.watch = UsageWatch(
+            self.driver, self.state, call_limit=5, proc=root / "proc", links=root / "links"
+        )
+        self.links.mkdir()
+        self.process(1, "0::/init.scope\n")
+        self.process("self", "0::/\n")
+
+    @property
+    def links(self) -> Path:
+        return self.watch.links
+
+    @property
+    def usage(self) -> Usage | None:
+        return self.state.snapshot.usage
+
+    def process(self, pid: int | str, cgroup: str) -> None:
+        (self.watch.proc / str(pid)).mkdir(parents=True, exist_ok=True)
+        (self.watch.proc / str(pid) / "cgroup").write_text(cgroup)
+
+    def contain(self, holder: Holder, container_id: str, *pids: int) -> None:
+        """Runs those processes in a container of that name."""
+        name = f"{holder.pod}_{holder.namespace}_{holder.container}-{container_id}.log"
+        (self.links / name).symlink_to("/nowhere")
+        for pid in pids:
+            self.process(pid, f"0::/../../pod{UID}/{container_id}\n")
+
+    async def scan(self) -> None:
+        scan = await self.driver.scan()
+        self.state.driver_answered(scan.driver_version, scan.gpus)
+
+    def end(self, pid: int) -> None:
+        (self.watch.proc / str(pid) / "cgroup").unlink()
+
+
+@pytest.fixture
+async def node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Node:
+    caplog.set_level("INFO")
+    node = Node(tmp_path)
+    await node.scan()
+    return node
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def eventually(check: Callable[[], object]) -> None:
+    with anyio.fail_after(20):
+        while not check():  # noqa: ASYNC110 - what is waited for tells nobody
+            await anyio.sleep(0.01)
+
+
+async def test_tells_what_each_container_uses_of_each_card(node: Node) -> None:
+    node.contain(TRAIN, "a" * 64, 10, 11)
+    node.contain(SERVE, "b" * 64, 20)
+    node.process(30, "0::/system.slice/docker-" + "c" * 64 + ".scope\n")
+    node.driver.run_processes(A, [GpuProcess(pid, pid * GIB) for pid in (10, 11, 20, 30, 40)])
+    node.driver.run_processes(B, [GpuProcess(20, None)])
+    await node.watch.look()
+    assert node.usage == Usage(
+        {(A, TRAIN): Used(2, 21 * GIB), (A, SERVE): Used(1, 20 * GIB), (B, SERVE): Used(1, None)},
+        {A: 2, B: 0},
+    )
+
+
+async def test_the_server_of_mps_is_told_as_a_process_of_its_own_pod(node: Node) -> None:
+    node.contain(MPS, "d" * 64, 50)
+    for uuid in (A, B):
+        node.driver.run_processes(uuid, [GpuProcess(50, GIB)])
+    await node.watch.look()
+    assert node.usage == Usage({(A, MPS): Used(1, GIB), (B, MPS): Used(1, GIB)}, {A: 0, B: 0})
+
+
+async def test_what_has_ended_is_no_longer_told(node: Node) -> None:
+    node.contain(TRAIN, "a" * 64, 10)
+    node.driver.run_processes(A, [GpuProcess(10, GIB)])
+    await node.watch.look()
+    assert node.usage is not None
+    assert node.usage.containers.keys() == {(A, TRAIN)}
+    node.driver.run_processes(A, [])
+    await node.watch.look()
+    assert node.usage == Usage({}, {A: 0, B: 0})
+
+
+async def test_a_container_that_was_restarted_has_a_new_id_and_the_same_name(node: Node) -> None:
+    node.contain(TRAIN, "a" * 64, 10)
+    node.contain(TRAIN, "e" * 64, 11)
+    node.driver.run_processes(A, [GpuProcess(10, 1), GpuProcess(11, 2)])
+    await node.watch.look()
+    assert node.usage == Usage({(A, TRAIN): Used(2, 3)}, {A: 0, B: 0})
+
+
+async def test_a_container_without_a_link_is_unattributed(node: Node) -> None:
+    node.process(10, f"0::/kubepods/pod{UID}/{'f' * 64}\n")
+    node.driver.run_processes(A, [GpuProcess(10, 1)])
+    await node.watch.look()
+    assert node.usage == Usage({}, {A: 1, B: 0})
+
+
+async def test_a_lost_card_is_left_out(node: Node) -> None:
+    node.contain(TRAIN, "a" * 64, 10)
+    for uuid in (A, B):
+        node.driver.run_processes(uuid, [GpuProcess(10, GIB), GpuProcess(99, 1)])
+    node.driver.fall_off(A)
+    await node.watch.look()
+    assert node.usage == Usage({(B, TRAIN): Used(1, GIB)}, {B: 1})
+
+
+class Recording(SimulatedDriver):
+    """Remembers which cards were asked; those that `hang` do not answer."""
+
+    def __init__(self) -> None:
+        super().__init__(CARDS)
+        self.asked: list[str] = []
+        self.silent: set[str] = set()
+
+    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
+        self.asked.append(uuid)
+        if uuid in self.silent:
+            await anyio.sleep_forever()
+        return await super().processes(uuid)
+
+
+async def test_a_card_that_does_not_answer_is_left_out_and_holds_up_no_other(node: Node) -> None:
+    node.watch.driver = driver = Recording()
+    node.watch.call_limit = 0.2
+    node.contain(TRAIN, "a" * 64, 10)
+    driver.run_processes(B, [GpuProcess(10, GIB)])
+    driver.silent = {A}
+    with anyio.fail_after(20):
+        await node.watch.look()
+    assert node.usage == Usage({(B, TRAIN): Used(1, GIB)}, {B: 0})
+    driver.silent = {A, B}
+    await node.watch.look()
+    assert node.usage == Usage()
+
+
+async def test_only_advertised_cards_are_asked(node: Node) -> None:
+    node.watch.driver = driver = Recording()
+    node.state.card_forgotten(A)
+    await node.watch.look()
+    assert driver.asked == [B]
+
+
+async def test_a_driver_that_was_let_go_of_is_left_alone_until_it_answers_again(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.watch.driver = driver = Recording()
+    driver.run_processes(A, [GpuProcess(99, GIB)])
+    await node.watch.look()
+    assert node.usage == Usage({}, {A: 1, B: 0})
+    driver.asked.clear()
+    node.state.driver_released(time.time() + 60)
+    for _ in range(3):
+        await node.watch.look()
+    assert driver.asked == []
+    assert node.usage == Usage()
+    node.state.driver_failed("no driver")
+    await node.watch.look()
+    assert driver.asked == []
+    assert warnings(caplog) == []
+    await node.scan()
+    await node.watch.look()
+    assert node.usage == Usage({}, {A: 1, B: 0})
+
+
+# What is missing
+
+
+async def test_says_once_that_no_process_of_the_node_is_seen(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.driver.run_processes(A, [GpuProcess(10, GIB), GpuProcess(11, GIB)])
+    for _ in range(4):
+        await node.watch.look()
+        assert node.usage == Usage({}, {A: 2, B: 0})
+    (line,) = warnings(caplog)
+    assert "hostPID: true" in line
+    node.process(10, f"0::/kubepods/pod{UID}/{'a' * 64}\n")
+    for _ in range(3):
+        await node.watch.look()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    node.end(10)
+    for _ in range(3):
+        await node.watch.look()
+    assert len(warnings(caplog)) == 2
+
+
+async def test_a_process_that_ends_between_two_reads_is_no_reason_to_say_so(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    for pid in range(10, 15):
+        node.driver.run_processes(A, [GpuProcess(pid, GIB)])
+        await node.watch.look()
+        node.process(pid, f"0::/kubepods/pod{UID}/{'a' * 64}\n")
+        await node.watch.look()
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+async def test_in_a_pid_namespace_of_its_own_it_says_so_though_the_driver_lists_nothing(
+    node: Node, caplog: pytest.LogCaptureFixture, hidden: bool
+) -> None:
+    # Drivers leave out processes of other namespaces, so there is none that could be missed.
+    node.process(1, "0::/\n")
+    if hidden:
+        node.end(1)
+    for _ in range(3):
+        await node.watch.look()
+    assert node.usage == Usage({}, {A: 0, B: 0})
+    (line,) = warnings(caplog)
+    assert "hostPID: true" in line
+
+
+async def test_says_once_that_the_links_are_missing_while_there_are_processes(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.links.rmdir()
+    for _ in range(3):
+        await node.watch.look()
+    assert warnings(caplog) == []
+    node.process(10, f"0::/kubepods/pod{UID}/{'a' * 64}\n")
+    node.driver.run_processes(A, [GpuProcess(10, GIB)])
+    for _ in range(3):
+        await node.watch.look()
+        assert node.usage == Usage({}, {A: 1, B: 0})
+    (line,) = warnings(caplog)
+    assert str(node.links) in line
+    assert "/var/log/containers" in line
+    # Without any process there is nothing to judge by: no news.
+    node.driver.run_processes(A, [])
+    for _ in range(3):
+        await node.watch.look()
+    assert len(caplog.records) == 1
+
+
+# The task
+
+
+async def test_looks_again_and_again_with_no_file_read_on_the_loop(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = set()
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        readers.add(threading.current_thread())
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    node.watch.interval = 0.01
+    node.contain(TRAIN, "a" * 64, 10)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(node.watch.run)
+        await eventually(lambda: node.usage == Usage({}, {A: 0, B: 0}))
+        node.driver.run_processes(A, [GpuProcess(10, GIB)])
+        await eventually(lambda: node.usage == Usage({(A, TRAIN): Used(1, GIB)}, {A: 0, B: 0}))
+        tasks.cancel_scope.cancel()
+    assert readers
+    assert threading.current_thread() not in readers
+
+
+async def test_the_same_usage_is_no_news(node: Node) -> None:
+    await node.watch.look()
+    version = node.state.latest.version
+    await node.watch.look()
+    assert node.state.latest.version == version

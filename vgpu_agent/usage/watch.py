@@ -1,0 +1,161 @@
+"""The task that looks at the processes on the cards and tells which container uses what of them.
+
+A process on a card is known by its PID on the host; /proc knows its cgroup, the cgroup its
+container, and the kubelet's links the container's name. The server of MPS has a context on every
+card: it runs in the container of the MPS pod and is told as a process of that pod, which holds no
+vGPU; no pod of a user pays for it, and it is not unattributed either.
+
+Between the driver's list and the look into /proc a process may end. Its PID is then missing, or
+names a process that has nothing to do with the card; that lasts until the next look.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.gpu.probe import CALL_LIMIT
+from vgpu_agent.model.holders import GpuProcess, Holder, Usage, attribute
+from vgpu_agent.model.state import NodeState
+from vgpu_agent.usage.cgroups import container_id
+from vgpu_agent.usage.containers import LINKS, holders_by_id
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 15.0
+"""Seconds between two looks at the processes: about as often as metrics are read."""
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What this machine knows of processes: the containers of those that run in one.
+
+    `visible` counts those that are in /proc at all. `alone` says that /proc shows the processes of
+    our own container only. `links_error` says why no container has a name.
+    """
+
+    containers: Mapping[int, Holder]
+    visible: int
+    alone: bool
+    links_error: str | None
+
+
+@dataclass
+class UsageWatch:
+    """Looks at the processes on the advertised cards, every `interval` seconds.
+
+    `call_limit` is how many seconds the driver has for the processes of a card. `proc` and `links`
+    stand for /proc and /var/log/containers.
+    """
+
+    driver: GpuDriver
+    state: NodeState
+    interval: float = INTERVAL
+    call_limit: float = CALL_LIMIT
+    proc: Path = PROC
+    links: Path = LINKS
+    _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+    _last: str | None = None
+    _told: str | None = None
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            await self.look()
+            await anyio.sleep(self.interval)
+
+    async def look(self) -> None:
+        """Tells who uses what now. A card that does not answer has no usage, and no unattributed.
+
+        While the driver does not answer, or is let go of for a reset, it is not asked.
+        """
+        if not self.state.snapshot.driver.up:
+            self.state.usage_told(Usage())
+            return
+        processes = await self._processes()
+        pids = {process.pid for running in processes.values() for process in running}
+        found = await anyio.to_thread.run_sync(
+            _find, pids, self.proc, self.links, abandon_on_cancel=True, limiter=self._limiter
+        )
+        self.state.usage_told(attribute(processes, found.containers))
+        if processes and (pids or found.alone):  # else there is nothing to judge by
+            self._judge(_problem(pids, found))
+
+    async def _processes(self) -> dict[str, Collection[GpuProcess]]:
+        """The processes on each card that tells them within the time it has, all asked at once."""
+        told: dict[str, Collection[GpuProcess]] = {}
+
+        async def ask(uuid: str) -> None:
+            with anyio.move_on_after(self.call_limit):
+                running = await self.driver.processes(uuid)
+                if running is not None:
+                    told[uuid] = running
+
+        async with anyio.create_task_group() as tasks:
+            for card in self.state.snapshot.inventory.cards:
+                tasks.start_soon(ask, card.gpu.uuid)
+        return told
+
+    def _judge(self, problem: str | None) -> None:
+        """Logs a problem once, when two looks in a row have it: processes end between two reads."""
+        if problem == self._last and problem != self._told:
+            if problem is None:
+                log.info("usage can be told to containers again")
+            else:
+                log.warning("%s (docs/usage.md)", problem)
+            self._told = problem
+        self._last = problem
+
+
+def _problem(pids: Collection[int], found: _Found) -> str | None:
+    """Why no process can be told to its container, and what to do; None where they can."""
+    if not found.visible:
+        return (
+            "the processes on the cards are not in the PID namespace of this container, so no usage"
+            " can be told to a container: run this pod with `hostPID: true`"
+        )
+    if pids and found.links_error is not None:
+        return (
+            f"the names of containers cannot be read ({found.links_error}), so no usage can be told"
+            f" to a container: mount {LINKS} of the node into this pod, read-only"
+        )
+    return None
+
+
+def _find(pids: Collection[int], proc: Path, links: Path) -> _Found:
+    """Looks for processes and their containers. Blocks."""
+    texts = {pid: text for pid in pids if (text := _cgroup(proc, str(pid))) is not None}
+    ids = {pid: found for pid, text in texts.items() if (found := container_id(text)) is not None}
+    holders: dict[str, Holder] = {}
+    links_error = None
+    if pids:
+        # After the cgroups: a container that is among them has its link by now.
+        try:
+            holders = holders_by_id(links)
+        except OSError as error:
+            links_error = str(error)
+    containers = {pid: holders[each] for pid, each in ids.items() if each in holders}
+    return _Found(containers, len(texts), _is_alone(proc), links_error)
+
+
+def _is_alone(proc: Path) -> bool:
+    """Whether the first process that we see is of our own container, and so of no node.
+
+    Drivers leave out processes that have no PID in the namespace of the one who asks, so without
+    the host's there may be none that could be missed.
+    """
+    own = _cgroup(proc, "self")
+    return own is not None and _cgroup(proc, "1") in (None, own)
+
+
+def _cgroup(proc: Path, pid: str) -> str | None:
+    try:
+        return (proc / pid / "cgroup").read_bytes().decode(errors="replace")
+    except OSError:
+        return None
