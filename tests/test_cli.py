@@ -131,6 +131,7 @@ def test_help_names_the_commands(capsys):
     assert caught.value.code == 0
     told = capsys.readouterr().out
     assert re.search(r"^ +run +run the agent", told, re.MULTILINE)
+    assert re.search(r"^ +status +show the cards", told, re.MULTILINE)
     assert re.search(r"^ +dev +run the agent with simulated GPUs", told, re.MULTILINE)
 
 
@@ -292,11 +293,14 @@ def test_every_line_is_a_json_object_where_json_is_asked_for(kubelet_dir):
     with KubeletPeer(kubelet_dir) as peer, running(kubelet_dir, **variables) as agent:
         peer.wait_list(1)
         agent.wait_line("with the kubelet")
+        agent.wait_line("cannot ask")
         assert agent.end()[0] == 0
     told: list[dict[str, Any]] = [json.loads(line) for line in agent.lines]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in told)
+    holders = kubelet_dir / "pod-resources" / "kubelet.sock"
     assert [line["message"] for line in told if line["level"] == "warning"] == [
-        "VGPU_XYZZY is no setting of vgpu-agent and does nothing"
+        "VGPU_XYZZY is no setting of vgpu-agent and does nothing",
+        f"cannot ask the kubelet who holds which vGPU: there is no {holders}",
     ]
     assert told[-1]["message"] == "SIGTERM: ending"
 

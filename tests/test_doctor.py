@@ -45,6 +45,7 @@ from vgpu_agent.model.devices import Excluded, Fault, Reason
 from vgpu_agent.model.share import MIB, Division, MpsLimits
 from vgpu_agent.mps.applied import Applied, AppliedCard
 from vgpu_agent.mps.daemon import DaemonLook
+from vgpu_agent.running import findable
 from vgpu_agent.settings import Address, EmbeddedSettings, Settings
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
@@ -694,7 +695,17 @@ def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir):
         assert (verdict, "another agent for" in text) == (FAIL, True)
         settings.state_directory.mkdir()
         (settings.state_directory / "agent.pid").write_text(f"{os.getpid()}\n")
-        assert only(node.check_endpoint(settings))[0] is OK
+        assert only(node.check_endpoint(settings))[0] is FAIL  # left behind: nobody holds it
+        with findable(settings.state_directory):
+            assert only(node.check_endpoint(settings))[0] is OK
+
+
+def test_an_endpoint_is_our_agents_also_where_only_its_web_side_says_so(kubelet_dir):
+    page = json.dumps({"resource": "k8s.amazonaws.com/vgpu", "cards": []})
+    with serving(**{"status.json": (200, page)}) as address:
+        settings = settings_in(kubelet_dir, metrics_address=str(address))
+        with listening(settings.plugin_directory / settings.endpoint):
+            assert only(node.check_endpoint(settings)) == (OK, "served by the running agent ")
 
 
 @pytest.mark.parametrize("page", ["[]", "{", '{"resource": "other/one"}'])

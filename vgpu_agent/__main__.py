@@ -1,6 +1,7 @@
 """The process: runs a command and turns what it ends with into an exit code.
 
 0: ended as asked. 1: failed. 2: wrong settings or arguments, or the metrics address is taken.
+130: Ctrl-C, where a command has nothing to clean up.
 """
 
 import logging
@@ -27,6 +28,8 @@ def main() -> None:
         # Whoever read our output has left; Python's own last flush must not stumble over it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except* KeyboardInterrupt:
+        code = 130
     except* Exception:
         # A bug: say all that is known, and let the DaemonSet start a fresh process.
         log.critical("ending after an unexpected error", exc_info=True)

@@ -1,4 +1,4 @@
-"""The commands: `run`, `release`, `doctor` and `mps` on a node, `dev` on a desk.
+"""The commands: `run`, `status`, `release`, `doctor` and `mps` on a node, `dev` on a desk.
 
 What only one command needs is imported in it: `run` stays small.
 """
@@ -9,18 +9,27 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import anyio
 
 from vgpu_agent import __version__
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import make_daemon, make_driver, run_agent
+from vgpu_agent.agent import Running, make_daemon, make_driver, run_agent
 from vgpu_agent.errors import MpsSetupError, SettingsError
 from vgpu_agent.model.state import Latest
 from vgpu_agent.observe import logs
-from vgpu_agent.release import findable, release
-from vgpu_agent.settings import LogFormat, LogLevel, Settings, SharingKind
+from vgpu_agent.release import release
+from vgpu_agent.running import Told, address_of, ask, findable
+from vgpu_agent.settings import (
+    Address,
+    LogFormat,
+    LogLevel,
+    Settings,
+    SharingKind,
+    parse_address,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +43,32 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run the agent; settings are VGPU_* variables")
+    status = commands.add_parser(
+        "status", help="show the cards, their vGPUs and who holds them, as the running agent says"
+    )
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="what the agent says, as JSON")
+    form.add_argument(
+        "--watch",
+        nargs="?",
+        const=2.0,
+        type=_seconds,
+        metavar="SECONDS",
+        help="show it anew every 2 seconds, or as often as said, until Ctrl-C",
+    )
+    status.add_argument(
+        "--address",
+        type=_address,
+        metavar="HOST:PORT",
+        help="where the agent answers, if not at VGPU_METRICS_ADDRESS",
+    )
     commands.add_parser(
         "release", help="make the running agent let go of the GPUs, so that they can be reset"
     )
     mps = commands.add_parser("mps", help="set up and watch MPS, in the MPS pod of a node")
     steps = mps.add_subparsers(dest="step", required=True)
     steps.add_parser("prepare", help="make the node ready for the MPS daemon")
+    steps.add_parser("daemon", help="become the MPS daemon, in the foreground")
     steps.add_parser("watch", help="tell the daemon its limits and keep an eye on them")
     steps.add_parser("restore", help="set the compute modes back that prepare has changed")
     doctor = commands.add_parser(
@@ -70,19 +99,37 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _address(text: str) -> Address:
+    with suppress(ValueError):
+        if (address := parse_address(text)).port:
+            return address
+    raise argparse.ArgumentTypeError(f"{text!r} is not host:port or [IPv6]:port")
+
+
 # The receiver is around the task group: a second signal during the end must find it still there.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+THREAD_TURN = 0.0005
+"""Seconds for which a thread that renders or decodes may keep the event loop waiting. By default it
+is 5 ms, several times in each call of the kubelet."""
+
+
 async def run(settings: Settings) -> None:
     """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 lets go of the cards for a while."""
+    sys.setswitchinterval(THREAD_TURN)
     release_requests = Latest(0)
-    with anyio.open_signal_receiver(*_SIGNALS) as signals, findable(settings.state_directory):
+    with (
+        anyio.open_signal_receiver(*_SIGNALS) as signals,
+        findable(settings.state_directory) as tell_address,
+    ):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, release_requests)
             driver = make_driver(settings)
             daemon = make_daemon(settings, driver)
-            await run_agent(settings, driver, daemon, release_requests=release_requests)
+            agent = partial(run_agent, settings, driver, daemon, release_requests=release_requests)
+            running: Running = await tasks.start(agent)
+            tell_address(running.metrics_address)
 
 
 async def dev(seconds: float | None, *, watch_health: bool = True) -> None:
@@ -116,6 +163,26 @@ async def doctor(*, as_json: bool) -> int:
     return int(worst(checks) is Verdict.FAIL)
 
 
+def status(options: argparse.Namespace) -> None:
+    """`vgpu-agent status`. Works where other settings are wrong. Raises NoAgentError."""
+    from vgpu_agent.status import show, watch
+
+    needed = () if options.address else ("metrics_address", "state_directory")
+    settings = configuration.read(os.environ, *needed)
+
+    def look() -> Told:
+        # An agent that was started anew may listen elsewhere.
+        return ask(options.address or address_of(settings))
+
+    if options.json:
+        sys.stdout.write(look().text)
+        sys.stdout.flush()
+    elif options.watch is None:
+        show(look(), sys.stdout)
+    else:
+        watch(look, sys.stdout, options.watch)
+
+
 async def _follow_signals(
     signals: AsyncIterator[signal.Signals],
     scope: anyio.CancelScope,
@@ -147,6 +214,9 @@ def execute(arguments: Sequence[str]) -> int:
     if options.command == "doctor":
         logs.configure(LogLevel.ERROR, LogFormat.TEXT)
         return anyio.run(partial(doctor, as_json=options.json))
+    if options.command == "status":
+        status(options)
+        return 0
     settings = configuration.load()
     logs.configure(settings.log_level, settings.log_format)
     if options.command == "release":
@@ -156,13 +226,19 @@ def execute(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {nearest}?" if nearest else ""
         log.warning("%s is no setting of vgpu-agent and does nothing%s", name, hint)
     if options.command == "mps":
-        from vgpu_agent.mps.commands import mps_prepare, mps_restore, mps_watch
+        from vgpu_agent.mps.commands import mps_daemon, mps_prepare, mps_restore, mps_watch
 
         if settings.sharing is not SharingKind.MPS and options.step != "restore":
             raise MpsSetupError(
-                f"VGPU_SHARING={settings.sharing}: without MPS there is nothing to {options.step}"
+                f"VGPU_SHARING={settings.sharing}: without MPS `vgpu-agent mps {options.step}` has"
+                " nothing to do"
             )
-        steps = {"prepare": mps_prepare, "watch": mps_watch, "restore": mps_restore}
+        steps = {
+            "prepare": mps_prepare,
+            "daemon": mps_daemon,
+            "watch": mps_watch,
+            "restore": mps_restore,
+        }
         steps[options.step](settings)
         return 0
     anyio.run(run, settings)

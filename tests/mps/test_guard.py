@@ -49,10 +49,6 @@ def test_a_daemon_that_answers_and_was_told_this_nodes_limits_is_well():
         (replace(WELL, generation="g2"), "the daemon is a new one"),
         (replace(WELL, generation=None), "the daemon is a new one"),
         (replace(WELL, applied=replace(APPLIED, problem="server 7 is older")), "server 7 is older"),
-        (
-            replace(WELL, applied=replace(APPLIED, limits=MpsLimits.SERVER)),
-            "VGPU_MPS_LIMITS=server, this agent has client",
-        ),
     ],
 )
 def test_every_other_daemon_gives_no_vgpu_and_says_why(look, problem):
@@ -84,6 +80,20 @@ def test_what_was_applied_is_served_until_the_pod_is_replaced():
         "the MPS pod must be replaced: GPU 0 has 10 vGPUs instead of 20,"
         " GPU 1 has 10 vGPUs instead of 20"
     )
+
+
+@pytest.mark.parametrize("applied", MpsLimits)
+@pytest.mark.parametrize("wanted", MpsLimits)
+def test_limits_of_the_daemons_own_come_and_go_only_with_its_pod(applied, wanted):
+    found = verdict(replace(WELL, applied=replace(APPLIED, limits=applied)), wanted)
+    assert found.mps.problem is None
+    assert found.mps.limits is applied
+    if (applied is MpsLimits.SERVER) == (wanted is MpsLimits.SERVER):
+        assert found.mps.replacement is None
+    else:
+        assert found.mps.replacement == (
+            f"the MPS pod must be replaced: it serves VGPU_MPS_LIMITS={applied} instead of {wanted}"
+        )
 
 
 class Node:

@@ -197,6 +197,23 @@ async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(
         other.close()
 
 
+async def test_a_server_that_may_not_be_looked_into_is_told_and_left(
+    fake_mps: FakeMps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Root without capabilities cannot read the environment of another user's process."""
+    daemon = fake_mps.start()
+    server = fake_mps.start_server()
+    with monkeypatch.context() as patched:
+        patched.setattr("vgpu_agent.mps.processes.variable_of", lambda *_: None)
+        assert await end_orphans(fake_mps.directories.pipe, fake_mps.control()) == ()
+        assert "does not show whose it is" not in caplog.text  # its daemon answers
+        daemon.kill()
+        daemon.wait()
+        assert await end_orphans(fake_mps.directories.pipe, fake_mps.control()) == ()
+    assert f"MPS server {server} does not show whose it is" in caplog.text
+    assert fake_mps.server_pids() == [server]
+
+
 async def test_a_server_that_takes_no_sigterm_is_killed(fake_mps: FakeMps):
     fake_mps.behave(stubborn=True)
     daemon = fake_mps.start()

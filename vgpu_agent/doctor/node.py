@@ -7,14 +7,14 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
+from vgpu_agent import running
 from vgpu_agent.doctor.files import connects, described, listener_pid, selinux_label, writable
 from vgpu_agent.doctor.report import Check, Verdict
-from vgpu_agent.errors import ListenError
+from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.gpu.memory import FILE as FAULT_FILE
 from vgpu_agent.gpu.memory import FaultMemory
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.observe.web import listen
-from vgpu_agent.release import PID_FILE
 from vgpu_agent.settings import MAX_SOCKET_PATH, Address, Settings
 
 HTTP_SECONDS = 2.0
@@ -65,9 +65,9 @@ def check_endpoint(settings: Settings) -> Iterable[Check]:
         yield Check(name, Verdict.FAIL, f"{path} is no socket", "remove it")
     elif connects(path) is not None:
         yield Check(name, Verdict.OK, f"{path} is stale; the agent makes it anew")
-    elif (pid := listener_pid(path)) is not None and pid == _agent_pid(settings.state_directory):
+    elif (pid := listener_pid(path)) and pid == _agent_pid(settings):
         yield Check(name, Verdict.OK, f"served by the running agent, process {pid}")
-    elif _served_resource(settings.metrics_address) == settings.resource_name:
+    elif _served_resource(settings) == settings.resource_name:
         yield Check(name, Verdict.OK, "served by the running agent")
     else:
         detail = f"another process{f', {pid},' if pid else ''} serves {path}"
@@ -141,21 +141,17 @@ def check_faults(directory: Path) -> Iterable[Check]:
         yield Check(name, Verdict.OK, "none of this boot")
 
 
-def _agent_pid(directory: Path) -> int | None:
-    try:
-        return int((directory / PID_FILE).read_text())
-    except (OSError, ValueError):
-        return None
+def _agent_pid(settings: Settings) -> int | None:
+    agent = running.find(settings.state_directory)
+    return None if agent is None else agent.pid
 
 
-def _served_resource(address: Address) -> str | None:
-    """The resource of the agent at that address; None where there is none."""
-    code, text = _get(address, "/status.json") if address.port else (0, "")
+def _served_resource(settings: Settings) -> str | None:
+    """The resource of the agent of these settings; None where none answers."""
     try:
-        report = json.loads(text) if code == 200 else None
-    except ValueError:
+        return str(running.ask(running.address_of(settings)).report["resource"])
+    except NoAgentError:
         return None
-    return str(report.get("resource")) if isinstance(report, dict) else None
 
 
 def _get(address: Address, path: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NoReturn
 
 import anyio
 
@@ -14,7 +15,7 @@ from vgpu_agent.model.container import Threads
 from vgpu_agent.model.devices import Gpu
 from vgpu_agent.model.share import MIB, Divided, Division, MpsLimits, Share, divide, usable_bytes
 from vgpu_agent.mps.applied import AppliedCard
-from vgpu_agent.mps.control import Control
+from vgpu_agent.mps.control import Control, become_daemon
 from vgpu_agent.mps.prepare import Directories, SetComputeMode, prepare, restore
 from vgpu_agent.mps.watch import Measure, WatchFiles, WatchPlan, watch
 from vgpu_agent.settings import GpuDriverKind, MpsComputeMode, Settings
@@ -30,6 +31,12 @@ def mps_prepare(settings: Settings) -> None:
 def mps_restore(settings: Settings) -> None:
     """`vgpu-agent mps restore`. Raises MpsSetupError and DriverError."""
     anyio.run(_restore, settings)
+
+
+def mps_daemon(settings: Settings) -> NoReturn:
+    """`vgpu-agent mps daemon`: this process becomes the daemon. Raises MpsBinaryError."""
+    directories = _directories(settings)
+    become_daemon(directories.pipe, directories.log, multiuser=settings.mps_multiuser)
 
 
 def mps_watch(settings: Settings) -> None:

@@ -7,11 +7,13 @@ form they expect and where it was seen; they take what cannot be misread and ref
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import NoReturn
 
 import anyio
 
@@ -21,6 +23,46 @@ from vgpu_agent.model.share import MIB
 GIB = 1024 * MIB
 
 BINARY = "nvidia-cuda-mps-control"
+
+
+def become_daemon(pipe_directory: Path, log_directory: Path, *, multiuser: bool) -> NoReturn:
+    """Makes this process the control daemon, in the foreground: none of ours is its parent.
+
+    `multiuser` lets users of different UIDs be clients at the same time, where the daemon has that
+    option. Raises MpsBinaryError.
+    """
+    # From NVIDIA's MPS documentation; not yet seen to work, as docs/measurements.md has it.
+    options = ["-multiuser-server"] if multiuser else []
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec hands that on
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvpe(  # noqa: S606 - no shell is wanted
+            BINARY,
+            [BINARY, "-f", *options],
+            {
+                **_environment(pipe_directory, log_directory),
+                # The limits name cards by their ordinals in this order.
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            },
+        )
+    except OSError as error:
+        raise MpsBinaryError(_cannot_run(BINARY, error)) from error
+
+
+def _environment(pipe_directory: Path, log_directory: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "CUDA_MPS_PIPE_DIRECTORY": str(pipe_directory),
+        "CUDA_MPS_LOG_DIRECTORY": str(log_directory),
+    }
+
+
+def _cannot_run(binary: str, error: OSError) -> str:
+    return (
+        f"{binary} cannot be run ({error.strerror}): the NVIDIA driver brings it; install the"
+        " driver on the node, and run this container with the NVIDIA runtime and"
+        " NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+    )
 
 
 class ServerStatus(StrEnum):
@@ -78,11 +120,7 @@ class Control:
 
     async def command(self, line: str) -> str:
         """What the daemon answers to a command, without blanks around it."""
-        environment = {
-            **os.environ,
-            "CUDA_MPS_PIPE_DIRECTORY": str(self.pipe_directory),
-            "CUDA_MPS_LOG_DIRECTORY": str(self.log_directory),
-        }
+        environment = _environment(self.pipe_directory, self.log_directory)
         async with self._turn:
             try:
                 # On the way out of a cancelled run anyio kills the child and waits for its end.
@@ -97,11 +135,7 @@ class Control:
                     " so, drain the node and delete its MPS pod"
                 ) from None
             except OSError as error:
-                raise MpsBinaryError(
-                    f"{self._binary} cannot be run ({error.strerror}): the NVIDIA driver brings it;"
-                    " install the driver on the node, and run this container with the NVIDIA"
-                    " runtime and NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-                ) from error
+                raise MpsBinaryError(_cannot_run(self._binary, error)) from error
         answer = done.stdout.decode(errors="replace").strip()
         words = " ".join((answer, done.stderr.decode(errors="replace").strip())).strip()
         if _DOWN.search(words):

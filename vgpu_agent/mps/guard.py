@@ -42,7 +42,7 @@ def judge(
 ) -> Verdict:
     """Whether vGPUs can be given, and what the MPS pod serves where the settings say otherwise."""
     applied = look.applied
-    problem = _problem(look, limits)
+    problem = _problem(look)
     findings = [] if problem is None else [Finding(Fact.MPS_DOWN, problem)]
     if look.faulty:
         pids = ", ".join(str(pid) for pid in look.faulty)
@@ -54,7 +54,8 @@ def judge(
             up=look.error is None,
             limits_in_force=problem is None,
             problem=problem,
-            replacement=_replacement(told, gpus, division),
+            limits=None if applied is None else applied.limits,
+            replacement=_replacement(applied, told, gpus, division, limits),
             clients=look.clients,
             waiting=look.waiting,
             server_bytes=_server_bytes(applied),
@@ -71,7 +72,7 @@ def _server_bytes(applied: Applied | None) -> Mapping[str, int]:
     )
 
 
-def _problem(look: DaemonLook, limits: MpsLimits) -> str | None:
+def _problem(look: DaemonLook) -> str | None:
     applied = look.applied
     if look.error is not None:
         return look.error
@@ -83,17 +84,20 @@ def _problem(look: DaemonLook, limits: MpsLimits) -> str | None:
         return "the daemon is a new one, and its limits are not applied yet"
     if applied.problem is not None:
         return applied.problem
-    if applied.limits is not limits:
-        return (
-            f"the daemon was set up for VGPU_MPS_LIMITS={applied.limits}, this agent has {limits}:"
-            " replace the MPS pod"
-        )
     return None
 
 
-def _replacement(told: Mapping[str, int], gpus: tuple[Gpu, ...], division: Division) -> str | None:
-    """Where the daemon was told another number of vGPUs than the settings say now."""
+def _replacement(
+    applied: Applied | None,
+    told: Mapping[str, int],
+    gpus: tuple[Gpu, ...],
+    division: Division,
+    limits: MpsLimits,
+) -> str | None:
+    """Where the daemon was told something else than the settings say now."""
     differing = []
+    if applied is not None and (applied.limits is MpsLimits.SERVER) != (limits is MpsLimits.SERVER):
+        differing.append(f"it serves VGPU_MPS_LIMITS={applied.limits} instead of {limits}")
     for gpu in gpus:
         divided = divide(gpu, division)
         wanted = 0 if isinstance(divided, Excluded) else divided.replicas

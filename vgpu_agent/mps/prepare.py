@@ -255,10 +255,16 @@ async def end_orphans(
     """Ends the servers of a dead daemon of that directory; their PIDs. Raises MpsSetupError.
 
     They hold the cards, and no client can reach them any more. Servers of any other daemon, and
-    all servers while ours answers or may only be slow, are left alone.
+    all servers while ours answers or may only be slow, are left alone. One that does not show whose
+    it is, which takes capabilities, is told.
     """
-    ours = [each for each in processes.find_named(SERVER) if _serves(each, pipe_directory)]
-    if not ours:
+    told = {
+        server: processes.variable_of(server, "CUDA_MPS_PIPE_DIRECTORY")
+        for server in processes.find_named(SERVER)
+    }
+    ours = [server for server, pipe in told.items() if pipe and Path(pipe) == pipe_directory]
+    unknown = [server for server, pipe in told.items() if pipe is None]
+    if not ours and not unknown:
         return ()
     try:
         await control.servers()
@@ -272,15 +278,16 @@ async def end_orphans(
         return ()
     else:
         return ()
+    for server in unknown:
+        log.warning(
+            "MPS server %d does not show whose it is: if it is left from a daemon of ours, it holds"
+            " the cards. Install the chart with mps.endOrphans=true, or end it on the node",
+            server.pid,
+        )
     for server in ours:
         log.warning("MPS server %d has lost its daemon and is ended", server.pid)
     await _end(ours, end_seconds)
     return tuple(server.pid for server in ours)
-
-
-def _serves(server: Process, pipe_directory: Path) -> bool:
-    told = processes.variable_of(server, "CUDA_MPS_PIPE_DIRECTORY")
-    return told is not None and Path(told) == pipe_directory
 
 
 async def _end(servers: Iterable[Process], seconds: float) -> None:
