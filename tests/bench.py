@@ -6,15 +6,19 @@ The machine is noisy: compare figures of one run.
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+import urllib.request
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median, quantiles
 
 from tests.fake_nvml import FakeCard, FakeNvml, build
+from tests.kubelet.podresources_peer import PodResourcesPeer, a_pod, encoded
+from tests.kubelet.rig import RESOURCE
 from tests.kubelet_peer import KubeletPeer
 
 IDLE = 30.0
@@ -78,6 +82,7 @@ def main() -> None:
         finally:
             agent.terminate()
             print(f"exit code {agent.wait()}")
+    measure_scrapes(16, 48, 110)
     if shutil.which("cc"):
         measure_faults(4, 10)
         measure_faults(16, 48)
@@ -120,6 +125,97 @@ def measure_faults(cards: int, replicas: int) -> None:
         finally:
             agent.terminate()
             agent.wait()
+
+
+SCRAPER = """
+import sys, time, urllib.request
+for _ in range(60):
+    urllib.request.urlopen(sys.argv[1], timeout=10).read()
+    time.sleep(0.05)
+"""
+
+
+def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
+    """What a scrape costs with so many pods, and what an Allocate that comes meanwhile waits."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vgpu-") as directory,
+        KubeletPeer(directory) as kubelet,
+    ):
+        holders = PodResourcesPeer(Path(directory))
+        holders.start()
+        environment = os.environ | {
+            "VGPU_GPU_DRIVER": "simulated",
+            "VGPU_SIMULATED_GPUS": str(cards),
+            "VGPU_REPLICAS": str(replicas),
+            "VGPU_RESOURCE_NAME": RESOURCE,
+            "VGPU_KUBELET_DIR": directory,
+            "VGPU_STATE_DIRECTORY": f"{directory}/state",
+            "VGPU_METRICS_ADDRESS": f"127.0.0.1:{free_port()}",
+            "VGPU_PODRESOURCES_INTERVAL": "1",
+            "VGPU_LOG_LEVEL": "error",
+        }
+        agent = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
+        url = f"http://{environment['VGPU_METRICS_ADDRESS']}/metrics"
+        try:
+            kubelet.wait_list(lambda devices: len(devices) == cards * replicas)
+            ids = [device.id for device in kubelet.devices]
+            each = len(ids) // pods
+            answer = encoded(
+                *(a_pod(f"pod-{n}", *ids[n * each : (n + 1) * each]) for n in range(pods))
+            )
+            print(f"{cards} cards x {replicas}, {pods} pods with {each} vGPUs each")
+
+            def allocate(times: list[float], until: Callable[[], bool]) -> None:
+                while not until():
+                    began = time.perf_counter()
+                    kubelet.allocate(ids[:1])
+                    times.append(time.perf_counter() - began)
+                    time.sleep(0.002)
+
+            def scrape() -> float:
+                began = time.perf_counter()
+                with urllib.request.urlopen(url, timeout=10) as reply:
+                    reply.read()
+                return time.perf_counter() - began
+
+            while f'pod="pod-{pods - 1}"' not in text_of(url):
+                holders.answer = answer
+                time.sleep(0.2)
+            print(f"scrape                         {ms(median(scrape() for _ in range(20)))}")
+
+            quiet: list[float] = []
+            count = iter(range(500))
+            allocate(quiet, lambda: next(count, None) is None)
+            busy: list[float] = []
+            # A process of its own: a thread here would hold up the calls that are measured.
+            scraper = subprocess.Popen([sys.executable, "-c", SCRAPER, url])
+            allocate(busy, lambda: scraper.poll() is not None)
+            asked = holders.calls
+            decoding: list[float] = []
+            allocate(decoding, lambda: holders.calls >= asked + 15)
+            for name, times in (
+                ("alone", quiet),
+                ("during scrapes", busy),
+                ("with List every second or two", decoding),
+            ):
+                print(
+                    f"Allocate {name + ', p50 / p99 / max':42} {ms(median(times))}"
+                    f" / {ms(p99(times))} / {ms(max(times))}  ({len(times)} calls)"
+                )
+        finally:
+            agent.terminate()
+            agent.wait()
+            holders.stop()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def text_of(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return reply.read().decode()
 
 
 def measure_calls(kubelet: KubeletPeer) -> None:

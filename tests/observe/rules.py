@@ -1,0 +1,128 @@
+"""The alerts and dashboards as data, and a node of which every metric has something to tell."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.agent_process import REPOSITORY
+from tests.kubelet.rig import GIB, MPS, RESOURCE, cards_of
+from vgpu_agent.model.devices import Card, Excluded, Fault, Inventory, Reason, device_id
+from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
+from vgpu_agent.model.state import Driver, Kubelet, Mps, RegistrationResult, Snapshot
+from vgpu_agent.observe.metrics import Metrics
+
+FILES = REPOSITORY / "charts" / "vgpu-agent" / "files"
+ALERTS = FILES / "alerts.yaml"
+ALERTS_TEST = Path(__file__).with_name("alerts_test.yaml")
+RUNBOOK = REPOSITORY / "docs" / "runbook.md"
+DASHBOARDS = sorted((FILES / "dashboards").glob("*.json"))
+
+TARGET_LABELS = {
+    *("job", "instance", "namespace", "pod", "container", "endpoint", "node", "cluster")
+}
+"""What a PodMonitor attaches; the node and the cluster where it is told to."""
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(ALERTS.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def dashboard(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that show something."""
+    return [panel for panel in board["panels"] if panel["type"] != "row"]
+
+
+class Query(NamedTuple):
+    """A query of a dashboard, and the legend of what it finds."""
+
+    where: str
+    expr: str
+    legend: str = ""
+
+
+def queries(path: Path) -> Iterator[Query]:
+    for panel in panels(dashboard(path)):
+        for target in panel["targets"]:
+            where = f"{path.stem}: {panel['title']} {target['refId']}"
+            yield Query(where, target["expr"], target["legendFormat"])
+
+
+def variable_queries(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, metric and label of each `label_values(metric, label)`."""
+    for variable in dashboard(path)["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
+            assert found, variable
+            yield variable["name"], found[1], found[2]
+
+
+# A node of which every metric has something to tell
+
+
+def full_metrics(resource: str) -> Metrics:
+    metrics = Metrics(version="1.2.3", resource_name=resource, sharing=MPS, max_clients=48)
+    for method in ("Allocate", "GetPreferredAllocation", "PreStartContainer"):
+        metrics.observe_rpc(method, "OK", 0.002)
+    metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
+    return metrics
+
+
+def full_snapshot() -> Snapshot:
+    well, sick, left_out = (replace(gpu, reserved_bytes=GIB // 4) for gpu in cards_of(3))
+    server = Holder("shop", "resnet-1", "server")
+    held = Assignment(server, (device_id(well.uuid, 0), device_id(well.uuid, 1)))
+    orphan = Assignment(Holder("shop", "old-1", "server"), (device_id(well.uuid, 9),))
+    return Snapshot(
+        inventory=Inventory(
+            (
+                Card(well, 4, recovery_wait=60),
+                Card(sick, 4, (Fault(Reason.XID, 0.0, "XID 74"),), recovery_wait=60),
+            )
+        ),
+        excluded=(Excluded(left_out, "mig", "MIG mode is on"),),
+        driver=Driver("580.65.06", None),
+        mps=Mps(
+            wanted=True,
+            up=True,
+            limits_in_force=True,
+            clients=MappingProxyType({well.uuid: 2}),
+            waiting=1,
+        ),
+        kubelet=Kubelet(registered=True, streams=1),
+        xids=MappingProxyType({(sick.uuid, 74): 1}),
+        transitions=MappingProxyType({(sick.uuid, "unhealthy", Reason.XID): 1}),
+        registrations=MappingProxyType({RegistrationResult.REGISTERED: 1}),
+        lists_sent=2,
+        allocates=2,
+        holders=Holders(None, (held, orphan)),
+        usage=Usage(
+            MappingProxyType({(well.uuid, server): Used(2, 9 * GIB)}),
+            MappingProxyType({well.uuid: 1, sick.uuid: 0}),
+        ),
+        memory_used=MappingProxyType({well.uuid: 10 * GIB, sick.uuid: 0}),
+    )
+
+
+def full_text(resource: str = RESOURCE) -> bytes:
+    return full_metrics(resource).render(full_snapshot(), "")[0]
+
+
+def metric_labels() -> dict[str, set[str]]:
+    """The labels of every metric, as they are told: of a histogram each of its three."""
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(full_text().decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
