@@ -1,0 +1,110 @@
+"""The chart as helm renders it. Every test of it needs the real helm."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CHART = Path(__file__).parents[2] / "charts/vgpu-agent"
+CI = {path.name.removesuffix("-values.yaml"): path for path in sorted(CHART.glob("ci/*"))}
+
+Object = dict[str, Any]
+
+
+def helm() -> str:
+    """The program: that of the virtual environment, or one on the PATH."""
+    found = shutil.which("helm", path=Path(sys.prefix, "bin")) or shutil.which("helm")
+    if found is None:
+        pytest.skip("no helm")
+    return found
+
+
+def run(command: str, *arguments: str | Path, values: object = None) -> Any:
+    """`helm COMMAND` with these values over those of the arguments."""
+    given = () if values is None else ("--values", "-")
+    return subprocess.run(
+        [helm(), command, *arguments, *given],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def template(values: object = None, *files: Path, chart: Path = CHART) -> str:
+    """What would be installed, as text, as release `r` in namespace `gpu`."""
+    chosen = [word for file in files for word in ("--values", str(file))]
+    done = run("template", "r", chart, "--namespace", "gpu", *chosen, values=values)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def render(values: object = None, *files: Path) -> list[Object]:
+    """The same, parsed."""
+    return [each for each in yaml.load_all(template(values, *files), Loader) if each]
+
+
+def refusal(values: Mapping[str, object]) -> str:
+    """Why these values are not taken, in one line; all of the chart's own words are in it."""
+    done = run("template", "r", CHART, values=values)
+    assert done.returncode != 0, "the values were taken"
+    return " ".join(done.stderr.split())
+
+
+class Loader(yaml.CSafeLoader):
+    """Refuses a key that is there twice, as helm install does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        assert len(mapping) == len(node.value), f"a key is there twice: {node.start_mark}"
+        return mapping
+
+
+# What is in it
+
+
+def of_kind(objects: Sequence[Object], kind: str) -> dict[str, Object]:
+    """By name."""
+    return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
+
+
+def pod(workload: Object) -> Object:
+    return workload["spec"]["template"]["spec"]
+
+
+def containers(workload: Object) -> dict[str, Object]:
+    """All of a workload's pods, by name."""
+    spec = pod(workload)
+    return {each["name"]: each for each in [*spec.get("initContainers", ()), *spec["containers"]]}
+
+
+def environment(container: Object) -> dict[str, str]:
+    return {each["name"]: each["value"] for each in container["env"]}
+
+
+def mounts(workload: Object, name: str) -> dict[str, Object]:
+    """A container's mounts by their path in it, each with its `host` path and `type`."""
+    volumes = {each["name"]: each["hostPath"] for each in pod(workload)["volumes"]}
+    return {
+        each["mountPath"]: {
+            "host": volumes[each["name"]]["path"],
+            "type": volumes[each["name"]]["type"],
+            "read_only": each.get("readOnly", False),
+        }
+        for each in containers(workload)[name]["volumeMounts"]
+    }
+
+
+def settings_of(objects: Sequence[Object]) -> Iterator[dict[str, str]]:
+    """The VGPU_* variables of each container."""
+    for workload in of_kind(objects, "DaemonSet").values():
+        for container in containers(workload).values():
+            variables = environment(container)
+            yield {key: value for key, value in variables.items() if key.startswith("VGPU_")}

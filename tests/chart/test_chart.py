@@ -1,0 +1,800 @@
+"""What the chart renders, and what it refuses, by the real helm."""
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import vgpu_agent
+from tests.agent_process import execute
+from tests.chart import helm, values_table
+from tests.chart.helm import CHART, CI, Object, containers, environment, mounts, of_kind, pod
+from vgpu_agent import settings as configuration
+from vgpu_agent.gpu import cdi
+from vgpu_agent.model.container import DEVICES_DIRECTORY
+from vgpu_agent.settings import EmbeddedSettings, Settings
+from vgpu_agent.usage.containers import LINKS
+
+pytestmark = pytest.mark.slow
+
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+
+KEYS = {
+    "cdi_kind": "cdiKind",
+    "critical_xids": "health.criticalXids",
+    "device_list": "deviceList",
+    "device_memory": "deviceMemory",
+    "driver_wait": "health.driverWait",
+    "gpu_driver": "gpuDriver",
+    "health_checks": "health.checks",
+    "health_interval": "health.interval",
+    "ignored_xids": "health.ignoredXids",
+    "kubelet_dir": "kubeletDir",
+    "log_format": "log.format",
+    "log_level": "log.level",
+    "lost_card_seconds": "health.lostCardSeconds",
+    "memory_reserved": "memoryReserved",
+    "metrics_address": "metrics.address",
+    "mps_compute_mode": "mps.computeMode",
+    "mps_directory": "mps.directory",
+    "mps_limits": "mps.limits",
+    "mps_max_clients": "mps.maxClients",
+    "mps_multiuser": "mps.multiuser",
+    "mps_shm": "mps.shm",
+    "mps_shm_directory": "mps.shmDirectory",
+    "mps_threads": "mps.threads",
+    "placement": "placement",
+    "podresources_interval": "podResourcesInterval",
+    "process_metrics": "processMetrics",
+    "recovery_seconds": "health.recoverySeconds",
+    "replicas": "replicas",
+    "replicas_by_gpu": "replicasByGpu",
+    "resource_name": "resourceName",
+    "sharing": "sharing",
+    "simulated_gpus": "simulated.gpus",
+    "simulated_memory": "simulated.memory",
+    "simulated_model": "simulated.model",
+    "simulated_numa_nodes": "simulated.numaNodes",
+    "state_directory": "stateDirectory",
+    "status_page": "statusPage",
+}
+"""The value of each setting."""
+
+
+@functools.cache
+def rendered(name: str) -> list[Object]:
+    """A file of ci/, which no test changes."""
+    return helm.render(None, CI[name])
+
+
+@pytest.fixture(params=CI)
+def objects(request: pytest.FixtureRequest) -> list[Object]:
+    return rendered(request.param)
+
+
+def daemon_sets(objects: list[Object]) -> dict[str, Object]:
+    return of_kind(objects, "DaemonSet")
+
+
+def component(workload: Object) -> str:
+    return workload["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"]
+
+
+# That it is a chart
+
+
+@pytest.mark.parametrize("name", CI)
+def test_every_file_of_ci_is_without_a_finding(name: str) -> None:
+    done = helm.run("lint", "--strict", CHART, "--values", CI[name])
+    assert done.returncode == 0, done.stdout
+    assert "[WARNING]" not in done.stdout
+
+
+def test_the_chart_is_of_the_version_of_the_agent() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == vgpu_agent.__version__
+
+
+def test_the_table_of_the_values_has_every_key_that_is_no_map_of_keys() -> None:
+    def leaves(value: object, path: tuple[str, ...]) -> set[tuple[str, ...]]:
+        if path in rows or not isinstance(value, dict):
+            return {path}
+        return set().union(*(leaves(each, (*path, key)) for key, each in value.items()))
+
+    text = values_table.VALUES.read_text("utf-8")
+    rows = dict(values_table.documented(text))
+    assert leaves(VALUES, ()) == set(rows)
+    assert all(len(what) > 4 and "|" not in what for what in rows.values())
+
+
+def test_the_oldest_and_the_newest_kubernetes_know_every_field(objects: list[Object]) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate")
+    oldest = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"]
+    assert oldest == ">=1.26.0-0"
+    for each in objects:
+        if each["apiVersion"] != "monitoring.coreos.com/v1":
+            for version in ("1.26.0", validate.latest_version()):
+                validate.validate(each, version, strict=True)
+
+
+def test_every_name_fits_and_is_there_once(objects: list[Object]) -> None:
+    names = [(each["kind"], each["metadata"]["name"]) for each in objects]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9][-a-z0-9]{0,61}[a-z0-9]", name) for _, name in names)
+    assert {each["metadata"]["namespace"] for each in objects} == {"gpu"}
+
+
+def test_a_long_release_name_still_fits() -> None:
+    done = helm.run("template", "r" * 53, CHART)
+    assert done.returncode == 0, done.stderr
+    names = [each["metadata"]["name"] for each in yaml.safe_load_all(done.stdout)]
+    assert max(map(len, names)) <= 63
+
+
+# Values and settings are the same
+
+
+def key_of(values: dict[str, Any], key: str) -> Any:
+    return functools.reduce(lambda inner, part: inner[part], key.split("."), values)
+
+
+def settings_of(variables: dict[str, str]) -> Settings:
+    prefix = configuration.PREFIX
+    return EmbeddedSettings.model_validate(
+        {key.removeprefix(prefix).lower(): value for key, value in variables.items()}
+    )
+
+
+def test_every_setting_has_a_value() -> None:
+    assert set(KEYS) == set(Settings.model_fields)
+    for key in KEYS.values():
+        key_of(VALUES, key)
+
+
+def test_every_variable_of_every_rendering_is_a_setting_and_every_setting_is_set() -> None:
+    known = {configuration.variable(name) for name in Settings.model_fields}
+    for name in CI:
+        for variables in helm.settings_of(rendered(name)):
+            assert set(variables) <= known
+    everything = helm.settings_of(rendered("everything"))
+    assert set().union(*everything) == known
+
+
+@pytest.mark.parametrize("name", CI)
+def test_the_agent_takes_what_is_rendered(name: str) -> None:
+    for variables in helm.settings_of(rendered(name)):
+        assert settings_of(variables).sharing == variables["VGPU_SHARING"]
+    # And through the front door, where rules over several variables are too.
+    variables = next(helm.settings_of(rendered(name)))
+    done = execute("mps", "watch", **{**variables, "VGPU_SHARING": "time-slicing"})
+    assert "has nothing to do" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("driver", ["nvml", "simulated"])
+def test_the_defaults_of_the_chart_are_those_of_the_agent(driver: str) -> None:
+    variables = next(helm.settings_of(helm.render({"gpuDriver": driver})))
+    assert settings_of(variables) == EmbeddedSettings(gpu_driver=driver)
+
+
+def test_what_is_set_arrives_as_it_was_meant() -> None:
+    everything = daemon_sets(rendered("everything"))
+    real = environment(containers(everything["our-vgpus-real"])["agent"])
+    expected = {
+        "CDI_KIND": "example.com/gpu",
+        "CRITICAL_XIDS": "43,1000000",
+        "DEVICE_LIST": "cdi",
+        "HEALTH_INTERVAL": "2.5",
+        "IGNORED_XIDS": "13,31",
+        "LOST_CARD_SECONDS": "1000000",
+        "MEMORY_RESERVED": "1Gi",
+        "METRICS_ADDRESS": "[::]:9500",
+        "MPS_MAX_CLIENTS": "60",
+        "MPS_MULTIUSER": "on",
+        "MPS_THREADS": "1.5",
+        "REPLICAS": "50",
+        "REPLICAS_BY_GPU": '{"0":4,"NVIDIA L4":1}',
+        "STATUS_PAGE": "off",
+    }
+    assert {name: real[f"VGPU_{name}"] for name in expected} == expected
+    assert "VGPU_DEVICE_MEMORY" not in real
+    simulated = environment(containers(everything["our-vgpus-none"])["agent"])
+    assert simulated["VGPU_DEVICE_MEMORY"] == "8Gi"
+    assert simulated["VGPU_SIMULATED_NUMA_NODES"] == "none,0,1"
+    assert "VGPU_REPLICAS" not in simulated
+
+
+def resolved(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Without references."""
+    if isinstance(schema, list):
+        return [resolved(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return resolved(definitions[schema["$ref"].split("/")[-1]], definitions)
+    return {key: resolved(each, definitions) for key, each in schema.items()}
+
+
+def rules(schema: Any) -> dict[str, set[Any]]:
+    """Words that are allowed, and bounds, wherever they are in a schema."""
+    found: dict[str, set[Any]] = {}
+    if isinstance(schema, list):
+        parts = [rules(each) for each in schema]
+    elif isinstance(schema, dict):
+        parts = [rules(each) for each in schema.values()]
+        for key in ("minimum", "maximum", "exclusiveMinimum", "minItems", "minLength"):
+            if key in schema:
+                parts.append({key: {schema[key]}})
+        if "enum" in schema:
+            parts.append({"enum": set(schema["enum"])})
+        if "const" in schema:
+            parts.append({"enum": {schema["const"]}})
+    else:
+        parts = []
+    for part in parts:
+        for key, values in part.items():
+            found[key] = found.get(key, set()) | values
+    return found
+
+
+def value_schema(key: str) -> Any:
+    """The definition of a value; a pool has the same."""
+    first, *rest = key.split(".")
+    schema = resolved(SCHEMA["definitions"][first], SCHEMA["definitions"])
+    for part in rest:
+        schema = schema["properties"][part]
+    return schema
+
+
+OWN_RULES = {
+    # A size is text in the chart: how small it may be is the agent's to say.
+    "device_memory": {"minimum"},
+    "simulated_memory": {"minimum"},
+    "memory_reserved": {"minimum"},
+    # The kubelet probes the pod's address, so that only all addresses will do.
+    "metrics_address": {"enum", "minItems"},
+}
+WORDS = {"mps_max_clients": {"auto"}, "memory_reserved": {"auto"}, "simulated_numa_nodes": {"none"}}
+"""Words beside a number, which the agent's parsers take before pydantic sees a value."""
+
+
+@pytest.mark.parametrize(("name", "key"), KEYS.items())
+def test_enums_and_ranges_of_the_schema_are_those_of_the_settings(name: str, key: str) -> None:
+    own = Settings.model_json_schema()
+    expected = rules(resolved(own["properties"][name], own["$defs"]))
+    expected.setdefault("enum", set()).update(WORDS.get(name, set()))
+    actual = {"enum": set(), **rules(value_schema(key))}
+    for rule in {*expected, *actual} - OWN_RULES.get(name, set()) - {"exclusiveMaximum"}:
+        assert actual.get(rule) == expected.get(rule), f"{key}: {rule}"
+
+
+def test_patterns_of_the_schema_are_those_of_the_settings() -> None:
+    own = Settings.model_json_schema()["properties"]
+    assert value_schema("cdiKind")["pattern"] == own["cdi_kind"]["pattern"]
+
+
+def test_the_rules_are_really_compared() -> None:
+    assert rules(value_schema("replicas")) == {"minimum": {1}, "maximum": {1024}}
+    assert rules(value_schema("mps.threads")) == {
+        "enum": {"share", "none"},
+        "exclusiveMinimum": {0},
+    }
+
+
+def test_a_pool_may_have_every_key_from_node_selector_on_and_no_other() -> None:
+    keys = list(VALUES)
+    properties = SCHEMA["properties"]["pools"]["items"]["properties"]
+    assert set(properties) == {"name", *keys[keys.index("nodeSelector") :]}
+
+
+def test_the_schema_is_closed_at_every_level() -> None:
+    def check(schema: Any, where: str) -> None:
+        if isinstance(schema, list):
+            for number, each in enumerate(schema):
+                check(each, f"{where}[{number}]")
+        elif isinstance(schema, dict):
+            if "properties" in schema and "type" in schema:
+                assert schema.get("additionalProperties") is False, where
+            for key, each in schema.items():
+                check(each, f"{where}.{key}")
+
+    check(SCHEMA, "")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"replicas": "ten"}, ["replicas", "Expected: [integer,null], given: string"]),
+        ({"replicas": 0}, ["replicas", "greater than or equal to 1"]),
+        ({"replicas": 1025}, ["replicas", "less than or equal to 1024"]),
+        ({"repicas": 4}, ["repicas is not allowed"]),
+        ({"health": {"intervall": 5}}, ["health: Additional property intervall"]),
+        ({"health": {"interval": 0.5}}, ["health.interval", "greater than or equal to 1"]),
+        ({"sharing": "mig"}, ["sharing", '"mps", "time-slicing"']),
+        ({"mps": {"threads": 0}}, ["mps.threads"]),
+        ({"mps": {"maxClients": "many"}}, ["mps.maxClients"]),
+        ({"mps": {"directory": "mps"}}, ["mps.directory", "Does not match pattern"]),
+        ({"mps": {"directory": "/run/../mps"}}, ["mps.directory", "Does not match pattern"]),
+        ({"mps": None}, ["mps is required"]),
+        ({"kubeletDir": None}, ["kubeletDir is required"]),
+        ({"deviceMemory": "8 gigabytes"}, ["deviceMemory"]),
+        ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),
+        ({"metrics": {"port": 0}}, ["metrics.port", "greater than or equal to 1024"]),
+        ({"updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, ["maxSurge"]),
+        ({"resources": {"daemon": {"requests": {"cpu": 1}}}}, ["requests is not allowed"]),
+        ({"pools": [{"name": "a", "repicas": 4}]}, ["pools.0", "repicas is not allowed"]),
+        ({"pools": [{"name": "a", "image": {}}]}, ["pools.0", "image is not allowed"]),
+        ({"pools": [{"replicas": 4}]}, ["name is required"]),
+        ({"pools": [{"name": "A"}]}, ["pools.0.name"]),
+    ],
+)
+def test_the_schema_refuses(values: Object, words: list[str]) -> None:
+    message = helm.refusal(values)
+    assert "values don't meet the specifications of the schema" in message
+    for each in words:
+        assert each in message
+
+
+POOLS = {"nodeSelector": {"kind": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"replicas": 4, "deviceMemory": "8Gi"},
+            ["replicas: 4", "deviceMemory: 8Gi", "only one of them is allowed"],
+        ),
+        (
+            {"replicas": 4, "pools": [{"name": "a", "deviceMemory": "8Gi"}]},
+            ['replicas: 4 and deviceMemory: 8Gi in pool "a"'],
+        ),
+        ({"replicas": 49}, ["replicas: 49", "at most mps.maxClients (48)"]),
+        (
+            {"replicas": 31, "mps": {"maxClients": 30}},
+            ["replicas: 31", "at most mps.maxClients (30)"],
+        ),
+        ({"replicasByGpu": {"NVIDIA L4": 64}}, ["replicasByGpu.NVIDIA L4: 64", "(48)"]),
+        (
+            {"health": {"ignoredXids": [13, 31], "criticalXids": [31]}},
+            ["health.criticalXids: 31", "ignoredXids"],
+        ),
+        ({"resourceName": "kubernetes.io/gpu"}, ["resourceName: kubernetes.io/gpu", "allowed"]),
+        ({"resourceName": "requests.a.com/gpu"}, ["resourceName: requests.a.com/gpu"]),
+        ({"kubeletDir": "/" + "d" * 59}, ["kubeletDir: /ddd", "108 bytes, and 107 are allowed"]),
+        ({"mps": {"shmDirectory": "/dev/shm"}}, ["mps.shmDirectory: /dev/shm"]),
+        ({"mps": {"shmDirectory": "/run"}}, ["mps.shmDirectory: /run", "/run/vgpu-agent/mps"]),
+        ({"mps": {"shmDirectory": "/run/vgpu-agent/mps/shm"}}, ["is in mps.directory"]),
+        ({"pools": [{"name": "a"}, {"name": "a"}]}, ['name "a" is there twice']),
+        (
+            {"pools": [{"name": "a"}, {"name": "b", "nodeSelector": {"kind": "b"}}]},
+            ['"a" and "b" can select the same node', '"kind":"b"', "affinity"],
+        ),
+        (
+            {"pools": [{"name": "a", **POOLS}, {"name": "b", **POOLS}]},
+            ['"a" and "b" can select the same node'],
+        ),
+        ({"pools": [{"name": "mps-a"}]}, ['name "mps-a" begins with mps']),
+        (
+            {"fullnameOverride": "f" * 59, "pools": [{"name": "abc"}]},
+            ['name "abc"', "67 characters", "63 are allowed"],
+        ),
+    ],
+)
+def test_rules_over_several_keys_are_told_in_words(values: Object, words: list[str]) -> None:
+    message = helm.refusal(values)
+    for each in words:
+        assert each in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"replicas": 48},
+        {"replicas": 1024, "sharing": "time-slicing"},
+        {"replicas": 60, "mps": {"maxClients": 60}},
+        {"replicas": 4, "pools": [{"name": "a", "replicas": None, "deviceMemory": "8Gi"}]},
+        {
+            "pools": [
+                {"name": "a", "nodeSelector": {"kind": "a"}},
+                {"name": "b", "nodeSelector": {"kind": "b"}},
+            ]
+        },
+        {"pools": [{"name": "a"}, {"name": "b", "affinity": {"nodeAffinity": {}}}]},
+        {"kubeletDir": "/" + "d" * 58},
+        {"global": {"anything": 1}},
+    ],
+)
+def test_what_is_fine_is_taken(values: Object) -> None:
+    assert daemon_sets(helm.render(values))
+
+
+def test_the_bound_of_mps_is_that_of_the_agent() -> None:
+    at_most = f"at most mps.maxClients ({configuration.MPS_MAX_CLIENTS})"
+    assert at_most in helm.refusal({"replicas": configuration.MPS_MAX_CLIENTS + 1})
+
+
+# What every pod has
+
+
+def test_no_pod_has_more_than_it_needs(objects: list[Object]) -> None:
+    for workload in daemon_sets(objects).values():
+        spec = pod(workload)
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        assert not {"hostNetwork", "hostIPC", "shareProcessNamespace"} & set(spec)
+        for container in containers(workload).values():
+            context = container["securityContext"]
+            assert "privileged" not in context
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert (context["runAsUser"], context["runAsNonRoot"]) == (0, False)
+    (account,) = of_kind(objects, "ServiceAccount").values()
+    assert account["automountServiceAccountToken"] is False
+    kinds = {each["kind"] for each in objects}
+    assert not kinds & {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "Secret"}
+
+
+NOTHING = {"drop": ["ALL"]}
+ORPHANS = ["DAC_READ_SEARCH", "SYS_PTRACE", "KILL"]
+
+
+def test_each_container_has_its_own_capabilities(objects: list[Object]) -> None:
+    for workload in daemon_sets(objects).values():
+        for name, container in containers(workload).items():
+            context = container["securityContext"]
+            variables = environment(container)
+            escalates = False
+            if name in ("agent", "watch"):
+                expected: object = NOTHING
+            elif name == "daemon":
+                expected = None
+            else:
+                escalates = variables["VGPU_MPS_COMPUTE_MODE"] == "exclusive"
+                # The values that set everything end orphans too, and keep the compute mode.
+                added = ["SYS_ADMIN"] if escalates else ORPHANS
+                expected = {**NOTHING, "add": added}
+            assert context.get("capabilities") == expected, name
+            assert context["allowPrivilegeEscalation"] is escalates, name
+
+
+def test_only_who_must_tell_processes_sees_those_of_the_host(objects: list[Object]) -> None:
+    for workload in daemon_sets(objects).values():
+        variables = environment(next(iter(containers(workload).values())))
+        sees = component(workload) == "mps" or variables["VGPU_PROCESS_METRICS"] == "on"
+        assert pod(workload).get("hostPID", False) is sees
+
+
+def test_all_containers_of_a_pool_have_the_same_environment(objects: list[Object]) -> None:
+    by_pool: dict[str, list[dict[str, str]]] = {}
+    for workload in daemon_sets(objects).values():
+        labels = workload["spec"]["selector"]["matchLabels"]
+        for container in containers(workload).values():
+            by_pool.setdefault(labels["vgpu-agent/pool"], []).append(environment(container))
+    for variables in by_pool.values():
+        assert all(each == variables[0] for each in variables)
+
+
+def test_real_cards_are_asked_for_and_simulated_ones_are_not(objects: list[Object]) -> None:
+    for workload in daemon_sets(objects).values():
+        for name, container in containers(workload).items():
+            variables = environment(container)
+            cards = f"{DEVICES_DIRECTORY}/all"
+            if variables["VGPU_GPU_DRIVER"] == "simulated":
+                assert not [each for each in variables if each.startswith("NVIDIA_")]
+                continue
+            assert variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+            if variables["VGPU_DEVICE_LIST"] == "volume-mounts":
+                assert variables["NVIDIA_VISIBLE_DEVICES"] == DEVICES_DIRECTORY
+                assert mounts(workload, name)[cards]["host"] == "/dev/null"
+            else:
+                assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
+                assert cards not in mounts(workload, name)
+
+
+def test_selectors_are_disjoint_and_select_their_own_pods(objects: list[Object]) -> None:
+    selectors = []
+    for workload in daemon_sets(objects).values():
+        selector = workload["spec"]["selector"]["matchLabels"]
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert selector.items() <= labels.items()
+        # What never changes, so that upgrades do not: no version, no label of a user.
+        assert set(selector) == {
+            "app.kubernetes.io/name",
+            "app.kubernetes.io/instance",
+            "app.kubernetes.io/component",
+            "vgpu-agent/pool",
+        }
+        selectors.append(tuple(sorted(selector.items())))
+    assert len(set(selectors)) == len(selectors)
+
+
+# The agent
+
+
+def agents(objects: list[Object]) -> list[Object]:
+    return [each for each in daemon_sets(objects).values() if component(each) == "agent"]
+
+
+def test_an_agent_mounts_what_its_settings_use_and_nothing_else(objects: list[Object]) -> None:
+    for workload in agents(objects):
+        (container,) = containers(workload).values()
+        variables = environment(container)
+        kubelet, state = variables["VGPU_KUBELET_DIR"], variables["VGPU_STATE_DIRECTORY"]
+        expected = {
+            f"{kubelet}/device-plugins": False,
+            f"{kubelet}/pod-resources": True,
+            state: False,
+        }
+        mps = variables.get("VGPU_MPS_DIRECTORY")
+        if variables["VGPU_GPU_DRIVER"] == "nvml" and mps and not mps.startswith(f"{state}/"):
+            expected[mps] = False
+        if variables["VGPU_PROCESS_METRICS"] == "on":
+            expected[str(LINKS)] = True
+        if "cdi" in variables["VGPU_DEVICE_LIST"]:
+            expected |= {str(directory): True for directory in cdi.DIRECTORIES}
+        found = mounts(workload, "agent")
+        found.pop(f"{DEVICES_DIRECTORY}/all", None)
+        assert {path: each["read_only"] for path, each in found.items()} == expected
+        assert all(each["host"] == path for path, each in found.items())
+
+
+def test_agents_roll_one_after_the_other_and_never_two_on_a_node() -> None:
+    (agent,) = agents(rendered("default"))
+    assert agent["spec"]["updateStrategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "10%"},
+    }
+    assert pod(agent)["terminationGracePeriodSeconds"] == 10
+    assert pod(agent)["priorityClassName"] == "system-node-critical"
+    (agent,) = agents(rendered("time-slicing"))
+    assert agent["spec"]["updateStrategy"] == {"type": "OnDelete"}
+    assert pod(agent)["runtimeClassName"] == "nvidia"
+
+
+def test_an_agent_is_probed_where_it_listens(objects: list[Object]) -> None:
+    for workload in agents(objects):
+        (container,) = containers(workload).values()
+        assert container["args"] == ["run"]
+        (port,) = container["ports"]
+        address = configuration.parse_address(environment(container)["VGPU_METRICS_ADDRESS"])
+        assert (port["name"], port["containerPort"]) == ("metrics", address.port)
+        for probe, path in (("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
+            assert container[probe]["httpGet"] == {"path": path, "port": "metrics"}
+
+
+# MPS
+
+
+def mps_pods(objects: list[Object]) -> list[Object]:
+    return [each for each in daemon_sets(objects).values() if component(each) == "mps"]
+
+
+def test_there_is_an_mps_pod_for_each_pool_of_real_cards_shared_by_mps() -> None:
+    names = {name: list(daemon_sets(rendered(name))) for name in CI}
+    assert names["default"] == ["r-vgpu-agent", "r-vgpu-agent-mps"]
+    assert names["time-slicing"] == names["simulated"] == ["r-vgpu-agent"]
+    assert names["pools"] == [
+        "r-vgpu-agent-inference",
+        "r-vgpu-agent-notebooks",
+        "r-vgpu-agent-whole-cards",
+        "r-vgpu-agent-mps-inference",
+        "r-vgpu-agent-mps-whole-cards",
+    ]
+    assert names["everything"] == ["our-vgpus-real", "our-vgpus-none", "our-vgpus-mps-real"]
+
+
+def test_nothing_but_an_administrator_ends_an_mps_pod(objects: list[Object]) -> None:
+    for workload in mps_pods(objects):
+        assert workload["spec"]["updateStrategy"] == {"type": "OnDelete"}
+        assert [each["name"] for each in pod(workload)["initContainers"]] == ["prepare"]
+        assert [each["name"] for each in pod(workload)["containers"]] == ["daemon", "watch"]
+        for name, container in containers(workload).items():
+            assert container["args"] == ["mps", name]
+            assert not {"livenessProbe", "readinessProbe", "startupProbe", "ports"} & set(container)
+
+
+def test_an_mps_pod_is_of_quality_guaranteed(objects: list[Object]) -> None:
+    for workload in mps_pods(objects):
+        for container in containers(workload).values():
+            resources = container["resources"]
+            assert resources["requests"] == resources["limits"]
+            assert set(resources["limits"]) == {"cpu", "memory"}
+
+
+def test_the_daemon_sees_the_shared_memory_of_its_clients_as_its_own(objects: list[Object]) -> None:
+    for workload in mps_pods(objects):
+        variables = environment(containers(workload)["daemon"])
+        directory, shm = variables["VGPU_MPS_DIRECTORY"], variables["VGPU_MPS_SHM_DIRECTORY"]
+        shared = variables["VGPU_MPS_SHM"] == "on"
+        expected = {
+            "prepare": {directory: directory} | ({shm: shm} if shared else {}),
+            "daemon": {directory: directory} | ({"/dev/shm": shm} if shared else {}),
+            "watch": {directory: directory},
+        }
+        for name, paths in expected.items():
+            found = mounts(workload, name)
+            found.pop(f"{DEVICES_DIRECTORY}/all", None)
+            assert {path: each["host"] for path, each in found.items()} == paths
+            assert not any(each["read_only"] for each in found.values())
+            assert {each["type"] for each in found.values()} == {"DirectoryOrCreate"}
+        for each in pod(workload)["containers"]:
+            for mount in each["volumeMounts"]:
+                assert mount.get("mountPropagation", "None") == "None"
+
+
+# Pools
+
+
+def test_a_pool_has_the_common_values_where_it_has_none_of_its_own() -> None:
+    sets = daemon_sets(rendered("pools"))
+    inference = environment(containers(sets["r-vgpu-agent-inference"])["agent"])
+    notebooks = environment(containers(sets["r-vgpu-agent-notebooks"])["agent"])
+    assert inference["VGPU_HEALTH_INTERVAL"] == notebooks["VGPU_HEALTH_INTERVAL"] == "10"
+    assert (inference["VGPU_DEVICE_MEMORY"], notebooks["VGPU_REPLICAS"]) == ("8Gi", "20")
+    # False and the empty list are values like others.
+    assert (inference["VGPU_HEALTH_CHECKS"], notebooks["VGPU_HEALTH_CHECKS"]) == ("on", "off")
+    assert inference["VGPU_MPS_SHM"] == "off"
+    assert inference["VGPU_IGNORED_XIDS"] == "13"
+    assert "VGPU_IGNORED_XIDS" not in notebooks
+    assert "tolerations" not in pod(sets["r-vgpu-agent-notebooks"])
+    # Maps are merged.
+    assert pod(sets["r-vgpu-agent-inference"])["nodeSelector"] == {
+        "k8s.amazonaws.com/accelerator": "vgpu",
+        "example.com/gpus": "inference",
+    }
+    assert (
+        pod(sets["r-vgpu-agent-mps-inference"])["nodeSelector"]
+        == (pod(sets["r-vgpu-agent-inference"])["nodeSelector"])
+    )
+
+
+def test_null_takes_a_common_value_away() -> None:
+    everything = daemon_sets(rendered("everything"))
+    assert "runtimeClassName" not in pod(everything["our-vgpus-none"])
+    assert pod(everything["our-vgpus-real"])["runtimeClassName"] == "nvidia"
+    assert "k8s.amazonaws.com/accelerator" not in pod(everything["our-vgpus-real"])["nodeSelector"]
+
+
+def test_who_comes_from_the_aws_plugin_gets_nearly_the_defaults() -> None:
+    (compatible,) = agents(rendered("aws-compatible"))
+    (default,) = agents(rendered("default"))
+    assert pod(compatible)["nodeSelector"] == {"k8s.amazonaws.com/accelerator": "vgpu"}
+    variables = environment(containers(compatible)["agent"])
+    assert variables.pop("VGPU_REPLICAS") == "10"
+    assert variables == environment(containers(default)["agent"])
+
+
+# The image and what is around
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ({}, f"vgpu-agent:{vgpu_agent.__version__}"),
+        ({"repository": "r.example.com/v", "tag": "1.2"}, "r.example.com/v:1.2"),
+        ({"tag": "1.2", "digest": f"sha256:{'a' * 64}"}, f"vgpu-agent@sha256:{'a' * 64}"),
+    ],
+)
+def test_the_image_is_told_by_tag_or_digest(image: Object, expected: str) -> None:
+    for workload in daemon_sets(helm.render({"image": image})).values():
+        assert {each["image"] for each in containers(workload).values()} == {expected}
+
+
+def test_labels_and_annotations_of_the_user_are_where_they_belong() -> None:
+    for each in rendered("everything"):
+        assert each["metadata"]["labels"]["team"] == "models"
+    for workload in daemon_sets(rendered("everything")).values():
+        metadata = workload["spec"]["template"]["metadata"]
+        assert metadata["labels"]["example.com/mesh"] == "off"
+        assert metadata["annotations"] == {"example.com/note": "everything"}
+        assert pod(workload)["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod(workload)["serviceAccountName"] == "vgpus"
+    plain = helm.render({"serviceAccount": {"create": False}})
+    assert not of_kind(plain, "ServiceAccount")
+    assert {pod(each)["serviceAccountName"] for each in daemon_sets(plain).values()} == {"default"}
+
+
+def test_monitoring_and_network_policies_are_there_on_request() -> None:
+    assert {each["kind"] for each in rendered("default")} == {"ServiceAccount", "DaemonSet"}
+
+
+def selects(selector: Object, workload: Object) -> bool:
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    return selector["matchLabels"].items() <= labels.items()
+
+
+def test_the_pod_monitor_selects_agents_and_keeps_their_labels() -> None:
+    (monitor,) = of_kind(rendered("everything"), "PodMonitor").values()
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True
+    assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
+    assert endpoint["interval"] == "15s"
+    assert endpoint["relabelings"] == [
+        {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"}
+    ]
+    for workload in daemon_sets(rendered("everything")).values():
+        assert selects(monitor["spec"]["selector"], workload) == (component(workload) == "agent")
+
+
+def test_the_alerts_are_those_of_the_file_word_for_word() -> None:
+    (rule,) = of_kind(rendered("everything"), "PrometheusRule").values()
+    text = (CHART / "files/alerts.yaml").read_text("utf-8")
+    assert "{{" in text, "nothing here that helm could have rendered"
+    assert rule["spec"] == yaml.safe_load(text)
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_each_dashboard_is_a_config_map_with_the_file_as_it_is() -> None:
+    files = {path.stem: path.read_text("utf-8") for path in CHART.glob("files/dashboards/*.json")}
+    maps = of_kind(rendered("everything"), "ConfigMap")
+    assert len(files) == len(maps) > 0
+    for name, text in files.items():
+        found = maps[f"our-vgpus-dashboard-{name}"]
+        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert found["metadata"]["annotations"] == {"grafana_folder": "GPUs"}
+        (data,) = found["data"].values()
+        assert json.loads(data) == json.loads(text)
+
+
+def test_the_network_is_closed_but_for_metrics() -> None:
+    policies = of_kind(rendered("everything"), "NetworkPolicy")
+    closed = policies.pop("our-vgpus")["spec"]
+    assert closed["policyTypes"] == ["Ingress", "Egress"]
+    assert not {"ingress", "egress"} & set(closed)
+    workloads = daemon_sets(rendered("everything"))
+    assert all(selects(closed["podSelector"], workload) for workload in workloads.values())
+    for name, workload in workloads.items():
+        opened = [
+            each for each in policies.values() if selects(each["spec"]["podSelector"], workload)
+        ]
+        if component(workload) == "mps":
+            assert opened == []
+            continue
+        assert [each["metadata"]["name"] for each in opened] == [f"{name}-metrics"]
+        (rule,) = opened[0]["spec"]["ingress"]
+        assert rule["ports"] == [{"port": 9500, "protocol": "TCP"}]
+        assert rule["from"] == VALUES_OF_EVERYTHING["networkPolicy"]["from"]
+    (_, anybody) = of_kind(
+        helm.render({"networkPolicy": {"enabled": True}}), "NetworkPolicy"
+    ).values()
+    (rule,) = anybody["spec"]["ingress"]
+    assert "from" not in rule
+
+
+VALUES_OF_EVERYTHING = yaml.safe_load(CI["everything"].read_text())
+
+
+@pytest.mark.parametrize("name", CI)
+def test_the_notes_name_the_next_commands(name: str, tmp_path: Path) -> None:
+    # Helm shows notes only when it installs: here they are a template like the others.
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    notes = chart / "templates/NOTES.txt"
+    define = f'{{{{ define "notes" }}}}{notes.read_text()}{{{{ end }}}}'
+    (chart / "templates/_notes.tpl").write_text(define)
+    (chart / "templates/notes.yaml").write_text('notes: |-2\n{{ include "notes" . | indent 2 }}\n')
+    notes.unlink()
+    text = helm.template(None, CI[name], chart=chart)
+    (said,) = [
+        each["notes"] for each in yaml.load_all(text, helm.Loader) if each and "notes" in each
+    ]
+    for words in ("1. ", "2. ", "3. ", "vgpu-agent doctor", "enforce=privileged"):
+        assert words in said
+    assert ("MPS pods" in said) == bool(mps_pods(rendered(name)))
+    manifest = said.partition("<<EOF\n")[2].partition("EOF")[0]
+    test_pod = yaml.safe_load(manifest)
+    first = agents(rendered(name))[0]
+    resource = environment(containers(first)["agent"])["VGPU_RESOURCE_NAME"]
+    assert test_pod["spec"]["containers"][0]["resources"] == {"limits": {resource: 1}}
+    assert f"ds/{first['metadata']['name']} --" in said

@@ -1,0 +1,260 @@
+"""The documents: what they link to, name and tell to type is there."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import metrics_table
+from vgpu_agent import __version__, cli
+from vgpu_agent import settings as configuration
+from vgpu_agent.model.container import MpsSharing, Sharing, grant
+from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path
+    for path in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+        *(ROOT / "charts").rglob("*.md"),
+    ]
+}
+TEXTS = DOCUMENTS | {
+    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "examples").rglob("*.yaml")
+}
+"""Documents, and the examples with their comments."""
+
+CHART = ROOT / "charts/vgpu-agent/values.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document in its parts: prose with its inline code taken out, that code, fenced lines."""
+
+    prose: str
+    spans: tuple[str, ...]
+    fenced: tuple[str, ...]
+
+
+def read(path: Path) -> Document:
+    fenced: list[str] = []
+    prose: list[str] = []
+    inside = False
+    for line in path.read_text("utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        else:
+            (fenced if inside else prose).append(line)
+    assert not inside, f"{path.name}: a fence is not closed"
+    # Before spans: a command may go over lines.
+    text = "\n".join(prose)
+    spans = tuple(re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text))
+    joined = "\n".join(fenced).replace("\\\n", " ")
+    return Document(re.sub(r"`[^`]+`", "code", text), spans, tuple(joined.splitlines()))
+
+
+def test_the_documents_are_found():
+    assert {"README.md", "SECURITY.md", "docs/mps.md", "examples/README.md"} <= DOCUMENTS.keys()
+
+
+def test_the_readme_is_short():
+    assert len(DOCUMENTS["README.md"].read_text("utf-8").splitlines()) < 150
+
+
+def test_the_changelog_is_of_this_version():
+    text = DOCUMENTS["CHANGELOG.md"].read_text("utf-8")
+    assert "\n## [Unreleased]\n" in text
+    assert __version__ in text
+
+
+# Links
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    found: dict[str, int] = {}
+    names = set()
+    inside = False
+    for line in path.read_text("utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            inside = not inside
+        if inside or not (heading := re.match(r"#{1,6} (.+)", line)):
+            continue
+        text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading[1]).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        count = found.get(slug, 0)
+        found[slug] = count + 1
+        names.add(f"{slug}-{count}" if count else slug)
+    return names
+
+
+def broken(path: Path) -> Iterator[str]:
+    prose = path.read_text("utf-8").replace("\n", " ")
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        if not there.exists() or not there.is_relative_to(ROOT):
+            yield f"{target}: no such file"
+        elif anchor and anchor not in anchors(there):
+            yield f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_within_the_repository_leads_somewhere(name):
+    assert list(broken(DOCUMENTS[name])) == []
+
+
+def test_a_broken_link_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    document = tmp_path / "a.md"
+    document.write_text("# A head: `x`!\n[a](b.md) [a](#a-head-x) [a](#b) [a](https://x.invalid)\n")
+    assert list(broken(document)) == ["b.md: no such file", "#b: no such heading"]
+
+
+# Commands
+
+
+def agent_commands(document: Document) -> Iterator[str]:
+    """The arguments of each `vgpu-agent` that is to be typed."""
+    start = r"^(?:\s*\$ |.*\s-- |\s*agent |\s*)(?:\.venv/bin/)?vgpu-agent((?: .*)?)$"
+    for text in (*document.spans, *document.fenced):
+        if match := re.match(start, text):
+            yield re.sub(r"\s+#.*|[;|&>].*", "", match[1]).strip()
+
+
+PLACEHOLDERS = {"HOST:PORT": "127.0.0.1:9408", "SECONDS": "5"}
+
+
+def parses(arguments: str) -> bool:
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(arguments)]
+    try:
+        cli.parse(words)
+    except SystemExit as end:
+        return end.code == 0
+    return True
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_of_the_agent_can_be_given(name):
+    commands = [each for each in agent_commands(read(DOCUMENTS[name])) if each]
+    assert [command for command in commands if not parses(command)] == []
+
+
+def test_commands_are_found_and_wrong_ones_seen(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text(
+        "`vgpu-agent\nstatus --watch` and `kubectl exec ds/vgpu-agent -- vgpu-agent sing`\n"
+        "```\nhelm install vgpu-agent charts/vgpu-agent\n.venv/bin/vgpu-agent doctor # look\n```\n"
+    )
+    found = list(agent_commands(read(document)))
+    assert found == ["status --watch", "sing", "doctor"]
+    assert [parses(each) for each in found] == [True, False, True]
+
+
+def make_targets(document: Document) -> set[str]:
+    code = "\n".join((*document.spans, *(line.split(" # ")[0] for line in document.fenced)))
+    return set(re.findall(r"(?:^|\s)make ([a-z]+)", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_target_of_make_exists(name):
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    there = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert make_targets(read(DOCUMENTS[name])) <= there
+
+
+def test_the_first_screen_of_the_readme_has_the_two_commands():
+    lines = DOCUMENTS["README.md"].read_text("utf-8").splitlines()[:15]
+    assert [line.split("#")[0].strip() for line in lines if line.startswith("make ")] == [
+        "make run",
+        "make test",
+    ]
+
+
+# Names
+
+
+def variables() -> set[str]:
+    """Settings, what containers get, and the switch of the tests."""
+    gpu = Gpu("GPU-0", 0, "Model", 2**34, "00000000:01:00.0")
+    given = grant(Inventory((Card(gpu, 1),)), ["GPU-0::0"], Sharing(MpsSharing("/pipe", None)))
+    settings = {configuration.variable(name) for name in Settings.model_fields}
+    return settings | given.environment.keys() | {"VGPU_TEST_NO_SKIP"}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_variable_that_is_named_exists(name):
+    named = set(re.findall(r"\bVGPU_[A-Z0-9_]*[A-Z0-9]\b", TEXTS[name].read_text("utf-8")))
+    assert named - variables() == set()
+
+
+def metric_names() -> set[str]:
+    names = set()
+    for name, family in metrics_table.metrics().items():
+        names |= {name, *(sample.name for sample in family.samples)}
+    return names | {"vgpu_memory_used_ratio"}  # made by an example's rule of prometheus-adapter
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_metric_that_is_named_exists(name):
+    named = set(re.findall(r"\bvgpu_[a-z0-9_]*[a-z0-9]\b", TEXTS[name].read_text("utf-8")))
+    assert named - metric_names() - {"vgpu_agent"} == set()
+
+
+def has_key(values: object, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def chart_keys(document: Document, top: set[str]) -> set[str]:
+    """What is given to --set, and what reads like a key of a value, such as mps.limits."""
+    code = "\n".join((*document.spans, *document.fenced))
+    keys = set(re.findall(r"--set(?:-\w+)? ([\w.]+)=", code))
+    for span in document.spans:
+        match = re.match(r"(\w+(?:\.\w+)+)(?:$|=|: )", span)
+        if match and match[1].split(".")[0] in top and not match[1].endswith((".md", ".py")):
+            keys.add(match[1])
+    return keys
+
+
+def test_every_value_of_the_chart_that_is_named_exists():
+    values = yaml.safe_load(CHART.read_text("utf-8"))
+    named = {name: chart_keys(read(path), set(values)) for name, path in DOCUMENTS.items()}
+    assert {"mps.limits", "image.repository", "replicas"} <= set().union(*named.values())
+    missing = {
+        (name, key) for name, keys in named.items() for key in keys if not has_key(values, key)
+    }
+    assert missing == set()
+
+
+WORDS_OF_KUBERNETES = {
+    "emptyDir",
+    "honorLabels",
+    "hostIPC",
+    "hostPID",
+    "hostPath",
+    "hostUsers",
+    "runAsNonRoot",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in DOCUMENTS if each.startswith(("README", "SECURITY", "docs/from-aws"))]
+)
+def test_every_word_in_camel_case_is_a_value_of_the_chart_or_of_kubernetes(name):
+    values = yaml.safe_load(CHART.read_text("utf-8"))
+    spans = read(DOCUMENTS[name]).spans
+    words = {match[1] for span in spans if (match := re.match(r"([a-z]+[A-Z]\w*)(?:$|: )", span))}
+    assert words - values.keys() - WORDS_OF_KUBERNETES == set()
