@@ -118,7 +118,13 @@ class _BytesCodec(ProtoCodec):
 
 
 class _Channel(Channel):
-    """grpclib's channel for one call."""
+    """grpclib's channel for one call.
+
+    After `abort`: why we had given its connection up, and whether it had ended already.
+    """
+
+    trouble: str | None = None
+    ended = False
 
     def __init__(self, path: Path) -> None:
         super().__init__(path=str(path), codec=_BytesCodec())
@@ -128,11 +134,6 @@ class _Channel(Channel):
         base = super()._protocol_factory()
         self._connection = _Connection(base.handler, base.config, base.h2_config)
         return self._connection
-
-    trouble: str | None = None
-    """Why the connection was given up, where we did that."""
-    ended = False
-    """Whether it had ended before we ended it."""
 
     def abort(self) -> None:
         """Leaves no connection behind."""
