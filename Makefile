@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 FOR ?=
 ARGS ?=
+IMAGE ?= vgpu-agent:dev
+BASE_IMAGE ?=
 
-.PHONY: help run test quick bench lint fmt proto lock clean
+.PHONY: help run test quick bench lint fmt proto lock image clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -32,6 +34,11 @@ proto: .venv/ready ## generate vgpu_agent/kubelet/_proto from protos/
 lock: .venv/ready ## resolve requirements/*.txt anew, with hashes and without addresses
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-find-links -c requirements/run.txt pyproject.toml --group dev -o requirements/dev.txt
+	echo hatchling | $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-emit-find-links -c requirements/dev.txt - -o requirements/build.txt
+
+image: ## IMAGE from BASE_IMAGE by docker, podman or buildah; ARGS (--secret …) go to its build
+	for tool in docker podman buildah; do $$tool info >/dev/null 2>&1 && break; done; \
+	DOCKER_BUILDKIT=1 $$tool build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(ARGS) -t $(IMAGE) .
 
 clean: ## remove everything that was made here
 	rm -rf .venv .cache .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
