@@ -8,13 +8,12 @@ from pathlib import Path
 
 from tests import metrics_table
 from tests.chart import values_table
-from vgpu_agent import settings
 from vgpu_agent.gpu import health
 
 ROOT = Path(__file__).parents[1]
 
 TABLES: dict[Path, tuple[str, Callable[[], str]]] = {
-    ROOT / "docs/settings.md": ("settings", settings.markdown_table),
+    ROOT / "docs/settings.md": ("settings", values_table.settings_table),
     ROOT / "docs/metrics.md": ("metrics", metrics_table.markdown_table),
     ROOT / "docs/health.md": ("policy", health.markdown_table),
     ROOT / "charts/vgpu-agent/README.md": ("values", values_table.markdown_table),

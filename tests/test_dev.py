@@ -31,7 +31,8 @@ STRAY = {
 STORY = [
     r"kubelet: a plugin registered k8s\.amazonaws\.com/vgpu",
     r"kubelet: its first list has 20 vGPUs, all healthy",
-    r"look yourself: curl http://127\.0\.0\.1:\d+/metrics",
+    r"look yourself: http://127\.0\.0\.1:\d+/ in a browser, curl http://127\.0\.0\.1:\d+/metrics",
+    r"vgpu-agent status --address 127\.0\.0\.1:\d+",
     r"kubelet: pod resnet-0 admitted with GPU-\S+::\d+$",
     r"NVIDIA_VISIBLE_DEVICES=GPU-\S+$",
     r"VGPU_SHARE=1/10$",
@@ -121,7 +122,7 @@ def test_too_short_a_time_fails_and_names_the_step(temporary):
         told, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     first, _, rest = errors.partition("\n")
-    assert re.fullmatch(r"vgpu-agent: the time ended at step '[a-z0-9 -]+'", first)
+    assert re.fullmatch(r"vgpu-agent: the time ended at step '[a-z0-9 -]+': all of it .*", first)
     assert "all of it worked" not in told
     assert list(temporary.iterdir()) == []
     assert rest == ""

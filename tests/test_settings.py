@@ -334,7 +334,7 @@ def test_a_size_and_a_number_of_vgpus_exclude_each_other(monkeypatch):
         10, device_memory=8 << 30, max_clients=48, held_back=512 << 20, measured=True
     )
     monkeypatch.setenv("VGPU_REPLICAS", "10")  # set is set, also to its default
-    with pytest.raises(SettingsError, match=r"VGPU_DEVICE_MEMORY='8Gi' is wrong.*VGPU_REPLICAS"):
+    with pytest.raises(SettingsError, match=r"'10' and VGPU_DEVICE_MEMORY='8Gi': only one"):
         load()
     monkeypatch.setenv("VGPU_PLACEMENT", "x")
     with pytest.raises(SettingsError, match=r"2 settings are wrong"):

@@ -222,9 +222,8 @@ def execute(arguments: Sequence[str]) -> int:
     if options.command == "release":
         release(settings, _tell)
         return 0
-    for name, nearest in configuration.unknown_variables(os.environ).items():
-        hint = f"; did you mean {nearest}?" if nearest else ""
-        log.warning("%s is no setting of vgpu-agent and does nothing%s", name, hint)
+    for words in configuration.unknown_in_words(os.environ):
+        log.warning("%s", words)
     if options.command == "mps":
         from vgpu_agent.mps.commands import mps_daemon, mps_prepare, mps_restore, mps_watch
 

@@ -82,7 +82,9 @@ async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: boo
                 tell("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
                 await anyio.sleep_forever()
             if not story.complete:
-                raise StoryError(f"the time ended at step {story.step!r}")
+                raise StoryError(
+                    f"the time ended at step {story.step!r}: all of it takes about 20 s"
+                )
             tasks.cancel_scope.cancel()
 
 
@@ -123,7 +125,8 @@ class Story:
         self._tell(f"kubelet: a plugin registered {seen.resource_name}")
         seen = await self._until("first list", lambda seen: seen.healthy == total)
         self._tell(f"kubelet: its first list has {_count(seen)}")
-        self._tell(f"         look yourself: curl {url}/metrics")
+        self._tell(f"         look yourself: {url}/ in a browser, curl {url}/metrics, or")
+        self._tell(f"         vgpu-agent status --address {self._running.metrics_address}")
 
         for pod, count in (("resnet-0", 1), ("bert-0", 2), ("llama-0", 5)):
             await anyio.sleep(SHOWN_FOR / 2)

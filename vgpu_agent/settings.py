@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -582,10 +582,12 @@ def load() -> Settings:
     except ValidationError as error:
         problems = _problems(error)
     if os.environ.get(variable("device_memory")) and variable("replicas") in os.environ:
-        problems["device_memory"] = _problem("device_memory", "")
+        both = (f"{variable(n)}={os.environ[variable(n)]!r}" for n in ("replicas", "device_memory"))
+        problems.setdefault("device_memory", f"  {' and '.join(both)}: only one of them is allowed")
     if settings is not None and not problems:
         return settings
-    raise _wrong(problems)
+    unknown = [f"  {each}" for each in unknown_in_words(os.environ)]
+    raise SettingsError("\n".join([str(_wrong(problems)), *unknown]))
 
 
 def read(environment: Mapping[str, str], *names: str) -> Settings:
@@ -673,6 +675,13 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     }
 
 
+def unknown_in_words(environment: Mapping[str, str]) -> Iterator[str]:
+    """A line for each VGPU_* variable that is no setting."""
+    for name, nearest in unknown_variables(environment).items():
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        yield f"{name} is no setting of vgpu-agent and does nothing{hint}"
+
+
 def _default_text(value: object) -> str:
     match value:
         case None:
@@ -683,6 +692,9 @@ def _default_text(value: object) -> str:
             return "on" if value else "off"
         case tuple() if not isinstance(value, Address):
             return ",".join("none" if item is None else str(item) for item in value)
+        case int() if value >= MIB and value % MIB == 0:
+            gibibytes, rest = divmod(value, 1024 * MIB)
+            return f"{value // MIB}Mi" if rest else f"{gibibytes}Gi"
         case frozenset():
             return ",".join(str(item) for item in sorted(value))
         case _:

@@ -14,6 +14,7 @@ import vgpu_agent
 from tests.agent_process import execute
 from tests.chart import helm, values_table
 from tests.chart.helm import CHART, CI, Object, containers, environment, mounts, of_kind, pod
+from tests.chart.values_table import KEYS
 from vgpu_agent import settings as configuration
 from vgpu_agent.gpu import cdi
 from vgpu_agent.model.container import DEVICES_DIRECTORY
@@ -24,47 +25,6 @@ pytestmark = pytest.mark.slow
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
-
-KEYS = {
-    "cdi_kind": "cdiKind",
-    "critical_xids": "health.criticalXids",
-    "device_list": "deviceList",
-    "device_memory": "deviceMemory",
-    "driver_wait": "health.driverWait",
-    "gpu_driver": "gpuDriver",
-    "health_checks": "health.checks",
-    "health_interval": "health.interval",
-    "ignored_xids": "health.ignoredXids",
-    "kubelet_dir": "kubeletDir",
-    "log_format": "log.format",
-    "log_level": "log.level",
-    "lost_card_seconds": "health.lostCardSeconds",
-    "memory_reserved": "memoryReserved",
-    "metrics_address": "metrics.address",
-    "mps_compute_mode": "mps.computeMode",
-    "mps_directory": "mps.directory",
-    "mps_limits": "mps.limits",
-    "mps_max_clients": "mps.maxClients",
-    "mps_multiuser": "mps.multiuser",
-    "mps_shm": "mps.shm",
-    "mps_shm_directory": "mps.shmDirectory",
-    "mps_threads": "mps.threads",
-    "placement": "placement",
-    "podresources_interval": "podResourcesInterval",
-    "process_metrics": "processMetrics",
-    "recovery_seconds": "health.recoverySeconds",
-    "replicas": "replicas",
-    "replicas_by_gpu": "replicasByGpu",
-    "resource_name": "resourceName",
-    "sharing": "sharing",
-    "simulated_gpus": "simulated.gpus",
-    "simulated_memory": "simulated.memory",
-    "simulated_model": "simulated.model",
-    "simulated_numa_nodes": "simulated.numaNodes",
-    "state_directory": "stateDirectory",
-    "status_page": "statusPage",
-}
-"""The value of each setting."""
 
 
 @functools.cache
@@ -326,6 +286,11 @@ def test_the_schema_is_closed_at_every_level() -> None:
         ({"mps": None}, ["mps is required"]),
         ({"kubeletDir": None}, ["kubeletDir is required"]),
         ({"deviceMemory": "8 gigabytes"}, ["deviceMemory"]),
+        ({"deviceMemory": "0Gi"}, ["deviceMemory"]),
+        ({"deviceMemory": "1Ki"}, ["deviceMemory"]),
+        ({"simulated": {"memory": "0Gi"}}, ["simulated.memory"]),
+        ({"image": {"repository": "r.example/vgpu-agent:0.1.0"}}, ["image.repository"]),
+        ({"image": {"repository": "REGISTRY/vgpu-agent"}}, ["image.repository"]),
         ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),
         ({"metrics": {"port": 0}}, ["metrics.port", "greater than or equal to 1024"]),
         ({"updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, ["maxSurge"]),
@@ -667,10 +632,14 @@ def test_null_takes_a_common_value_away() -> None:
 def test_who_comes_from_the_aws_plugin_gets_nearly_the_defaults() -> None:
     (compatible,) = agents(rendered("aws-compatible"))
     (default,) = agents(rendered("default"))
-    assert pod(compatible)["nodeSelector"] == {"k8s.amazonaws.com/accelerator": "vgpu"}
+    assert pod(compatible)["nodeSelector"] == {
+        "k8s.amazonaws.com/accelerator": "vgpu",
+        "vgpu-plugin": "agent",
+    }
     variables = environment(containers(compatible)["agent"])
     assert variables.pop("VGPU_REPLICAS") == "10"
-    assert variables == environment(containers(default)["agent"])
+    limits = {"VGPU_MPS_LIMITS": "none"}
+    assert variables == environment(containers(default)["agent"]) | limits
 
 
 # The image and what is around
@@ -735,6 +704,19 @@ def test_the_alerts_are_those_of_the_file_word_for_word() -> None:
     assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 
+def test_alerts_link_to_the_runbook_where_it_can_be_read() -> None:
+    book = {"enabled": True, "runbookUrl": "https://docs.example.com/vgpu.html"}
+    (rule,) = of_kind(
+        helm.render({"monitoring": {"prometheusRule": book}}), "PrometheusRule"
+    ).values()
+    links = [
+        each["annotations"]["runbook_url"]
+        for group in rule["spec"]["groups"]
+        for each in group["rules"]
+    ]
+    assert "https://docs.example.com/vgpu.html#vgpuagentdown" in links
+
+
 def test_each_dashboard_is_a_config_map_with_the_file_as_it_is() -> None:
     files = {path.stem: path.read_text("utf-8") for path in CHART.glob("files/dashboards/*.json")}
     maps = of_kind(rendered("everything"), "ConfigMap")
@@ -797,4 +779,9 @@ def test_the_notes_name_the_next_commands(name: str, tmp_path: Path) -> None:
     first = agents(rendered(name))[0]
     resource = environment(containers(first)["agent"])["VGPU_RESOURCE_NAME"]
     assert test_pod["spec"]["containers"][0]["resources"] == {"limits": {resource: 1}}
-    assert f"ds/{first['metadata']['name']} --" in said
+    found = re.search(r"get pods -l (\S+) --field-selector", said)
+    assert found
+    labels = first["spec"]["template"]["metadata"]["labels"]
+    assert all(
+        labels[key] == value for key, value in (each.split("=") for each in found[1].split(","))
+    )
