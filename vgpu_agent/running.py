@@ -9,8 +9,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import IO
@@ -43,28 +44,29 @@ def findable(directory: Path) -> Iterator[Callable[[Address], None]]:
     A directory that cannot be written is no reason not to run.
     """
     path = directory / PID_FILE
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        log.warning("`vgpu-agent release` will not work: %s: %s", path, error.strerror)
-        yield lambda _: None
-        return
-    with file:
-        if not _lock_for_good(file):
+    with ExitStack() as opened:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(path.open("a+"))
+            ours = _lock_for_good(file)
+            if ours:
+                file.truncate(0)
+                _add(file, os.getpid())
+        except OSError as error:
+            log.warning("`vgpu-agent release` will not work: %s: %s", path, error.strerror)
+            ours = False
+        if not ours:
             yield lambda _: None
             return
-
-        def add(line: object) -> None:
-            file.write(f"{line}\n")
-            file.flush()
-
-        file.truncate(0)
-        add(os.getpid())
         try:
-            yield add
+            yield partial(_add, file)
         finally:
             path.unlink(missing_ok=True)
+
+
+def _add(file: IO[str], line: object) -> None:
+    file.write(f"{line}\n")
+    file.flush()
 
 
 def find(directory: Path) -> Found | None:

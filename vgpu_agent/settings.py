@@ -375,7 +375,7 @@ class Settings(BaseSettings):
     state_directory: AbsolutePath = Field(
         Path("/run/vgpu-agent"),
         description="Where the agent remembers which cards wait for a reset.",
-        json_schema_extra=_allowed("an absolute path"),
+        json_schema_extra=_allowed("an absolute path, not in VGPU_MPS_SHM_DIRECTORY"),
     )
     metrics_address: Annotated[Address, BeforeValidator(_address)] = Field(
         Address("0.0.0.0", 9408),  # noqa: S104 - scraped from outside the pod
@@ -451,6 +451,14 @@ class Settings(BaseSettings):
         shared |= any(each is not None and each.is_relative_to(value) for each in (mps, kubelet))
         shared |= mps is not None and value.is_relative_to(mps)
         if shared:
+            raise ValueError
+        return value
+
+    @field_validator("state_directory")
+    @classmethod
+    def _not_for_pods(cls, value: Path, info: ValidationInfo) -> Path:
+        shared = info.data.get("mps_shm_directory")
+        if shared is not None and value.is_relative_to(shared):
             raise ValueError
         return value
 

@@ -4,11 +4,12 @@ import hashlib
 import http.client
 import json
 import logging
+import re
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -24,7 +25,7 @@ from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import Driver, NodeState, RegistrationResult, Snapshot
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.status import Status
-from vgpu_agent.observe.web import ALIVE, BEAT, Web, listen
+from vgpu_agent.observe.web import ALIVE, BEAT, MOST_CONNECTIONS, Web, listen
 from vgpu_agent.settings import Address
 
 LOOPBACK = Address("127.0.0.1", 0)
@@ -326,7 +327,7 @@ async def test_the_page_runs_nothing_but_its_own_script_and_is_framed_by_nobody(
 
 async def test_the_page_names_no_other_address(site):
     body = (await site.get("/")).body
-    assert b"//" not in body.replace(b"\n// ", b"\n")
+    assert b"//" not in re.sub(rb"\n *// ", b"\n", body)
     assert b"innerHTML" not in body
 
 
@@ -677,3 +678,34 @@ async def test_a_page_that_fails_is_a_500_and_the_next_one_is_answered(caplog):
     assert any(
         record.exc_info and isinstance(record.exc_info[1], LookupError) for record in caplog.records
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nX: "])
+async def test_who_connects_and_waits_keeps_nobody_else_out(sent):
+    """Neither the kubelet's probes nor, by their number, any other part of the agent."""
+    crowd: list[socket.socket] = []
+
+    def come(site: Site) -> None:
+        for _ in range(3 * MOST_CONNECTIONS):
+            crowd.append(site.connect())
+            with suppress(ConnectionError):
+                crowd[-1].sendall(sent)
+
+    def is_open(client: socket.socket) -> bool:
+        client.setblocking(False)
+        try:
+            return client.recv(1) != b""
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+
+    async with serving() as site:
+        try:
+            await off_loop(come, site)
+            assert (await site.get("/healthz")).status == 200
+            assert 0 < sum(map(is_open, crowd)) <= MOST_CONNECTIONS
+        finally:
+            for client in crowd:
+                client.close()

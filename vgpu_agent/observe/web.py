@@ -4,6 +4,7 @@ uvicorn speaks HTTP; the application here answers from the newest snapshot and r
 worker thread, so that a scrape does not delay the kubelet.
 """
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -20,6 +21,7 @@ import anyio.to_thread
 import uvicorn
 from anyio import CancelScope, CapacityLimiter
 from anyio.abc import TaskStatus
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.state import NodeState
@@ -36,6 +38,9 @@ BEAT = 1.0
 
 ALIVE = 10.0
 """Seconds without a sign of life after which /healthz says no."""
+
+MOST_CONNECTIONS = 64
+"""Connections that may be open: Prometheus, probes and people need a few."""
 
 GRACE = 1
 """Seconds that requests get to end at shutdown."""
@@ -230,6 +235,27 @@ class Web:
         return Answer(503, f"not registered: {kubelet.error or 'starting'}\n".encode())
 
 
+class _Connection(H11Protocol):
+    """uvicorn's connection; for one too many the oldest that waits for a request has to go.
+
+    Nobody can starve the kubelet's probes, or the agent of descriptors, by connecting and waiting.
+    """
+
+    opened = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.opened = self.loop.time()
+        there = [
+            each
+            for each in self.connections
+            if isinstance(each, _Connection) and not each.transport.is_closing()
+        ]
+        waiting = [each for each in there if each.cycle is None or each.cycle.response_complete]
+        if len(there) > MOST_CONNECTIONS and waiting:
+            min(waiting, key=lambda each: each.opened).transport.abort()
+
+
 class _Server(uvicorn.Server):
     """uvicorn without signal handlers and without its ten ticks a second."""
 
@@ -239,7 +265,8 @@ class _Server(uvicorn.Server):
                 app,
                 interface="asgi3",
                 proxy_headers=False,
-                http="h11",
+                http=_Connection,
+                backlog=MOST_CONNECTIONS,
                 ws="none",
                 loop="none",
                 lifespan="off",

@@ -40,7 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 
 {{- define "vgpu-agent.ours" -}}
 app.kubernetes.io/name: {{ include "vgpu-agent.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* What a workload's pods are selected by, from (dict "root" "pool" "component"). */}}
@@ -161,7 +161,7 @@ otherwise. */}}
 {{/* Where the pods of a pool may run: lines of a pod's spec. */}}
 {{- define "vgpu-agent.where" -}}
 {{- with .runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- with .priorityClassName }}
 priorityClassName: {{ . }}
