@@ -594,8 +594,7 @@ def load() -> Settings:
         problems.setdefault("device_memory", f"  {' and '.join(both)}: only one of them is allowed")
     if settings is not None and not problems:
         return settings
-    unknown = [f"  {each}" for each in unknown_in_words(os.environ)]
-    raise SettingsError("\n".join([str(_wrong(problems)), *unknown]))
+    raise _wrong(problems)
 
 
 def read(environment: Mapping[str, str], *names: str) -> Settings:
