@@ -123,15 +123,18 @@ def address_of(settings: Settings) -> Address:
     return found.address
 
 
-def ask(where: Address) -> Told:
-    """Asks for /status.json, directly: no proxy stands between. Raises NoAgentError."""
+def get(where: Address, path: str) -> tuple[int, bytes]:
+    """Status and body of a page there, asked directly: no proxy stands between.
+
+    Raises NoAgentError where nothing answers, or what answers does not speak HTTP.
+    """
     # An agent that listens everywhere listens on loopback.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where.host, where.host)  # noqa: S104
     try:
         with closing(HTTPConnection(host, where.port, timeout=ANSWER_SECONDS)) as connection:
-            connection.request("GET", "/status.json")
+            connection.request("GET", path)
             answer = connection.getresponse()
-            status, body = answer.status, answer.read()
+            return answer.status, answer.read()
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise NoAgentError(
@@ -140,6 +143,11 @@ def ask(where: Address) -> Told:
         ) from error
     except HTTPException as error:
         raise NoAgentError(f"what listens at {where} is no vgpu-agent: no HTTP") from error
+
+
+def ask(where: Address) -> Told:
+    """Asks for /status.json. Raises NoAgentError."""
+    status, body = get(where, "/status.json")
     if status != 200:
         raise NoAgentError(f"what listens at {where} is no vgpu-agent: it answers HTTP {status}")
     return _parsed(body, where)

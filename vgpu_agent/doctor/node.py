@@ -2,8 +2,6 @@
 
 import json
 import stat
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +14,6 @@ from vgpu_agent.gpu.memory import FaultMemory
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.observe.web import listen
 from vgpu_agent.settings import MAX_SOCKET_PATH, Address, Settings
-
-HTTP_SECONDS = 2.0
 
 
 def check_socket_paths(*paths: Path) -> Iterable[Check]:
@@ -156,14 +152,8 @@ def _served_resource(settings: Settings) -> str | None:
 
 def _get(address: Address, path: str) -> tuple[int, str]:
     """Code and text of a page there; 0 where nothing answers."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104
-    # The address is this machine's: no proxy of the environment stands between.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{Address(host, address.port)}{path}", timeout=HTTP_SECONDS) as it:
-            return it.status, it.read().decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode(errors="replace")
-    except (OSError, ValueError):
+        code, body = running.get(address, path)
+    except NoAgentError:
         return 0, ""
+    return code, body.decode(errors="replace")

@@ -4,7 +4,6 @@ Nothing else depends on the answer: where there is none the state says why, what
 out, and the kubelet is asked again.
 """
 
-import asyncio
 import json
 import logging
 import time
@@ -30,6 +29,7 @@ from vgpu_agent.kubelet._proto.v1 import (
     PodResources,
     PodResourcesListerStub,
 )
+from vgpu_agent.kubelet.connection import Connection
 from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.holders import (
     Assignment,
@@ -73,19 +73,11 @@ NAMED = 8
 """So many orphaned vGPUs are named in a log line."""
 
 
-class _Connection(H2Protocol):
-    """grpclib's protocol with a bound, and its transport in reach: grpclib lets it linger.
+class _Connection(Connection):
+    """A connection with a bound. What it stumbles over is kept from asyncio, which would log it."""
 
-    What it stumbles over is kept from asyncio, which would log a traceback.
-    """
-
-    transport: asyncio.Transport | None = None
     trouble: str | None = None
     received = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -100,14 +92,6 @@ class _Connection(H2Protocol):
     def _give_up(self, trouble: str) -> None:
         self.trouble = trouble
         self.abort()
-
-    def abort(self) -> bool:
-        """Cuts the connection, also where the peer reads nothing; whether it had ended already."""
-        if self.transport is None:
-            return False
-        ended = self.transport.is_closing()
-        self.transport.abort()
-        return ended
 
 
 class _BytesCodec(ProtoCodec):
@@ -131,15 +115,15 @@ class _Channel(Channel):
         self._connection: _Connection | None = None
 
     def _protocol_factory(self) -> H2Protocol:
-        base = super()._protocol_factory()
-        self._connection = _Connection(base.handler, base.config, base.h2_config)
+        self._connection = _Connection.like(super()._protocol_factory())
         return self._connection
 
     def abort(self) -> None:
         """Leaves no connection behind."""
         if self._connection is not None:
             self.trouble = self._connection.trouble
-            self.ended = self._connection.abort()
+            self.ended = self._connection.ended
+            self._connection.abort()
         self.close()
 
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Never, cast
+from typing import NamedTuple, Never
 
 import anyio
 import anyio.lowlevel
@@ -35,6 +35,7 @@ from vgpu_agent.errors import (
     StreamMissingError,
 )
 from vgpu_agent.kubelet._proto.v1beta1 import RegisterRequest, RegistrationStub
+from vgpu_agent.kubelet.connection import Connection
 from vgpu_agent.kubelet.plugin import DevicePlugin, WireCodec
 from vgpu_agent.model.state import NodeState, RegistrationResult
 
@@ -84,40 +85,24 @@ class Identity(NamedTuple):
 StatFunction = Callable[[Path], os.stat_result]
 
 
-class _Connection(H2Protocol):
-    """grpclib's protocol, with its transport in reach: grpclib itself never closes one."""
-
-    transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        super().connection_made(transport)
-
-
 class _PluginServer(Server):
     """grpclib's server, which remembers its connections."""
 
     def __init__(self, plugin: DevicePlugin) -> None:
         super().__init__([plugin], codec=WireCodec())
-        self._connections: list[_Connection] = []
+        self._connections: list[Connection] = []
 
     def _protocol_factory(self) -> H2Protocol:
-        base = super()._protocol_factory()
-        connection = _Connection(base.handler, base.config, base.h2_config)
+        connection = Connection.like(super()._protocol_factory())
         # Forget the ended ones here: a session may see many connections.
-        self._connections = [each for each in self._connections if not _closed(each)]
+        self._connections = [each for each in self._connections if not each.ended]
         self._connections.append(connection)
         return connection
 
     def abort_connections(self) -> None:
         """Cuts every connection, also one whose peer reads nothing."""
         for connection in self._connections:
-            if connection.transport is not None:
-                connection.transport.abort()
-
-
-def _closed(connection: _Connection) -> bool:
-    return connection.transport is not None and connection.transport.is_closing()
+            connection.abort()
 
 
 @dataclass
