@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,5 +54,7 @@ class NoSkips:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # `nohup make test &` ignores SIGINT, and every process that a test starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("VGPU_TEST_NO_SKIP"):
         config.pluginmanager.register(NoSkips())
