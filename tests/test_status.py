@@ -12,12 +12,11 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from rich.console import Console
 
 from tests.agent_process import REPOSITORY, environment, execute, running
 from tests.model.strategies import tried
+from tests.web_peer import answering, closed, http
 from vgpu_agent import cli, status
 from vgpu_agent import running as agent
 from vgpu_agent import settings as configuration
@@ -502,45 +502,6 @@ def test_with_port_0_the_address_is_what_the_agent_wrote(tmp_path):
 # Asking it
 
 
-@contextmanager
-def answering(answer: bytes | None) -> Iterator[Address]:
-    """Something that reads a request and answers so; None does not answer."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        done = threading.Event()
-
-        def serve() -> None:
-            while True:
-                connection, _ = listener.accept()
-                with connection:
-                    if done.is_set():
-                        return
-                    connection.recv(65536)
-                    if answer is None:
-                        done.wait(20)
-                    else:
-                        connection.sendall(answer)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        address = Address("127.0.0.1", listener.getsockname()[1])
-        try:
-            yield address
-        finally:
-            done.set()
-            socket.create_connection(address).close()
-            thread.join()
-
-
-def http(body: str, status: str = "200 OK") -> bytes:
-    return f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}".encode()
-
-
-def closed() -> Address:
-    """Where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return Address("127.0.0.1", listener.getsockname()[1])
-
-
 def test_an_agent_says_what_it_says():
     body = json.dumps(report(), indent=2) + "\n"
     with answering(http(body)) as address:
@@ -570,15 +531,14 @@ def test_what_is_no_agent_is_told_from_one(answer, words):
     assert str(address) in str(caught.value)
 
 
-def test_nobody_there_is_said_with_the_reason(monkeypatch):
+def test_nobody_there_is_said_with_the_reason():
     address = closed()
     with pytest.raises(NoAgentError, match=f"no agent answers at {address}: Connection refused"):
         agent.ask(address)
     with pytest.raises(NoAgentError, match="no agent answers at"):
         agent.ask(Address("x" * 70 + ".é", 1))
-    monkeypatch.setattr(agent, "ANSWER_SECONDS", 0.05)
     with answering(None) as silent, pytest.raises(NoAgentError, match="timed out"):
-        agent.ask(silent)
+        agent.ask(silent, timeout=0.05)
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
@@ -655,31 +615,25 @@ def test_on_a_terminal_of_few_letters_nothing_fails(monkeypatch):
     assert rb"default/p\xf6d-\u6a21" in stdout.buffer.getvalue()
 
 
-def test_silence_is_counted_anew_after_every_answer(monkeypatch):
-    asked: Iterator[int] = iter(range(5))
-    minute = 0
+def test_silence_is_counted_anew_after_every_answer():
+    clock = [datetime(2026, 3, 4, 5, minute, tzinfo=UTC) for minute in range(5)]
 
     def look() -> agent.Told:
-        nonlocal minute
-        minute = next(asked)
-        if minute != 2:
+        if clock[0].minute != 2:
             raise NoAgentError("nobody")
         return agent.Told("", report())
 
     def sleep(_: float) -> None:
-        if minute == 4:
+        clock.pop(0)
+        if not clock:
             raise KeyboardInterrupt
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime(2026, 3, 4, 5, minute, tzinfo=tz)
-
-    monkeypatch.setattr(status, "datetime", Clock)
-    monkeypatch.setattr(status.time, "sleep", sleep)
-    monkeypatch.setattr(status.signal, "signal", lambda *_: None)
     out = io.StringIO()
-    status.watch(look, out, 1)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        status.watch(look, out, 1, now=lambda: clock[0], sleep=sleep)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     silent = [each.rstrip() for each in out.getvalue().splitlines() if "not answering" in each]
     assert silent == [f"not answering since 05:0{since}:00: nobody" for since in (0, 0, 3, 3)]
     assert out.getvalue().count("node-7") == 3

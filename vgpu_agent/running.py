@@ -123,7 +123,7 @@ def address_of(settings: Settings) -> Address:
     return found.address
 
 
-def get(where: Address, path: str) -> tuple[int, bytes]:
+def get(where: Address, path: str, *, timeout: float = ANSWER_SECONDS) -> tuple[int, bytes]:
     """Status and body of a page there, asked directly: no proxy stands between.
 
     Raises NoAgentError where nothing answers, or what answers does not speak HTTP.
@@ -131,7 +131,7 @@ def get(where: Address, path: str) -> tuple[int, bytes]:
     # An agent that listens everywhere listens on loopback.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where.host, where.host)  # noqa: S104
     try:
-        with closing(HTTPConnection(host, where.port, timeout=ANSWER_SECONDS)) as connection:
+        with closing(HTTPConnection(host, where.port, timeout=timeout)) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, answer.read()
@@ -145,9 +145,9 @@ def get(where: Address, path: str) -> tuple[int, bytes]:
         raise NoAgentError(f"what listens at {where} is no vgpu-agent: no HTTP") from error
 
 
-def ask(where: Address) -> Told:
+def ask(where: Address, *, timeout: float = ANSWER_SECONDS) -> Told:
     """Asks for /status.json. Raises NoAgentError."""
-    status, body = get(where, "/status.json")
+    status, body = get(where, "/status.json", timeout=timeout)
     if status != 200:
         raise NoAgentError(f"what listens at {where} is no vgpu-agent: it answers HTTP {status}")
     return _parsed(body, where)

@@ -14,8 +14,10 @@ from vgpu_agent import settings as configuration
 from vgpu_agent.doctor import mps, node
 from vgpu_agent.doctor.cards import Cards, Plan, ask_driver
 from vgpu_agent.doctor.report import (
+    TIMEOUTS,
     Check,
     Look,
+    Timeouts,
     Verdict,
     guarded,
     in_thread,
@@ -33,12 +35,9 @@ from vgpu_agent.settings import (
     SharingKind,
 )
 
-__all__ = ["Check", "Verdict", "examine", "render_json", "render_text", "worst"]
+__all__ = ["Check", "Timeouts", "Verdict", "examine", "render_json", "render_text", "worst"]
 
 OTHER_MPS = Path("/tmp/nvidia-mps")  # noqa: S108 - where CUDA looks for MPS by itself
-
-LOOK_SECONDS = 6.0
-"""For each check of files, sockets and ports; all of them, the driver and MPS run side by side."""
 
 
 async def examine(
@@ -48,6 +47,7 @@ async def examine(
     make_driver: Callable[[Settings], GpuDriver],
     make_daemon: Callable[[Settings], Daemon | None],
     other_mps: Path = OTHER_MPS,
+    timeouts: Timeouts = TIMEOUTS,
 ) -> tuple[Check, ...]:
     """All checks, the first cause first. Raises nothing, and takes less than 10 s.
 
@@ -74,14 +74,14 @@ async def examine(
 
     async def look_at_cards() -> None:
         nonlocal cards
-        cards = await ask_driver(partial(make_driver, settings), plan)
+        cards = await ask_driver(partial(make_driver, settings), plan, timeouts=timeouts)
 
     async def look_at_daemon() -> None:
         nonlocal daemon
-        daemon = await mps.ask_daemon(partial(make_daemon, settings))
+        daemon = await mps.ask_daemon(partial(make_daemon, settings), timeouts=timeouts)
 
     async def look_at(name: str, look: Look) -> None:
-        looked[name] = await in_thread(name, look, LOOK_SECONDS)
+        looked[name] = await in_thread(name, look, timeouts.look)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(look_at_cards)

@@ -5,16 +5,12 @@ from dataclasses import dataclass
 
 import anyio
 
-from vgpu_agent.doctor.report import Check, Verdict, late, unexpected
+from vgpu_agent.doctor.report import TIMEOUTS, Check, Timeouts, Verdict, late, unexpected
 from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu.driver import ComputeMode, GpuDriver, Reading, Scan
 from vgpu_agent.gpu.health import Fact, judge_reading
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.share import MIB, Divided, Division, divide, usable_bytes
-
-SCAN_SECONDS = 3.0
-PROBE_SECONDS = 2.0
-LEAVE_SECONDS = 1.5
 
 SMALL_VGPU = 1024 * MIB
 """A vGPU of fewer bytes is worth a warning: a CUDA context alone takes some hundred MiB."""
@@ -42,15 +38,17 @@ class Cards:
     gpus: tuple[Gpu, ...] = ()
 
 
-async def ask_driver(make: Callable[[], GpuDriver], plan: Plan) -> Cards:
+async def ask_driver(
+    make: Callable[[], GpuDriver], plan: Plan, *, timeouts: Timeouts = TIMEOUTS
+) -> Cards:
     """Looks at all cards once and probes each. Raises nothing, also where the driver hangs."""
     try:
         driver = make()
         await driver.__aenter__()
         try:
-            return await _ask(driver, plan)
+            return await _ask(driver, plan, timeouts)
         finally:
-            with anyio.move_on_after(LEAVE_SECONDS, shield=True):
+            with anyio.move_on_after(timeouts.leave, shield=True):
                 await driver.__aexit__(None, None, None)
     except DriverError as error:
         advice = "no vGPU can be given until `nvidia-smi` works on the node and in this container"
@@ -59,12 +57,12 @@ async def ask_driver(make: Callable[[], GpuDriver], plan: Plan) -> Cards:
         return Cards((unexpected("driver", error),))
 
 
-async def _ask(driver: GpuDriver, plan: Plan) -> Cards:
+async def _ask(driver: GpuDriver, plan: Plan, timeouts: Timeouts) -> Cards:
     scan: Scan | None = None
-    with anyio.move_on_after(SCAN_SECONDS):
+    with anyio.move_on_after(timeouts.scan):
         scan = await driver.scan()
     if scan is None:
-        return Cards((late("driver", SCAN_SECONDS, _HUNG),))
+        return Cards((late("driver", timeouts.scan, _HUNG),))
     readings: dict[str, Reading | Exception] = {}
 
     async def probe(uuid: str) -> None:
@@ -73,14 +71,19 @@ async def _ask(driver: GpuDriver, plan: Plan) -> Cards:
         except Exception as error:  # noqa: BLE001 - told as this card's
             readings[uuid] = error
 
-    with anyio.move_on_after(PROBE_SECONDS):
+    with anyio.move_on_after(timeouts.probe):
         async with anyio.create_task_group() as tasks:
             for gpu in scan.gpus:
                 tasks.start_soon(probe, gpu.uuid)
-    return Cards(tuple(_judge(scan, readings, plan)), scan.gpus)
+    return Cards(tuple(_judge(scan, readings, plan, timeouts)), scan.gpus)
 
 
-def _judge(scan: Scan, readings: Mapping[str, Reading | Exception], plan: Plan) -> Iterable[Check]:
+def _judge(
+    scan: Scan,
+    readings: Mapping[str, Reading | Exception],
+    plan: Plan,
+    timeouts: Timeouts = TIMEOUTS,
+) -> Iterable[Check]:
     yield Check("driver", Verdict.OK, f"version {scan.driver_version}")
     yield _count(scan, plan)
     # In the order of nvidia-smi, whatever is shared and whatever is left out.
@@ -93,8 +96,11 @@ def _judge(scan: Scan, readings: Mapping[str, Reading | Exception], plan: Plan) 
         name = f"card {card.index}"
         yield _division(name, card, plan)
         yield _capability(f"{name} capability", card, plan)
-        yield from _health(f"{name} health", readings.get(card.uuid), plan)
         reading = readings.get(card.uuid)
+        if reading is None:
+            yield late(f"{name} health", timeouts.probe, _HUNG)
+            continue
+        yield from _health(f"{name} health", reading, plan)
         if isinstance(reading, Reading) and not reading.lost and reading.error is None:
             yield _compute_mode(f"{name} compute mode", card, reading.compute_mode, plan)
 
@@ -151,10 +157,7 @@ def _capability(name: str, gpu: Gpu, plan: Plan) -> Check:
     return Check(name, Verdict.OK, ".".join(map(str, gpu.compute_capability)))
 
 
-def _health(name: str, reading: Reading | Exception | None, plan: Plan) -> Iterable[Check]:
-    if reading is None:
-        yield late(name, PROBE_SECONDS, _HUNG)
-        return
+def _health(name: str, reading: Reading | Exception, plan: Plan) -> Iterable[Check]:
     if isinstance(reading, Exception):
         yield unexpected(name, reading)
         return

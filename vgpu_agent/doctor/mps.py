@@ -9,30 +9,30 @@ from pathlib import Path
 import anyio
 
 from vgpu_agent.doctor.files import connects, described, selinux_label
-from vgpu_agent.doctor.report import Check, Verdict, late, unexpected
+from vgpu_agent.doctor.report import TIMEOUTS, Check, Timeouts, Verdict, late, unexpected
 from vgpu_agent.model.devices import Gpu
 from vgpu_agent.model.share import Division, MpsLimits
 from vgpu_agent.mps.control import BINARY
 from vgpu_agent.mps.daemon import Daemon, DaemonLook
 from vgpu_agent.mps.guard import judge
 
-DAEMON_SECONDS = 3.0
-
 _SEE_POD = "see the log of the MPS pod of this node"
 
 
-async def ask_daemon(make: Callable[[], Daemon | None]) -> DaemonLook | Check:
+async def ask_daemon(
+    make: Callable[[], Daemon | None], *, timeouts: Timeouts = TIMEOUTS
+) -> DaemonLook | Check:
     """A look at the daemon, or the check that says why there is none. Raises nothing."""
     name = "mps daemon"
     try:
-        with anyio.move_on_after(DAEMON_SECONDS):
+        with anyio.move_on_after(timeouts.daemon):
             daemon = make()
             if daemon is None:
                 return Check(name, Verdict.OK, "none is needed")
             return await daemon.look()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
         return unexpected(name, error)
-    return late(name, DAEMON_SECONDS, f"{_SEE_POD}; a daemon that hangs needs the pod replaced")
+    return late(name, timeouts.daemon, f"{_SEE_POD}; a daemon that hangs needs the pod replaced")
 
 
 def check_daemon(

@@ -28,6 +28,24 @@ class Check:
     advice: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds that each part may take; driver, MPS and every other look run side by side."""
+
+    scan: float = 3.0
+    probe: float = 2.0
+    leave: float = 1.5
+    daemon: float = 3.0
+    look: float = 6.0
+
+    @property
+    def whole(self) -> float:
+        """The most that all of it takes."""
+        return max(self.scan + self.probe + self.leave, self.daemon, self.look)
+
+
+TIMEOUTS = Timeouts()
+
 Look = Callable[[], Iterable[Check]]
 """Does one or more checks; may block, and may raise."""
 

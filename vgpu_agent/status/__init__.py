@@ -29,18 +29,29 @@ def show(told: Told, out: TextIO) -> None:
     _console(out).print(page(parse(told.report)))
 
 
-def watch(look: Look, out: TextIO, seconds: float) -> None:
+def _now() -> datetime:
+    return datetime.now().astimezone()
+
+
+def watch(
+    look: Look,
+    out: TextIO,
+    seconds: float,
+    *,
+    now: Callable[[], datetime] = _now,
+    sleep: Callable[[float], object] = time.sleep,
+) -> None:
     """Writes it anew every so many seconds until SIGINT or SIGTERM; on a terminal in place.
 
     An agent that does not answer is waited for; what was seen last stays on show.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console, shown = _console(out), _Shown(look)
+    console, shown = _console(out), _Shown(look, now)
     if not out.isatty() or console.is_dumb_terminal:
         with suppress(KeyboardInterrupt):
             while True:
                 console.print(shown.anew(), Text())
-                time.sleep(seconds)
+                sleep(seconds)
         return
     live = Live(
         console=console,
@@ -52,7 +63,7 @@ def watch(look: Look, out: TextIO, seconds: float) -> None:
     with suppress(KeyboardInterrupt), live:
         while True:
             live.update(shown.anew(), refresh=True)
-            time.sleep(seconds)
+            sleep(seconds)
     # It stays to be read, also what did not fit on the screen.
     console.print(shown.newest)
 
@@ -60,8 +71,9 @@ def watch(look: Look, out: TextIO, seconds: float) -> None:
 class _Shown:
     """The newest report, and since when there is none newer."""
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, look: Look, now: Callable[[], datetime]) -> None:
         self._look = look
+        self._now = now
         self._page: RenderableType | None = None
         self.newest: RenderableType = Text()
         self._silent_since: datetime | None = None
@@ -75,8 +87,7 @@ class _Shown:
         try:
             self._page = page(parse(self._look().report))
         except NoAgentError as error:
-            now = datetime.now().astimezone()
-            self._silent_since = self._silent_since or now
+            self._silent_since = self._silent_since or self._now()
             silence = Text(f"not answering since {self._silent_since:%H:%M:%S}: {error}", ODD)
             silence.overflow = "fold"
             return silence if self._page is None else Group(silence, Text(), self._page)
