@@ -258,16 +258,17 @@ def test_where_nobody_knows_who_holds_what_it_is_unknown_and_not_free(told):
 
 
 @pytest.mark.parametrize(
-    "holder",
-    [allocation(0, numbers=None), allocation(0, numbers=[1, "2"]), allocation(0) | {"gpu_uuid": 3}],
+    ("holders", "held"),
+    [
+        ([allocation(0, numbers=None)], "unknown of 10"),
+        ([allocation(0, numbers=[1, "2"])], "unknown of 10"),
+        ([allocation(0) | {"gpu_uuid": 3}], "unknown of 10"),
+        # What containers of a pod have in common counts once.
+        ([allocation(0, container="init", numbers=[0, 1]), allocation(0)], "4 of 10"),
+    ],
 )
-def test_a_holder_that_is_not_understood_makes_the_count_unknown(holder):
-    assert line(shown(report(allocations=[holder])), "0    NVIDIA")[-2] == "unknown of 10"
-
-
-def test_vgpus_that_containers_of_a_pod_have_in_common_count_once():
-    held = [allocation(0, container="init", numbers=[0, 1]), allocation(0, numbers=[0, 1, 2])]
-    assert line(shown(report(allocations=held)), "0    NVIDIA")[-2] == "3 of 10"
+def test_vgpus_are_counted_once_and_not_where_a_holder_is_not_understood(holders, held):
+    assert line(shown(report(allocations=holders)), "0    NVIDIA")[-2] == held
 
 
 @pytest.mark.parametrize("name", report())
@@ -287,13 +288,11 @@ def test_a_card_without_a_field_is_shown(name):
 
 
 def test_a_card_that_is_near_no_node_is_told_from_one_of_which_that_is_unknown():
-    def numa(changed: dict[str, Any]) -> str:
-        return line(shown(report(cards=[changed])), "0    NVIDIA")[-1]
-
-    assert numa(card(0, numa_node=None)) == "none"
-    assert numa(without(card(0), "numa_node")) == "unknown"
-    assert numa(card(0, numa_node="0")) == "unknown"
-    assert numa(card(0, numa_node=True)) == "unknown"
+    unknown = (without(card(0), "numa_node"), card(0, numa_node="0"), card(0, numa_node=True))
+    shown_as = {"none": [card(0, numa_node=None)], "unknown": unknown}
+    for words, cards in shown_as.items():
+        for each in cards:
+            assert line(shown(report(cards=[each])), "0    NVIDIA")[-1] == words
 
 
 def test_names_of_pods_are_no_markup_and_move_no_cursor():
@@ -375,32 +374,36 @@ def test_where_there_is_no_terminal_a_holder_is_one_line(pod, container):
     assert visible(container) in row
 
 
-@pytest.mark.parametrize("width", [40, 80, 100])
-def test_a_narrow_terminal_gets_every_cell(width):
-    text = shown(report(), width)
-    assert ink(shown(report())) <= ink(text)
-    assert ("POD           default/resnet-0" in text) is (width == 40)
+def test_rows_are_one_below_the_other_where_a_table_would_leave_a_few_letters_to_each_column():
+    one_by_one = "POD           default/resnet-0"
+    assert [one_by_one in shown(report(), width) for width in (40, 80, 100)] == [True, False, False]
 
 
 # Words
 
 
 @pytest.mark.parametrize(
-    ("count", "words"),
+    ("said", "value", "words"),
     [
-        (None, "unknown"),
-        (0, "0 MiB"),
-        (MIB, "1 MiB"),
-        (MIB // 2, "0.5 MiB"),
-        (GIB - 1, "1024 MiB"),
-        (GIB, "1 GiB"),
-        (GIB * 10 // 4, "2.5 GiB"),
-        (-3 * MIB, "-3 MiB"),
-        (10**400, f"{(10**400 * 10 + GIB // 2) // GIB // 10}"),
+        (size, None, "unknown"),
+        (size, 0, "0 MiB"),
+        (size, MIB, "1 MiB"),
+        (size, MIB // 2, "0.5 MiB"),
+        (size, GIB - 1, "1024 MiB"),
+        (size, GIB, "1 GiB"),
+        (size, GIB * 10 // 4, "2.5 GiB"),
+        (size, -3 * MIB, "-3 MiB"),
+        (size, 10**400 * GIB, f"{10**400} GiB"),
+        (ranges, [5, 0, 2, 1, 2], "0-2,5"),
+        (ranges, [], ""),
+        (moment, None, "unknown"),
+        (moment, "2026-03-04T05:06:07.5+02:00", "2026-03-04 03:06:07 UTC"),
+        (moment, "yesterday", "yesterday"),
+        (moment, "0001-01-01T00:00:00+05:00", "0001-01-01T00:00:00+05:00"),
     ],
 )
-def test_sizes_are_in_mib_or_gib(count, words):
-    assert size(count).startswith(words)
+def test_sizes_ranges_and_times_are_as_people_write_them(said, value, words):
+    assert said(value) == words
 
 
 @tried(60)
@@ -411,24 +414,6 @@ def test_ranges_name_exactly_the_numbers(numbers):
         first, _, last = run.partition("-")
         named |= set(range(int(first), int(last or first) + 1))
     assert named == numbers
-
-
-def test_ranges_are_as_people_write_them():
-    assert ranges([5, 0, 2, 1, 2]) == "0-2,5"
-    assert ranges([]) == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (None, "unknown"),
-        ("2026-03-04T05:06:07.5+02:00", "2026-03-04 03:06:07 UTC"),
-        ("yesterday", "yesterday"),
-        ("0001-01-01T00:00:00+05:00", "0001-01-01T00:00:00+05:00"),
-    ],
-)
-def test_times_are_in_utc_to_the_second(text, words):
-    assert moment(text) == words
 
 
 # Finding the agent
@@ -719,7 +704,7 @@ def where(kubelet_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_running_agent_is_shown_also_where_only_it_knows_its_port(kubelet_dir):
+def test_a_running_agent_is_shown_and_releases_also_where_only_it_knows_its_port(kubelet_dir):
     variables = where(kubelet_dir) | {"http_proxy": f"http://{closed()}", "VGPU_REPLICAS": "many"}
     with running(kubelet_dir, VGPU_REPLICAS="7", VGPU_SIMULATED_GPUS="3") as it:
         it.wait_line("no kubelet at")
@@ -728,6 +713,7 @@ def test_a_running_agent_is_shown_also_where_only_it_knows_its_port(kubelet_dir)
         asked = execute("status", "--address", f"127.0.0.1:{it.port}")
         as_json = execute("status", "--json", **variables)
         told = json.loads(it.get("/status.json")[1])
+        released = execute("release", **where(kubelet_dir))
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert line(done.stdout, "Node")[1] == socket.gethostname()
@@ -738,30 +724,11 @@ def test_a_running_agent_is_shown_also_where_only_it_knows_its_port(kubelet_dir)
     assert asked.returncode == 0
     assert as_json.returncode == 0
     assert without(json.loads(as_json.stdout), "time") == without(told, "time")
+    assert released.returncode == 0, released.stderr
+    assert "reset them now" in released.stdout
     after = execute("status", **variables)
     assert (after.returncode, after.stdout) == (1, "")
     assert after.stderr.startswith("vgpu-agent: VGPU_METRICS_ADDRESS=127.0.0.1:0 does not say")
-
-
-@pytest.mark.slow
-def test_release_finds_the_port_that_only_the_agent_knows(kubelet_dir):
-    with running(kubelet_dir) as it:
-        it.wait_line("no kubelet at")
-        wait_until(lambda: getattr(agent.find(kubelet_dir / "state"), "address", None))
-        done = execute("release", **where(kubelet_dir))
-    assert done.returncode == 0, done.stderr
-    assert "reset them now" in done.stdout
-
-
-@pytest.mark.slow
-def test_nobody_there_ends_with_1_and_a_wrong_address_with_2():
-    address = closed()
-    done = execute("status", VGPU_METRICS_ADDRESS=str(address))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"vgpu-agent: no agent answers at {address}: Connection refused")
-    wrong = execute("status", VGPU_METRICS_ADDRESS="here")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "VGPU_METRICS_ADDRESS='here' is wrong" in wrong.stderr
 
 
 @pytest.mark.slow
