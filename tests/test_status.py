@@ -311,45 +311,37 @@ junk = st.recursive(
     max_leaves=4,
 )
 names = st.text(st.characters(exclude_categories=[]), max_size=30)
-sizes = st.none() | st.integers(-(10**30), 10**30)
 
 
-def objects(template: dict[str, Any], **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Any subset of the fields, each with what it may have, what the template has, or junk."""
-    return st.fixed_dictionaries(
-        {},
-        optional={
-            name: fields.get(name, st.nothing()) | st.just(value) | junk
-            for name, value in template.items()
-        },
-    )
+def objects(template: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Any subset of the fields, each like the template's."""
+    return st.fixed_dictionaries({}, optional={key: like(each) for key, each in template.items()})
 
 
-faults = objects(
-    {"reason": "xid", "since": "2026-03-04T05:06:07Z", "until_reset": True},
-    detail=names,
-    advice=names,
-    since=names | st.datetimes().map(str),
-)
-cards = objects(card(0), uuid=names, memory_bytes=sizes, faults=st.lists(faults, max_size=2))
-allocations = objects(
-    allocation(0),
-    pod=names,
-    container=names,
-    memory_used_bytes=sizes,
-    numbers=st.lists(st.integers(), max_size=5),
-)
-reports = objects(
-    report(),
-    host=names,
-    driver=objects(report()["driver"], error=names),
-    kubelet=objects(report()["kubelet"], error=names),
-    mps=objects(report()["mps"], problem=names, replacement=names),
-    podresources=objects(report()["podresources"], error=names),
-    cards=st.lists(cards, max_size=3),
-    allocations=st.lists(allocations, max_size=3),
-    orphaned=st.lists(names, max_size=3),
-)
+def like(value: object) -> st.SearchStrategy[Any]:
+    """The value, others of its type, or junk. What may be None is a text otherwise."""
+    match value:
+        case dict():
+            others: st.SearchStrategy[Any] = objects(value)
+        case list():
+            others = st.lists(st.one_of(*map(like, value)) if value else names, max_size=3)
+        case bool():
+            others = st.booleans()
+        case int():
+            others = st.none() | st.integers(-(10**30), 10**30)
+        case _:
+            others = names | st.datetimes().map(str)
+    return others | st.just(value) | junk
+
+
+fault = {
+    "reason": "xid",
+    "since": "2026-03-04T05:06:07Z",
+    "until_reset": True,
+    "advice": "",
+    "detail": "",
+}
+reports = objects(report(cards=[card(0, faults=[fault]), card(1, faults=[])]))
 
 
 def ink(text: str) -> Counter[str]:
