@@ -156,10 +156,7 @@ async def test_wrong_settings_are_told_and_the_rest_is_checked_with_what_is_righ
         "VGPU_KUBELET_DIR": str(kubelet_dir),
     }
     checks = await examined(error, environment=given)
-    assert [check.detail for check in checks[:2]] == [
-        "VGPU_A='1' is wrong",
-        "VGPU_B='2' is wrong",
-    ]
+    assert [check.detail for check in checks[:2]] == ["VGPU_A='1' is wrong", "VGPU_B='2' is wrong"]
     assert told(checks, "cards") == (OK, "3 of 3 cards make 30 vGPUs ")
     assert str(kubelet_dir) in told(checks, "kubelet directory")[1]
 

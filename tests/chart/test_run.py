@@ -140,10 +140,7 @@ def test_the_mps_pod_and_the_agent_agree(
     (agent,) = containers(workloads["r-vgpu-agent"]).values()
     steps = containers(workloads["r-vgpu-agent-mps"])
     others = {**fake_nvml.environment(), "PATH": fake_mps.path}
-    with (
-        KubeletPeer(kubelet_dir) as kubelet,
-        started(agent, tmp_path / "agent", **others),
-    ):
+    with KubeletPeer(kubelet_dir) as kubelet, started(agent, tmp_path / "agent", **others):
         kubelet.wait_list(lambda devices: len(devices) == 20, timeout=20)
         assert healthy(kubelet) == 0
         prepared = subprocess.run(

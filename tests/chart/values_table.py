@@ -12,52 +12,19 @@ from vgpu_agent import settings
 VALUES = Path(__file__).parents[2] / "charts/vgpu-agent/values.yaml"
 
 
-KEYS = {
-    "cdi_kind": "cdiKind",
-    "critical_xids": "health.criticalXids",
-    "device_list": "deviceList",
-    "device_memory": "deviceMemory",
-    "driver_wait": "health.driverWait",
-    "gpu_driver": "gpuDriver",
-    "health_checks": "health.checks",
-    "health_interval": "health.interval",
-    "ignored_xids": "health.ignoredXids",
-    "kubelet_dir": "kubeletDir",
-    "log_format": "log.format",
-    "log_level": "log.level",
-    "lost_card_seconds": "health.lostCardSeconds",
-    "memory_reserved": "memoryReserved",
-    "metrics_address": "metrics.address",
-    "mps_compute_mode": "mps.computeMode",
-    "mps_directory": "mps.directory",
-    "mps_limits": "mps.limits",
-    "mps_max_clients": "mps.maxClients",
-    "mps_multiuser": "mps.multiuser",
-    "mps_shm": "mps.shm",
-    "mps_shm_directory": "mps.shmDirectory",
-    "mps_threads": "mps.threads",
-    "placement": "placement",
-    "podresources_interval": "podResourcesInterval",
-    "process_metrics": "processMetrics",
-    "recovery_seconds": "health.recoverySeconds",
-    "replicas": "replicas",
-    "replicas_by_gpu": "replicasByGpu",
-    "resource_name": "resourceName",
-    "sharing": "sharing",
-    "simulated_gpus": "simulated.gpus",
-    "simulated_memory": "simulated.memory",
-    "simulated_model": "simulated.model",
-    "simulated_numa_nodes": "simulated.numaNodes",
-    "state_directory": "stateDirectory",
-    "status_page": "statusPage",
-}
-"""The value of each setting."""
+def keys() -> dict[str, str]:
+    """The value of each setting, such as mps.threads and health.driverWait, by its field."""
+    paths = [path for path, _ in documented(VALUES.read_text("utf-8"))]
+    whole = {"".join(path).lower(): ".".join(path) for path in paths}
+    last = {path[-1].lower(): ".".join(path) for path in paths}
+    plain = {name: name.replace("_", "") for name in settings.Settings.model_fields}
+    return {name: whole.get(words) or last[words] for name, words in sorted(plain.items())}
 
 
 def settings_table() -> str:
     """The table of settings, with the value of the chart that sets each."""
     rows = settings.markdown_table().splitlines()
-    reached = {settings.variable(name): value for name, value in KEYS.items()}
+    reached = {settings.variable(name): value for name, value in keys().items()}
     for number, row in enumerate(rows):
         setting = row.split("`")[1] if number > 1 else ""
         extra = ("value of the chart", "---")[number] if number < 2 else f"`{reached[setting]}`"
