@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -27,6 +28,13 @@ CARDS, REPLICAS = 4, 10
 
 def ms(seconds: float) -> str:
     return f"{seconds * 1000:8.2f} ms"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def p99(values: Iterable[float]) -> float:
@@ -48,23 +56,41 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
+@contextmanager
+def node() -> Iterator[tuple[KubeletPeer, Path]]:
+    """A kubelet in a directory of its own."""
     with (
         tempfile.TemporaryDirectory(prefix="vgpu-") as directory,
         KubeletPeer(directory) as kubelet,
     ):
-        environment = os.environ | {
-            "VGPU_GPU_DRIVER": "simulated",
-            "VGPU_SIMULATED_GPUS": str(CARDS),
-            "VGPU_REPLICAS": str(REPLICAS),
-            "VGPU_KUBELET_DIR": directory,
-            "VGPU_STATE_DIRECTORY": f"{directory}/state",
-            "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
-            "VGPU_LOG_LEVEL": "error",
-        }
+        yield kubelet, Path(directory)
+
+
+@contextmanager
+def agent(directory: Path, cards: int, replicas: int, **variables: str) -> Iterator[int]:
+    """The agent on that node, with simulated cards unless the variables say otherwise; its PID."""
+    environment = os.environ | {
+        "VGPU_GPU_DRIVER": "simulated",
+        "VGPU_SIMULATED_GPUS": str(cards),
+        "VGPU_REPLICAS": str(replicas),
+        "VGPU_KUBELET_DIR": str(directory),
+        "VGPU_STATE_DIRECTORY": f"{directory}/state",
+        "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
+        "VGPU_LOG_LEVEL": "error",
+        **variables,
+    }
+    process = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        print(f"exit code {process.wait()}")
+
+
+def main() -> None:
+    with node() as (kubelet, directory):
         started = time.monotonic()
-        agent = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
-        try:
+        with agent(directory, CARDS, REPLICAS) as pid:
             kubelet.wait_list(1)
             print(f"{CARDS} cards x {REPLICAS}, Python {sys.version.split()[0]}")
             first = kubelet.registrations[0].time
@@ -73,15 +99,12 @@ def main() -> None:
             measure_calls(kubelet)
             measure_registrations(kubelet)
             time.sleep(2)
-            before, since = cpu(agent.pid), time.monotonic()
+            before, since = cpu(pid), time.monotonic()
             time.sleep(IDLE)
-            spent = (cpu(agent.pid) - before) / (time.monotonic() - since) * 60
+            spent = (cpu(pid) - before) / (time.monotonic() - since) * 60
             print(f"idle CPU in a minute           {ms(spent)}  (over {IDLE:.0f} s)")
-            rss, pss = memory(agent.pid)
+            rss, pss = memory(pid)
             print(f"RSS / PSS                      {rss:.1f} / {pss:.1f} MiB")
-        finally:
-            agent.terminate()
-            print(f"exit code {agent.wait()}")
     measure_scrapes(16, 48, 110)
     if shutil.which("cc"):
         measure_faults(4, 10)
@@ -90,26 +113,14 @@ def main() -> None:
 
 def measure_faults(cards: int, replicas: int) -> None:
     """From an XID in the driver to the list at the kubelet, by NVML; needs a C compiler."""
-    with (
-        tempfile.TemporaryDirectory(prefix="vgpu-") as directory,
-        KubeletPeer(directory) as kubelet,
-    ):
-        nvml = FakeNvml(build(Path(directory)), Path(directory, "nvml"))
+    with node() as (kubelet, directory):
+        nvml = FakeNvml(build(directory), directory / "nvml")
         uuids = [f"GPU-a0000000-1111-2222-3333-{n:012d}" for n in range(cards)]
         nvml.set_cards(
             *(FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(uuids))
         )
-        environment = os.environ | {
-            "VGPU_SHARING": "time-slicing",
-            "VGPU_REPLICAS": str(replicas),
-            "VGPU_KUBELET_DIR": directory,
-            "VGPU_STATE_DIRECTORY": f"{directory}/state",
-            "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
-            "VGPU_LOG_LEVEL": "error",
-            **nvml.environment(),
-        }
-        agent = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
-        try:
+        real = {"VGPU_GPU_DRIVER": "nvml", "VGPU_SHARING": "time-slicing", **nvml.environment()}
+        with agent(directory, cards, replicas, **real):
             kubelet.wait_list(1)
             times = []
             for n, uuid in enumerate(uuids):
@@ -122,9 +133,6 @@ def measure_faults(cards: int, replicas: int) -> None:
                 f"XID to list at {cards * replicas:4} vGPUs      {ms(median(times))}"
                 f"  (median of {cards}; the fake driver looks every millisecond)"
             )
-        finally:
-            agent.terminate()
-            agent.wait()
 
 
 SCRAPER = """
@@ -137,26 +145,16 @@ for _ in range(60):
 
 def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
     """What a scrape costs with so many pods, and what an Allocate that comes meanwhile waits."""
-    with (
-        tempfile.TemporaryDirectory(prefix="vgpu-") as directory,
-        KubeletPeer(directory) as kubelet,
-    ):
-        holders = PodResourcesPeer(Path(directory))
+    variables = {
+        "VGPU_RESOURCE_NAME": RESOURCE,
+        "VGPU_METRICS_ADDRESS": f"127.0.0.1:{free_port()}",
+        "VGPU_PODRESOURCES_INTERVAL": "1",
+    }
+    url = f"http://{variables['VGPU_METRICS_ADDRESS']}/metrics"
+    with node() as (kubelet, directory):
+        holders = PodResourcesPeer(directory)
         holders.start()
-        environment = os.environ | {
-            "VGPU_GPU_DRIVER": "simulated",
-            "VGPU_SIMULATED_GPUS": str(cards),
-            "VGPU_REPLICAS": str(replicas),
-            "VGPU_RESOURCE_NAME": RESOURCE,
-            "VGPU_KUBELET_DIR": directory,
-            "VGPU_STATE_DIRECTORY": f"{directory}/state",
-            "VGPU_METRICS_ADDRESS": f"127.0.0.1:{free_port()}",
-            "VGPU_PODRESOURCES_INTERVAL": "1",
-            "VGPU_LOG_LEVEL": "error",
-        }
-        agent = subprocess.Popen([sys.executable, "-m", "vgpu_agent", "run"], env=environment)
-        url = f"http://{environment['VGPU_METRICS_ADDRESS']}/metrics"
-        try:
+        with agent(directory, cards, replicas, **variables):
             kubelet.wait_list(lambda devices: len(devices) == cards * replicas)
             ids = [device.id for device in kubelet.devices]
             each = len(ids) // pods
@@ -165,34 +163,26 @@ def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
             )
             print(f"{cards} cards x {replicas}, {pods} pods with {each} vGPUs each")
 
-            def allocate(times: list[float], until: Callable[[], bool]) -> None:
+            def allocate(until: Callable[[], bool]) -> list[float]:
+                times = []
                 while not until():
-                    began = time.perf_counter()
-                    kubelet.allocate(ids[:1])
-                    times.append(time.perf_counter() - began)
+                    times.append(seconds(lambda: kubelet.allocate(ids[:1])))
                     time.sleep(0.002)
-
-            def scrape() -> float:
-                began = time.perf_counter()
-                with urllib.request.urlopen(url, timeout=10) as reply:
-                    reply.read()
-                return time.perf_counter() - began
+                return times
 
             while f'pod="pod-{pods - 1}"' not in text_of(url):
                 holders.answer = answer
                 time.sleep(0.2)
-            print(f"scrape                         {ms(median(scrape() for _ in range(20)))}")
+            scrapes = median(seconds(lambda: text_of(url)) for _ in range(20))
+            print(f"scrape                         {ms(scrapes)}")
 
-            quiet: list[float] = []
             count = iter(range(500))
-            allocate(quiet, lambda: next(count, None) is None)
-            busy: list[float] = []
+            quiet = allocate(lambda: next(count, None) is None)
             # A process of its own: a thread here would hold up the calls that are measured.
             scraper = subprocess.Popen([sys.executable, "-c", SCRAPER, url])
-            allocate(busy, lambda: scraper.poll() is not None)
+            busy = allocate(lambda: scraper.poll() is not None)
             asked = holders.calls
-            decoding: list[float] = []
-            allocate(decoding, lambda: holders.calls >= asked + 15)
+            decoding = allocate(lambda: holders.calls >= asked + 15)
             for name, times in (
                 ("alone", quiet),
                 ("during scrapes", busy),
@@ -202,10 +192,7 @@ def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
                     f"Allocate {name + ', p50 / p99 / max':42} {ms(median(times))}"
                     f" / {ms(p99(times))} / {ms(max(times))}  ({len(times)} calls)"
                 )
-        finally:
-            agent.terminate()
-            agent.wait()
-            holders.stop()
+        holders.stop()
 
 
 def free_port() -> int:
@@ -224,11 +211,7 @@ def measure_calls(kubelet: KubeletPeer) -> None:
         ("Allocate", lambda: kubelet.allocate(ids[:1])),
         ("GetPreferredAllocation", lambda: kubelet.preferred(ids, [], 3)),
     ):
-        times = []
-        for _ in range(500):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
+        times = [seconds(call) for _ in range(500)]
         print(f"{name + ' p50 / p99':30} {ms(median(times))} / {ms(p99(times))}")
 
 
