@@ -31,7 +31,8 @@ from tests.web_peer import answering, closed, http
 from vgpu_agent import cli, status
 from vgpu_agent import running as agent
 from vgpu_agent import settings as configuration
-from vgpu_agent.errors import NoAgentError, SettingsError
+from vgpu_agent.errors import NoAgentError, ReleaseError, SettingsError
+from vgpu_agent.release import release
 from vgpu_agent.settings import Address, EmbeddedSettings
 from vgpu_agent.status import WIDE, show
 from vgpu_agent.status.page import moment, page, ranges, size
@@ -525,6 +526,19 @@ def test_no_proxy_stands_between(monkeypatch, name):
         assert agent.ask(address).report["host"] == "node-7"
 
 
+def test_an_agent_that_does_not_let_go_is_waited_for_and_then_told(tmp_path):
+    asked: list[int] = []
+    handler = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+    try:
+        with answering(http(json.dumps(report()))) as address, agent.findable(tmp_path):
+            chosen = EmbeddedSettings(state_directory=tmp_path, metrics_address=address)
+            with pytest.raises(ReleaseError, match=r"does not say within 0\.1 s .* a call to the"):
+                release(chosen, asked.append, patience=0.1)
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert asked == [signal.SIGUSR1]
+
+
 # The command line
 
 
@@ -718,6 +732,9 @@ def test_a_running_agent_is_shown_and_releases_also_where_only_it_knows_its_port
     assert without(json.loads(as_json.stdout), "time") == without(told, "time")
     assert released.returncode == 0, released.stderr
     assert "reset them now" in released.stdout
+    wrong = execute("status", VGPU_METRICS_ADDRESS="here")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "VGPU_METRICS_ADDRESS='here' is wrong" in wrong.stderr
     after = execute("status", **variables)
     assert (after.returncode, after.stdout) == (1, "")
     assert after.stderr.startswith("vgpu-agent: VGPU_METRICS_ADDRESS=127.0.0.1:0 does not say")

@@ -16,7 +16,7 @@ PATIENCE = 15.0
 """Seconds in which the agent has to answer."""
 
 
-def release(settings: Settings, tell: Callable[[str], None]) -> None:
+def release(settings: Settings, tell: Callable[[str], None], *, patience: float = PATIENCE) -> None:
     """Asks, and waits until the cards are let go of. Raises ReleaseError."""
     path = settings.state_directory / running.PID_FILE
     agent = running.find(settings.state_directory)
@@ -32,11 +32,11 @@ def release(settings: Settings, tell: Callable[[str], None]) -> None:
         raise ReleaseError(
             f"cannot signal the agent, process {agent.pid} of {path}: {error.strerror}"
         ) from error
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while (until := _released_until(settings)) in (None, before):
         if time.monotonic() > deadline:
             raise ReleaseError(
-                f"the agent was asked, and does not say within {PATIENCE:.0f} s at"
+                f"the agent was asked, and does not say within {patience:g} s at"
                 f" VGPU_METRICS_ADDRESS={settings.metrics_address} that it let go: see its log; a"
                 " call to the driver may hang"
             )
