@@ -8,7 +8,6 @@ import anyio
 import pytest
 
 from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu import probe
 from vgpu_agent.gpu.driver import (
     GpuDriver,
     GpuEvent,
@@ -18,7 +17,7 @@ from vgpu_agent.gpu.driver import (
 )
 from vgpu_agent.gpu.health import Fact, Finding, HealthPolicy, judge_xid
 from vgpu_agent.gpu.memory import FaultMemory, Remembered
-from vgpu_agent.gpu.probe import HealthWatch
+from vgpu_agent.gpu.probe import HealthWatch, WatchTiming
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Reason
 from vgpu_agent.model.share import Division
@@ -50,7 +49,7 @@ class Forgetful(FaultMemory):
 class Node:
     """A watch over a driver, with a clock that is told the time."""
 
-    def __init__(self, driver: GpuDriver, *, interval: float = 5.0) -> None:
+    def __init__(self, driver: GpuDriver, *, interval: float = 5.0, **timing: float) -> None:
         self.now = 0.0
         self.state = NodeState(Division(10))
         self.watch = HealthWatch(
@@ -60,6 +59,7 @@ class Node:
             Forgetful(Path("/nowhere")),
             clock=lambda: self.now,
             wall_clock=lambda: NOW + self.now,
+            timing=WatchTiming(**{"event_pause": 0.01, **timing}),
         )
 
     async def look(self, after: float = 0.0) -> None:
@@ -600,11 +600,10 @@ async def test_cards_are_probed_over_and_over(driver):
         tasks.cancel_scope.cancel()
 
 
-async def test_a_driver_that_does_not_answer_is_looked_for_less_often(monkeypatch):
-    monkeypatch.setattr(probe, "DRIVER_RETRY", 3600)
+async def test_a_driver_that_does_not_answer_is_looked_for_less_often():
     driver = MoodyDriver()
     driver.scan_error = "no driver is loaded"
-    node = Node(driver, interval=0.01)
+    node = Node(driver, interval=0.01, driver_retry=3600)
     async with anyio.create_task_group() as tasks:
         await tasks.start(node.watch.run)
         await anyio.sleep(0.1)
@@ -613,11 +612,10 @@ async def test_a_driver_that_does_not_answer_is_looked_for_less_often(monkeypatc
 
 
 @pytest.mark.parametrize("gpus", [(), CARDS])
-async def test_a_driver_that_fails_at_the_start_is_found_without_a_restart(monkeypatch, gpus):
-    monkeypatch.setattr(probe, "DRIVER_RETRY", 0.01)
+async def test_a_driver_that_fails_at_the_start_is_found_without_a_restart(gpus):
     driver = MoodyDriver(gpus)
     driver.scan_error = "no driver is loaded"
-    node = Node(driver, interval=0.01)
+    node = Node(driver, interval=0.01, driver_retry=0.01)
     async with anyio.create_task_group() as tasks:
         await tasks.start(node.watch.run)
         await at_least(driver.looks, 3)
@@ -645,30 +643,17 @@ async def test_events_that_cannot_be_had_are_asked_for_again(caplog):
     ]
 
 
-async def test_events_that_cannot_be_had_while_the_cards_can_are_not_told_for_ever(caplog):
+@pytest.mark.parametrize("scan_error", [None, "no cards"], ids=["the cards can", "nor the cards"])
+async def test_events_that_cannot_be_had_are_not_told_for_ever(caplog, scan_error):
     driver = MoodyDriver()
-    driver.events_error = "no events"
-    node = Node(driver, interval=0.01)
+    driver.scan_error, driver.events_error = scan_error, "no events"
+    node = Node(driver, interval=0.01, driver_retry=0.01)
     async with anyio.create_task_group() as tasks:
         await tasks.start(node.watch.run)
         await at_least(driver.looks, 10)
         tasks.cancel_scope.cancel()
-    assert len([line for line in lines(caplog) if line.startswith("ERROR")]) <= 1
-
-
-async def test_two_calls_that_fail_in_different_words_are_not_told_in_turn_for_ever(
-    caplog, monkeypatch
-):
-    monkeypatch.setattr(probe, "DRIVER_RETRY", 0.01)
-    driver = MoodyDriver()
-    driver.scan_error = "no cards"
-    driver.events_error = "no events"
-    node = Node(driver, interval=0.01)
-    async with anyio.create_task_group() as tasks:
-        await tasks.start(node.watch.run)
-        await at_least(driver.looks, 10)
-        tasks.cancel_scope.cancel()
-    assert len(lines(caplog)) <= 2
+    told = [line for line in lines(caplog) if not line.startswith("INFO")]
+    assert told == ([] if scan_error is None else [f"ERROR no GPU can be used: {scan_error}"])
 
 
 async def test_an_unexpected_error_of_the_driver_ends_the_watch():
@@ -718,8 +703,9 @@ async def test_a_card_that_is_left_out_for_a_while_still_waits_for_its_reset(nod
     assert node.reasons(ONE) == [Reason.XID]
 
 
-async def test_a_scan_that_takes_too_long_heals_nothing(node, driver, monkeypatch):
-    monkeypatch.setattr(probe, "CALL_LIMIT", 0.05)
+async def test_a_scan_that_takes_too_long_heals_nothing(driver):
+    node = Node(driver, call_limit=0.05)
+    await node.look()
     driver.xid(ONE, UNTIL_RESET)
     await told(node)
     scan = driver.scan

@@ -9,7 +9,6 @@ from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.share import Division, MpsLimits
 from vgpu_agent.model.state import NodeState
-from vgpu_agent.mps import guard as module
 from vgpu_agent.mps.applied import Applied, AppliedCard
 from vgpu_agent.mps.daemon import DaemonLook, SimulatedDaemon
 from vgpu_agent.mps.guard import MpsGuard, judge
@@ -173,10 +172,9 @@ async def test_looks_that_find_nothing_new_publish_and_log_nothing(caplog):
     assert caplog.records == []
 
 
-async def test_it_looks_by_itself_and_soon_where_the_daemon_changed(monkeypatch):
-    monkeypatch.setattr(module, "GLANCE", 0.01)
-    monkeypatch.setattr(module, "ASK", 60.0)  # only the glance can tell
+async def test_it_looks_by_itself_and_soon_where_the_daemon_changed():
     node = Node()
+    node.guard.glance, node.guard.ask = 0.01, 60.0  # only the glance can tell
     node.state.driver_answered("1", GPUS)
     async with anyio.create_task_group() as tasks:
         await tasks.start(node.guard.run)

@@ -36,20 +36,25 @@ log = logging.getLogger(__name__)
 
 XID_RECOVERY_ACTION_CHANGED = 154
 
-DRIVER_RETRY = 30.0
-"""Seconds between two looks for a driver that cannot be asked, or that has no card."""
-
 CALL_LIMIT = 3.0
 """Seconds after which a call to the driver counts as hung."""
 
-EVENT_PAUSE = 0.1
-"""Seconds between two looks that events ask for, however many come."""
 
-RELEASE = 60.0
-"""Seconds for which all cards are let go of, so that they can be reset."""
+@dataclass(frozen=True, slots=True)
+class WatchTiming:
+    """The pauses of the watch, in seconds.
 
-RELEASE_PAUSE = 60.0
-"""Seconds between two releases that nobody asked for."""
+    `driver_retry` lies between two looks for a driver that cannot be asked, or that has no card;
+    `event_pause` between two looks that events ask for, however many come. A call to the driver
+    counts as hung after `call_limit`. `release` is how long all cards are let go of, so that they
+    can be reset, and `release_pause` lies between two releases that nobody asked for.
+    """
+
+    driver_retry: float = 30.0
+    call_limit: float = CALL_LIMIT
+    event_pause: float = 0.1
+    release: float = 60.0
+    release_pause: float = 60.0
 
 
 @dataclass
@@ -84,6 +89,7 @@ class HealthWatch:
     memory: FaultMemory
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
+    timing: WatchTiming = WatchTiming()
     _tracks: dict[str, _Track] = field(default_factory=dict)
     _recalled: dict[str, tuple[Remembered, ...]] = field(default_factory=dict)
     _seen_away: set[str] = field(default_factory=set)
@@ -135,12 +141,14 @@ class HealthWatch:
 
     async def _until_next_look(self) -> None:
         """Waits for the next turn, or for an event that asks for one."""
-        wait = self.policy.interval if self._tracks else max(self.policy.interval, DRIVER_RETRY)
+        wait, pause = self.policy.interval, self.timing.event_pause
+        if not self._tracks:
+            wait = max(wait, self.timing.driver_retry)
         if self._no_library_since is not None:
             left = self._no_library_since + self.policy.driver_wait - self.clock()
-            wait = min(wait, max(left, EVENT_PAUSE))
-        await anyio.sleep(EVENT_PAUSE)
-        with anyio.move_on_after(wait - EVENT_PAUSE):
+            wait = min(wait, max(left, pause))
+        await anyio.sleep(pause)
+        with anyio.move_on_after(wait - pause):
             await self._wake.wait()
         self._wake = anyio.Event()
 
@@ -178,7 +186,7 @@ class HealthWatch:
         readings: dict[str, Reading | None] = dict.fromkeys(uuids)
 
         async def probe(uuid: str) -> None:
-            with anyio.move_on_after(CALL_LIMIT):
+            with anyio.move_on_after(self.timing.call_limit):
                 readings[uuid] = await self.driver.probe(uuid)
 
         async with anyio.create_task_group() as tasks:
@@ -188,13 +196,13 @@ class HealthWatch:
 
     async def _scan(self) -> tuple[Scan | None, DriverError | None]:
         try:
-            with anyio.move_on_after(CALL_LIMIT):
+            with anyio.move_on_after(self.timing.call_limit):
                 return await self.driver.scan(), None
         except DriverError as error:
             return None, error
         if self._tracks:
             return None, None  # the probes decide
-        return None, DriverError(f"the driver does not answer within {CALL_LIMIT:g} s")
+        return None, DriverError(f"the driver does not answer within {self.timing.call_limit:g} s")
 
     def _tell(
         self,
@@ -209,7 +217,7 @@ class HealthWatch:
             self._tell_cards(scan)
         for uuid, reading in readings.items():
             if reading is None:
-                detail = f"the driver did not answer within {CALL_LIMIT:g} s"
+                detail = f"the driver did not answer within {self.timing.call_limit:g} s"
                 self._mark([uuid], Finding(Fact.PROBE_TIMEOUT, detail))
         self.state.memory_used(
             {
@@ -396,12 +404,13 @@ class HealthWatch:
         released = await self.driver.release()
         self._handles_void = True  # closed by us, which says nothing of a reset
         if released:
-            self.state.driver_released(self.wall_clock() + RELEASE)
-            log.warning("all GPUs are let go of for %.0f s: they can be reset now", RELEASE)
-            with anyio.move_on_after(RELEASE):
+            seconds = self.timing.release
+            self.state.driver_released(self.wall_clock() + seconds)
+            log.warning("all GPUs are let go of for %.0f s: they can be reset now", seconds)
+            with anyio.move_on_after(seconds):
                 await self._asked.wait()  # a request meanwhile gets a full time of its own
             self._asked = anyio.Event()
-        self._next_release = self.clock() + RELEASE_PAUSE
+        self._next_release = self.clock() + self.timing.release_pause
         if released and asked:
             # Whoever asked has reset what had to be reset, and is believed.
             for track in self._tracks.values():

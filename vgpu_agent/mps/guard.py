@@ -21,12 +21,6 @@ from vgpu_agent.mps.daemon import Daemon, DaemonLook
 
 log = logging.getLogger(__name__)
 
-GLANCE = 1.0
-"""Seconds between two looks at whether the same daemon is there; to ask it, where it was away."""
-
-ASK = 3.0
-"""Seconds between two looks that ask it everything, where all was well."""
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -110,7 +104,11 @@ def _replacement(
 
 @dataclass
 class MpsGuard:
-    """Looks at the daemon again and again, and tells the node's state."""
+    """Looks at the daemon again and again, and tells the node's state.
+
+    Every `glance` seconds it looks whether the same daemon is there, and asks it where it was away;
+    where all was well it is asked everything every `ask` seconds.
+    """
 
     daemon: Daemon
     state: NodeState
@@ -118,6 +116,8 @@ class MpsGuard:
     limits: MpsLimits
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
+    glance: float = 1.0
+    ask: float = 3.0
     _faulty: bool = False
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -127,9 +127,9 @@ class MpsGuard:
         while True:
             asked, generation = self.clock(), self.daemon.generation()
             while True:
-                await anyio.sleep(GLANCE)
+                await anyio.sleep(self.glance)
                 well = not self.state.snapshot.mps.problem
-                if not well or self.clock() - asked >= ASK:
+                if not well or self.clock() - asked >= self.ask:
                     break
                 if self.daemon.generation() != generation:
                     break
