@@ -33,12 +33,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-BEAT = 1.0
-"""Seconds between two signs of life of the loop."""
-
-ALIVE = 10.0
-"""Seconds without a sign of life after which /healthz says no."""
-
 MOST_CONNECTIONS = 64
 """Connections that may be open: Prometheus, probes and people need a few."""
 
@@ -117,7 +111,8 @@ def _always(answer: Answer) -> Page:
 class Web:
     """Serves one node's state. Owns the sign of life and the listening socket.
 
-    Without `page` there is none at /.
+    Without `page` there is none at /. The loop gives a sign of life every `beat` seconds, and
+    /healthz says no where there was none for `alive` seconds.
     """
 
     def __init__(
@@ -129,12 +124,15 @@ class Web:
         status: Status,
         page: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        beat: float = 1.0,
+        alive: float = 10.0,
     ) -> None:
         self._listener = listener
         self._state = state
         self._metrics = metrics
         self._status = status
         self._clock = clock
+        self._beat, self._alive = beat, alive
         self._last_beat = clock()
         self._rendering = CapacityLimiter(1)
         self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
@@ -155,7 +153,7 @@ class Web:
         """Serves until cancelled, then lets requests end for a moment."""
         server = _Server(self._answer_request)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._beat)
+            tasks.start_soon(self._keep_beating)
             tasks.start_soon(server.serve_shielded, self._listener)
             task_status.started()
             try:
@@ -163,10 +161,10 @@ class Web:
             finally:
                 server.stop()
 
-    async def _beat(self) -> None:
+    async def _keep_beating(self) -> None:
         while True:
             self._last_beat = self._clock()
-            await anyio.sleep(BEAT)
+            await anyio.sleep(self._beat)
 
     # Answers
 
@@ -223,7 +221,7 @@ class Web:
     async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
         """Whether the loop lives. That this is answered proves half of it, the beat the rest."""
         age = self._clock() - self._last_beat
-        if age > ALIVE:
+        if age > self._alive:
             return Answer(503, f"no sign of life for {age:.0f} s\n".encode())
         return Answer(200, b"ok\n")
 
