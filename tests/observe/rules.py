@@ -35,6 +35,48 @@ def alerts() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+def runbook_of(name: str) -> str:
+    """Where an alert sends its reader."""
+    return f"docs/runbook.md#{name.lower()}"
+
+
+def alert_tests() -> dict[str, Any]:
+    """The cases of ALERTS_TEST as a file for `promtool test rules`."""
+    return {
+        "rule_files": [str(ALERTS)],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "name": name,
+                "interval": "1m",
+                "input_series": [
+                    {"series": series, "values": values}
+                    for series, values in case["series"].items()
+                ],
+                "alert_rule_test": [
+                    {
+                        "alertname": name,
+                        "eval_time": time,
+                        "exp_alerts": [
+                            {
+                                "exp_labels": alert["labels"],
+                                "exp_annotations": {
+                                    "summary": alert["summary"],
+                                    "description": alert["description"],
+                                    "runbook": runbook_of(name),
+                                },
+                            }
+                            for alert in case["fires"].get(time, ())
+                        ],
+                    }
+                    for time in (*case["quiet"], *case["fires"])
+                ],
+            }
+            for name, case in yaml.safe_load(ALERTS_TEST.read_text()).items()
+        ],
+    }
+
+
 def dashboard(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 

@@ -171,14 +171,6 @@ async def test_it_shows_use_and_share_and_who_is_over_it(browser):
         await expect(tab.card(0).locator(".memory")).to_contain_text("17.1\u00a0GiB used of")
 
 
-async def test_use_is_not_shown_where_it_is_not_measured(browser, state):
-    screenshot.hold(state, (0, RESNET, range(2)))
-    async with showing(browser, state) as tab:
-        await expect(tab.card(0).get_by_role("columnheader")).to_have_text(
-            ["Pod", "vGPUs", "Share"]
-        )
-
-
 async def test_a_card_that_fails_says_why_and_heals(browser, state):
     screenshot.hold(state, (0, RESNET, range(2)))
     uuid = cards(state)[0].gpu.uuid
@@ -397,6 +389,7 @@ async def test_a_screen_reader_finds_headings_lists_and_tables(browser, state):
             ["State of the node", "GPU 0 · NVIDIA L4", "GPU 1 · NVIDIA L4"]
         )
         table = tab.card(0).get_by_role("table", name="Who holds vGPUs of GPU 0")
+        # Use is not measured here, and has no column.
         await expect(table.get_by_role("columnheader")).to_have_text(["Pod", "vGPUs", "Share"])
         await expect(table.get_by_role("rowheader")).to_contain_text("resnet-0")
         await expect(tab.card(0).get_by_role("listitem")).to_have_count(10)
