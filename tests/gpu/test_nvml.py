@@ -72,8 +72,11 @@ def start(fake_nvml: FakeNvml) -> Iterator[Start]:
     children: list[Child] = []
 
     def start(
-        *, min_compute_capability: tuple[int, int] | None = None, library: bool = True
+        *cards: FakeCard,
+        min_compute_capability: tuple[int, int] | None = None,
+        library: bool = True,
     ) -> Child:
+        """With cards they are all there are, and were scanned once."""
         roots = (str(fake_nvml.numa_root), str(fake_nvml.proc_root))
         argument = json.dumps([*roots, min_compute_capability])
         environment = {**os.environ, **(fake_nvml.environment() if library else {})}
@@ -86,8 +89,12 @@ def start(fake_nvml: FakeNvml) -> Iterator[Start]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        children.append(Child(process))
-        return children[-1]
+        child = Child(process)
+        children.append(child)
+        if cards:
+            fake_nvml.set_cards(*cards)
+            child.ask("scan")
+        return child
 
     yield start
     for child in children:
@@ -101,14 +108,14 @@ def uuids(scan: dict[str, Any]) -> list[str]:
     return [gpu["uuid"] for gpu in scan["gpus"]]
 
 
-def test_without_the_library_says_what_is_missing(start: Start) -> None:
+def test_without_the_library_says_what_is_missing(start):
     child = start(library=False)
     assert "libnvidia-ml.so.1 is not here" in child.ask("scan")["error"]
     assert child.ask("events", 1) == []
     assert child.ask("probe", "GPU-a")["lost"]
 
 
-def test_a_driver_that_is_not_loaded_can_be_loaded_later(start: Start, fake_nvml: FakeNvml) -> None:
+def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
     child = start()
     fake_nvml.set_cards(L4)
     for code, words in (
@@ -123,14 +130,14 @@ def test_a_driver_that_is_not_loaded_can_be_loaded_later(start: Start, fake_nvml
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
 
-def test_no_cards_then_cards(start: Start, fake_nvml: FakeNvml) -> None:
+def test_no_cards_then_cards(start, fake_nvml):
     child = start()
     assert child.ask("scan") == {"driver_version": "570.1", "gpus": [], "excluded": []}
     fake_nvml.set_cards(L4)
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
 
-def test_describes_cards_with_their_numa_nodes(start: Start, fake_nvml: FakeNvml) -> None:
+def test_describes_cards_with_their_numa_nodes(start, fake_nvml):
     fake_nvml.set_cards(
         FakeCard("GPU-a", bus="00000000:3B:00.0", numa=0),
         FakeCard("GPU-b", bus="00000000:AF:00.0", numa=1),
@@ -155,7 +162,7 @@ def test_describes_cards_with_their_numa_nodes(start: Start, fake_nvml: FakeNvml
     assert gpus[3]["compute_capability"] == [9, 0]
 
 
-def test_leaves_out_mig_and_old_cards(start: Start, fake_nvml: FakeNvml) -> None:
+def test_leaves_out_mig_and_old_cards(start, fake_nvml):
     fake_nvml.set_cards(
         L4,
         FakeCard("GPU-mig", mig=1),
@@ -172,10 +179,8 @@ def test_leaves_out_mig_and_old_cards(start: Start, fake_nvml: FakeNvml) -> None
     assert "GPU-old" in uuids(start().ask("scan"))
 
 
-def test_reads_a_card(start: Start, fake_nvml: FakeNvml) -> None:
-    child = start()
-    fake_nvml.set_cards(dataclasses.replace(L4, energy=1000))
-    child.ask("scan")
+def test_reads_a_card(start, fake_nvml):
+    child = start(dataclasses.replace(L4, energy=1000))
     healthy = {
         "lost": False,
         "error": None,
@@ -205,7 +210,7 @@ def test_reads_a_card(start: Start, fake_nvml: FakeNvml) -> None:
     assert child.ask("probe", "GPU-a") == {**healthy, "recovery_action": 0}
 
 
-def test_what_a_card_does_not_offer_is_no_fault(start: Start, fake_nvml: FakeNvml) -> None:
+def test_what_a_card_does_not_offer_is_no_fault(start, fake_nvml):
     child = start()
     optional = ("ecc", "remap_failed", "remap_pending", "action", "compute_mode", "energy")
     missing = dict.fromkeys(optional)
@@ -224,7 +229,7 @@ def test_what_a_card_does_not_offer_is_no_fault(start: Start, fake_nvml: FakeNvm
     }
 
 
-def test_an_error_is_told_in_the_words_of_nvml(start: Start, fake_nvml: FakeNvml) -> None:
+def test_an_error_is_told_in_the_words_of_nvml(start, fake_nvml):
     child = start()
     fake_nvml.set_cards(L4, FakeCard("GPU-new", error=UNKNOWN))
     scan = child.ask("scan")
@@ -238,12 +243,8 @@ def test_an_error_is_told_in_the_words_of_nvml(start: Start, fake_nvml: FakeNvml
     ]
 
 
-def test_a_lost_card_is_lost_to_probe_and_scan_until_it_is_back(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(L4, SECOND)
-    child.ask("scan")
+def test_a_lost_card_is_lost_to_probe_and_scan_until_it_is_back(start, fake_nvml):
+    child = start(L4, SECOND)
     fake_nvml.update("GPU-a", lost=True)
     assert child.ask("probe", "GPU-a")["lost"]
     assert not child.ask("probe", "GPU-b")["lost"]
@@ -254,12 +255,8 @@ def test_a_lost_card_is_lost_to_probe_and_scan_until_it_is_back(
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
 
-def test_a_reset_card_is_lost_to_its_old_handle_and_found_by_the_next_scan(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(L4, SECOND)
-    child.ask("scan")
+def test_a_reset_card_is_lost_to_its_old_handle_and_found_by_the_next_scan(start, fake_nvml):
+    child = start(L4, SECOND)
     child.ask("cancel", 0.05)  # long enough to register for events
     fake_nvml.update("GPU-a", epoch=1)
     assert child.ask("probe", "GPU-a")["lost"]
@@ -270,10 +267,8 @@ def test_a_reset_card_is_lost_to_its_old_handle_and_found_by_the_next_scan(
     assert child.answer() == [["XidEvent", "GPU-a", 13]]
 
 
-def test_a_card_that_was_added_is_seen_after_a_while(start: Start, fake_nvml: FakeNvml) -> None:
-    child = start()
-    fake_nvml.set_cards(L4)
-    child.ask("scan")
+def test_a_card_that_was_added_is_seen_after_a_while(start, fake_nvml):
+    child = start(L4)
     child.ask("advance", 31)
     assert uuids(child.ask("scan")) == ["GPU-a"]
     fake_nvml.set_cards(L4, SECOND)
@@ -281,7 +276,7 @@ def test_a_card_that_was_added_is_seen_after_a_while(start: Start, fake_nvml: Fa
     assert not child.ask("probe", "GPU-b")["lost"]
 
 
-def test_events_name_their_card_where_it_can_be_told(start: Start, fake_nvml: FakeNvml) -> None:
+def test_events_name_their_card_where_it_can_be_told(start, fake_nvml):
     fake_nvml.set_cards(L4, SECOND, FakeCard("GPU-mute", events=None))
     fake_nvml.xid("GPU-a", 31)  # of the past
     child = start()
@@ -301,12 +296,8 @@ def test_events_name_their_card_where_it_can_be_told(start: Start, fake_nvml: Fa
     assert found == [["XidEvent", "GPU-a", 79], ["RecoveryActionChanged", "GPU-b"]]
 
 
-def test_events_go_on_when_cards_come_back_and_after_errors(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(FakeCard("GPU-a", events=XID_EVENTS), SECOND)
-    child.ask("scan")
+def test_events_go_on_when_cards_come_back_and_after_errors(start, fake_nvml):
+    child = start(FakeCard("GPU-a", events=XID_EVENTS), SECOND)
     child.ask("cancel", 0.05)
     fake_nvml.wait_error(GPU_IS_LOST)
     started = time.monotonic()
@@ -323,30 +314,22 @@ def test_events_go_on_when_cards_come_back_and_after_errors(
     assert child.answer() == [["XidEvent", "GPU-b", 94]]
 
 
-def test_waiting_without_any_events_takes_its_second(start: Start, fake_nvml: FakeNvml) -> None:
-    child = start()
-    fake_nvml.set_cards(FakeCard("GPU-a", events=0))
-    child.ask("scan")
+def test_waiting_without_any_events_takes_its_second(start):
+    child = start(FakeCard("GPU-a", events=0))
     started = time.monotonic()
     assert child.ask("events", 1) == []
     assert time.monotonic() - started > 0.9
 
 
-def test_a_cancelled_wait_is_over_at_once_and_leaves_no_thread(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(L4)
-    child.ask("scan")
+def test_a_cancelled_wait_is_over_at_once_and_leaves_no_thread(start):
+    child = start(L4)
     assert child.ask("cancel", 0.1) < 0.4
     assert child.end() < 1
 
 
-def test_leaving_while_a_thread_waits_is_orderly(start: Start, fake_nvml: FakeNvml) -> None:
+def test_leaving_while_a_thread_waits_is_orderly(start, fake_nvml):
     # The fake library aborts if it is shut down under a waiting thread.
-    child = start()
-    fake_nvml.set_cards(L4)
-    child.ask("scan")
+    child = start(L4)
     assert child.ask("leave") < 1
     assert child.ask("probe", "GPU-a")["lost"]
     assert uuids(child.ask("scan")) == ["GPU-a"]
@@ -355,12 +338,8 @@ def test_leaving_while_a_thread_waits_is_orderly(start: Start, fake_nvml: FakeNv
     assert child.answer() == [["XidEvent", "GPU-a", 13]]
 
 
-def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(L4, SECOND)
-    child.ask("scan")
+def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(start, fake_nvml):
+    child = start(L4, SECOND)
     fake_nvml.update("GPU-a", hang=60)
     found = child.ask("hang", "GPU-a", 0.1, 4)
     assert found["timeouts"] == 4
@@ -371,12 +350,8 @@ def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(
     assert not child.ask("probe", "GPU-b")["lost"]
 
 
-def test_a_process_that_both_lists_name_is_one_with_the_larger_memory_that_is_known(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(L4, SECOND)
-    child.ask("scan")
+def test_a_process_of_both_lists_is_one_with_the_larger_known_memory(start, fake_nvml):
+    child = start(L4, SECOND)
     assert child.ask("processes", "GPU-a") == []
     assert child.ask("processes", "GPU-unknown") is None
     fake_nvml.update(
@@ -398,13 +373,8 @@ def test_a_process_that_both_lists_name_is_one_with_the_larger_memory_that_is_kn
 
 
 @pytest.mark.parametrize("process_v3", [True, False], ids=["v3", "v2"])
-def test_processes_are_told_by_drivers_without_mps_or_with_older_calls(
-    start: Start, fake_nvml: FakeNvml, process_v3: bool
-) -> None:
-    child = start()
-    card = dataclasses.replace(L4, compute=((41, 512),), process_v3=process_v3)
-    fake_nvml.set_cards(card)
-    child.ask("scan")
+def test_processes_are_told_without_mps_or_by_older_calls(start, fake_nvml, process_v3):
+    child = start(dataclasses.replace(L4, compute=((41, 512),), process_v3=process_v3))
     assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
     fake_nvml.update("GPU-a", mps=None)
     assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
@@ -427,20 +397,14 @@ def test_processes_are_told_by_drivers_without_mps_or_with_older_calls(
     ],
     ids=str,
 )
-def test_a_card_whose_processes_are_not_all_told_tells_none(
-    start: Start, fake_nvml: FakeNvml, failure: dict[str, Any]
-) -> None:
-    child = start()
-    fake_nvml.set_cards(dataclasses.replace(L4, compute=((41, 512),), mps=((42, 1),)))
-    child.ask("scan")
+def test_a_card_whose_processes_are_not_all_told_tells_none(start, fake_nvml, failure):
+    child = start(dataclasses.replace(L4, compute=((41, 512),), mps=((42, 1),)))
     assert len(child.ask("processes", "GPU-a")) == 2
     fake_nvml.update("GPU-a", **failure)
     assert child.ask("processes", "GPU-a") is None
 
 
-def test_asking_for_processes_does_not_open_what_was_let_go_of(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
+def test_asking_for_processes_does_not_open_what_was_let_go_of(start, fake_nvml):
     child = start()
     fake_nvml.set_cards(dataclasses.replace(L4, compute=((41, 512),)))
     assert child.ask("processes", "GPU-a") is None
@@ -452,12 +416,8 @@ def test_asking_for_processes_does_not_open_what_was_let_go_of(
     assert child.ask("processes", "GPU-a") == [[41, 512 * MIB]]
 
 
-def test_a_list_of_processes_that_hangs_costs_one_thread_and_holds_up_no_probe(
-    start: Start, fake_nvml: FakeNvml
-) -> None:
-    child = start()
-    fake_nvml.set_cards(L4, SECOND)
-    child.ask("scan")
+def test_a_list_of_processes_that_hangs_costs_one_thread_and_holds_up_no_probe(start, fake_nvml):
+    child = start(L4, SECOND)
     child.ask("probe", "GPU-a")  # which leaves an idle thread
     fake_nvml.update("GPU-a", list_hang=60)
     found = child.ask("hang", "GPU-a", 0.1, 4, "processes")
