@@ -82,8 +82,14 @@ class FakeMps:
         self.make_directories()
         daemon = subprocess.Popen([self.program, "-f"], env=self._environment(), text=True)
         self.processes.append(daemon)
+        self.daemon = daemon
         eventually(lambda: self.ask("get_server_list").returncode == 0)
         return daemon
+
+    def kill(self) -> None:
+        """The daemon is gone, without a word."""
+        self.daemon.kill()
+        self.daemon.wait()
 
     def ask(self, line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

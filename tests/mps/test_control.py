@@ -77,22 +77,22 @@ async def test_questions_at_the_same_time_take_turns(fake_mps: FakeMps):
     assert most <= 2  # the daemon, and one question
 
 
-async def test_without_a_daemon_it_is_down(fake_mps: FakeMps):
+async def test_without_a_daemon_it_is_down_also_where_a_killed_one_left_its_socket(
+    fake_mps: FakeMps,
+):
     fake_mps.make_directories()
     with pytest.raises(MpsDownError, match="no MPS daemon answers"):
         await fake_mps.control().servers()
-
-
-async def test_a_daemon_that_was_killed_is_down_though_its_socket_is_left(fake_mps: FakeMps):
-    daemon = fake_mps.start()
-    daemon.kill()
-    daemon.wait()
+    fake_mps.start()
+    fake_mps.kill()
     assert (fake_mps.directories.pipe / "control").exists()
     with pytest.raises(MpsDownError):
         await fake_mps.control().servers()
 
 
-async def test_a_daemon_that_hangs_is_told_in_time_and_leaves_nothing(fake_mps: FakeMps):
+async def test_a_daemon_that_hangs_is_told_in_time_and_a_question_to_it_leaves_nothing(
+    fake_mps: FakeMps,
+):
     fake_mps.start()
     control = fake_mps.control()
     await control.servers()
@@ -102,23 +102,13 @@ async def test_a_daemon_that_hangs_is_told_in_time_and_leaves_nothing(fake_mps: 
     with pytest.raises(MpsHungError, match=r"does not answer `get_server_list` within 1\.5 s"):
         await control.servers()
     assert time.monotonic() - start < 2
-    assert children() == before
-    assert open_files() == files
-    fake_mps.behave()
-    assert await control.servers() == ()
-
-
-async def test_a_cancelled_question_leaves_nothing(fake_mps: FakeMps):
-    fake_mps.start()
-    control = fake_mps.control()
-    await control.servers()
-    before, files = children(), open_files()
-    fake_mps.behave(hang=True)
+    assert (children(), open_files()) == (before, files)
     with anyio.move_on_after(0.2) as scope:
         await control.servers()
     assert scope.cancelled_caught
-    assert children() == before
-    assert open_files() == files
+    assert (children(), open_files()) == (before, files)
+    fake_mps.behave()
+    assert await control.servers() == ()
 
 
 async def test_a_refusal_is_told_with_its_words(fake_mps: FakeMps):
@@ -128,17 +118,14 @@ async def test_a_refusal_is_told_with_its_words(fake_mps: FakeMps):
         await fake_mps.control().servers()
 
 
-async def test_a_missing_program_is_told(tmp_path: Path):
-    control = Control(tmp_path, tmp_path, binary=str(tmp_path / "none"))
+async def test_a_program_that_is_missing_or_may_not_be_run_is_told(tmp_path: Path):
+    program = tmp_path / "program"
+    control = Control(tmp_path, tmp_path, binary=str(program))
     with pytest.raises(MpsBinaryError, match="install the driver"):
         await control.servers()
-
-
-async def test_a_program_that_may_not_be_run_is_told(tmp_path: Path):
-    program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     with pytest.raises(MpsBinaryError, match="Permission denied"):
-        await Control(tmp_path, tmp_path, binary=str(program)).servers()
+        await control.servers()
 
 
 # Its answers
@@ -149,10 +136,19 @@ def test_pids_are_read_back(pids):
     assert parse_pids("\n".join(map(str, pids)) + "\n") == tuple(pids)
 
 
-@pytest.mark.parametrize("text", ["12 13", "-1", "no servers", "12\nServer 13"])
-def test_what_is_no_list_of_pids_is_refused(text):
-    with pytest.raises(MpsRefusedError):
-        parse_pids(text)
+@pytest.mark.parametrize(
+    ("parse", "texts"),
+    [
+        (parse_pids, ["12 13", "-1", "no servers", "12\nServer 13"]),
+        (parse_percentage, ["", "all", "101", "-5", "5 5"]),
+        (parse_memory, ["unlimited", "-1G", "1.5G", "8G 8G"]),
+    ],
+    ids=["PIDs", "a percentage", "a limit of memory"],
+)
+def test_what_makes_no_sense_is_refused(parse, texts):
+    for text in texts:
+        with pytest.raises(MpsRefusedError):
+            parse(text)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +171,6 @@ def test_percentages_are_read_back(percentage, form):
     assert parse_percentage(f" {percentage}{form}\n") == percentage
 
 
-@pytest.mark.parametrize("text", ["", "all", "101", "-5", "5 5"])
-def test_what_is_no_percentage_is_refused(text):
-    with pytest.raises(MpsRefusedError):
-        parse_percentage(text)
-
-
 @given(st.integers(1, 10**6), st.sampled_from([("M", MIB), ("G", GIB), ("", 1), ("MB", MIB)]))
 def test_limits_of_memory_are_read_back(number, unit):
     assert parse_memory(f"{number}{unit[0]}\n") == number * unit[1]
@@ -189,12 +179,6 @@ def test_limits_of_memory_are_read_back(number, unit):
 @pytest.mark.parametrize("text", ["", "  \n", "0", "0G", "0M"])
 def test_nothing_and_zero_are_no_limit(text):
     assert parse_memory(text) is None
-
-
-@pytest.mark.parametrize("text", ["unlimited", "-1G", "1.5G", "8G 8G"])
-def test_what_is_no_limit_is_refused(text):
-    with pytest.raises(MpsRefusedError):
-        parse_memory(text)
 
 
 @given(st.integers(MIB, 2**38))

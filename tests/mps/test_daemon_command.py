@@ -26,39 +26,30 @@ def test_the_process_is_the_daemon_and_answers(fake_mps: FakeMps):
     assert fake_mps.ask("get_server_list").returncode != 0
 
 
-@pytest.fixture
-def told(tmp_path: Path):
-    """What a daemon is started with, by a program of its name that writes it down."""
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [({}, "-f"), ({"VGPU_MPS_MULTIUSER": "on"}, "-f -multiuser-server")],
+    ids=["by default", "several users"],
+)
+def test_it_gets_arguments_directories_the_order_of_cards_and_its_signals(
+    tmp_path: Path, variables: dict[str, str], arguments: str
+):
+    """Seen by a program of its name that writes down what it is started with."""
     program = tmp_path / "nvidia-cuda-mps-control"
     program.write_text('#!/bin/sh\necho "arguments $*"\nenv\nexec cat /proc/self/status\n')
     program.chmod(0o755)
-
-    def start(**variables: str) -> str:
-        path = f"{tmp_path}:{os.environ['PATH']}"
-        done = execute("mps", "daemon", PATH=path, VGPU_MPS_DIRECTORY="/run/x/mps", **variables)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    return start
-
-
-def test_it_gets_its_directories_and_the_order_of_cards(told):
-    lines = told().splitlines()
-    assert "arguments -f" in lines
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = execute("mps", "daemon", PATH=path, VGPU_MPS_DIRECTORY="/run/x/mps", **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert f"arguments {arguments}" in lines
     assert "CUDA_MPS_PIPE_DIRECTORY=/run/x/mps/pipe" in lines
     assert "CUDA_MPS_LOG_DIRECTORY=/run/x/mps/log" in lines
     assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in lines
-
-
-def test_several_users_are_served_where_that_is_wanted(told):
-    assert "arguments -f -multiuser-server" in told(VGPU_MPS_MULTIUSER="on").splitlines()
-
-
-def test_signals_that_python_ignores_are_not_ignored_by_the_daemon(told):
-    ignored = next(line for line in told().splitlines() if line.startswith("SigIgn:"))
-    bits = int(ignored.split()[1], 16)
-    assert not bits & (1 << (signal.SIGPIPE - 1))
-    assert not bits & (1 << (signal.SIGXFSZ - 1))
+    # What Python ignores the daemon does not.
+    ignored = int(next(line for line in lines if line.startswith("SigIgn:")).split()[1], 16)
+    assert not ignored & (1 << (signal.SIGPIPE - 1))
+    assert not ignored & (1 << (signal.SIGXFSZ - 1))
 
 
 def test_a_missing_program_is_named_with_what_to_do(tmp_path: Path):

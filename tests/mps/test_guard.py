@@ -1,5 +1,6 @@
 """What the agent makes of the MPS daemon."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import anyio
@@ -101,66 +102,78 @@ class Node:
         self.daemon = SimulatedDaemon({ONE: 10, TWO: 10}, MpsLimits.CLIENT)
         self.guard = MpsGuard(self.daemon, self.state, DIVISION, MpsLimits.CLIENT)
 
+    @property
+    def replicas(self) -> list[int]:
+        return [card.replicas for card in self.state.snapshot.inventory.cards]
+
+    @property
     def reasons(self) -> list[list[Reason]]:
         cards = self.state.snapshot.inventory.cards
         return [[fault.reason for fault in card.faults] for card in cards]
 
 
-async def test_a_daemon_that_dies_takes_all_vgpus_with_it_and_brings_them_back_at_once():
-    node = Node()
+@pytest.fixture
+def node() -> Node:
+    return Node()
+
+
+async def becomes(node: Node, holds: Callable[[str | None], bool]) -> None:
+    with anyio.fail_after(2):
+        async for snapshot in node.state.latest.follow():
+            if holds(snapshot.mps.problem):
+                return
+
+
+async def test_a_daemon_that_dies_takes_all_vgpus_with_it_and_brings_them_back_at_once(node):
     await node.guard.look()
     node.state.driver_answered("1", GPUS)
-    assert node.reasons() == [[], []]
+    assert node.reasons == [[], []]
     published = node.state.latest.version
     node.daemon.die()
     await node.guard.look()
-    assert node.reasons() == [[Reason.MPS], [Reason.MPS]]
+    assert node.reasons == [[Reason.MPS], [Reason.MPS]]
     assert node.state.latest.version - published == 2  # the daemon, and all cards in one
     node.daemon.come_back()
     await node.guard.look()
-    assert node.reasons() == [[], []]
+    assert node.reasons == [[], []]
 
 
-async def test_a_card_that_appears_while_the_daemon_is_away_is_not_offered():
-    node = Node()
+async def test_a_card_that_appears_while_the_daemon_is_away_is_not_offered(node):
     node.daemon.die()
     await node.guard.look()
     node.state.driver_answered("1", GPUS[:1])
-    assert node.reasons() == [[Reason.MPS]]
+    assert node.reasons == [[Reason.MPS]]
     node.state.driver_answered("1", GPUS)
-    assert node.reasons() == [[Reason.MPS], [Reason.MPS]]
+    assert node.reasons == [[Reason.MPS], [Reason.MPS]]
     node.daemon.come_back()
     await node.guard.look()
-    assert node.reasons() == [[], []]
+    assert node.reasons == [[], []]
 
 
-async def test_a_server_fault_comes_and_goes_beside_other_reasons():
-    node = Node()
+async def test_a_server_fault_comes_and_goes_beside_other_reasons(node):
     await node.guard.look()
     node.state.driver_answered("1", GPUS)
     node.daemon.fail_server(faulty=True)
     await node.guard.look()
-    assert node.reasons() == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
+    assert node.reasons == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
     node.daemon.fail_server(faulty=False)
     await node.guard.look()
-    assert node.reasons() == [[], []]
+    assert node.reasons == [[], []]
 
 
-async def test_cards_have_as_many_vgpus_as_the_daemon_was_told():
-    node = Node()
+async def test_cards_have_as_many_vgpus_as_the_daemon_was_told(node):
     node.daemon = SimulatedDaemon({ONE: 4, TWO: 10}, MpsLimits.CLIENT)
     node.guard.daemon = node.daemon
     node.state.driver_answered("1", GPUS)
-    assert [card.replicas for card in node.state.snapshot.inventory.cards] == [10, 10]
+    assert node.replicas == [10, 10]
     await node.guard.look()
-    assert [card.replicas for card in node.state.snapshot.inventory.cards] == [4, 10]
+    assert node.replicas == [4, 10]
     node.state.driver_answered("2", GPUS)
-    assert [card.replicas for card in node.state.snapshot.inventory.cards] == [4, 10]
+    assert node.replicas == [4, 10]
     assert "GPU 0 has 4 vGPUs instead of 10" in (node.state.snapshot.mps.replacement or "")
 
 
-async def test_looks_that_find_nothing_new_publish_and_log_nothing(caplog):
-    node = Node()
+async def test_looks_that_find_nothing_new_publish_and_log_nothing(node, caplog):
     node.state.driver_answered("1", GPUS)
     node.daemon.die()
     await node.guard.look()
@@ -172,38 +185,29 @@ async def test_looks_that_find_nothing_new_publish_and_log_nothing(caplog):
     assert caplog.records == []
 
 
-async def test_it_looks_by_itself_and_soon_where_the_daemon_changed():
-    node = Node()
+async def test_it_looks_by_itself_and_soon_where_the_daemon_changed(node):
     node.guard.glance, node.guard.ask = 0.01, 60.0  # only the glance can tell
     node.state.driver_answered("1", GPUS)
     async with anyio.create_task_group() as tasks:
         await tasks.start(node.guard.run)
         node.daemon.die()
-        with anyio.fail_after(2):
-            async for snapshot in node.state.latest.follow():
-                if snapshot.mps.problem is not None:
-                    break
+        await becomes(node, lambda problem: problem is not None)
         node.daemon.come_back()
-        with anyio.fail_after(2):
-            async for snapshot in node.state.latest.follow():
-                if snapshot.mps.problem is None:
-                    break
+        await becomes(node, lambda problem: problem is None)
         tasks.cancel_scope.cancel()
 
 
-async def test_a_card_that_the_daemon_was_never_told_of_is_not_offered():
-    node = Node()
+async def test_a_card_that_the_daemon_was_never_told_of_is_not_offered(node):
     node.daemon = SimulatedDaemon({ONE: 10}, MpsLimits.CLIENT)
     node.guard.daemon = node.daemon
     await node.guard.look()
     node.state.driver_answered("1", GPUS)
-    assert node.reasons() == [[], [Reason.MPS]]
+    assert node.reasons == [[], [Reason.MPS]]
     await node.guard.look()
-    assert node.reasons() == [[], [Reason.MPS]]
+    assert node.reasons == [[], [Reason.MPS]]
 
 
-async def test_a_fault_of_the_server_is_logged_once_for_as_long_as_it_lasts(caplog):
-    node = Node()
+async def test_a_fault_of_the_server_is_logged_once_for_as_long_as_it_lasts(node, caplog):
     node.daemon.fail_server(faulty=True)
     for _ in range(4):
         await node.guard.look()

@@ -123,12 +123,11 @@ async def test_the_selinux_type_is_set_where_there_are_labels(
 async def test_the_state_of_a_dead_daemon_is_removed_and_that_of_a_living_one_kept(
     fake_mps: FakeMps,
 ):
-    daemon = fake_mps.start()
+    fake_mps.start()
     fake_mps.directories.state.write_text("{}")
     await make(fake_mps)
     assert fake_mps.directories.state.exists()
-    daemon.kill()
-    daemon.wait()
+    fake_mps.kill()
     await make(fake_mps)
     assert not fake_mps.directories.state.exists()
 
@@ -179,16 +178,14 @@ async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(
     other_root.mkdir()
     other = FakeMps(other_root)
     try:
-        other_daemon = other.start()
+        other.start()
         foreign = other.start_server()
-        other_daemon.kill()
-        other_daemon.wait()
-        daemon = fake_mps.start()
+        other.kill()
+        fake_mps.start()
         server = fake_mps.start_server()
         control = fake_mps.control()
         assert await end_orphans(fake_mps.directories.pipe, control) == ()
-        daemon.kill()
-        daemon.wait()
+        fake_mps.kill()
         assert await end_orphans(fake_mps.directories.pipe, control) == (server,)
         assert f"MPS server {server} has lost its daemon and is ended" in caplog.text
         assert fake_mps.server_pids() == []
@@ -201,14 +198,13 @@ async def test_a_server_that_may_not_be_looked_into_is_told_and_left(
     fake_mps: FakeMps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """Root without capabilities cannot read the environment of another user's process."""
-    daemon = fake_mps.start()
+    fake_mps.start()
     server = fake_mps.start_server()
     with monkeypatch.context() as patched:
         patched.setattr("vgpu_agent.mps.processes.variable_of", lambda *_: None)
         assert await end_orphans(fake_mps.directories.pipe, fake_mps.control()) == ()
         assert "does not show whose it is" not in caplog.text  # its daemon answers
-        daemon.kill()
-        daemon.wait()
+        fake_mps.kill()
         assert await end_orphans(fake_mps.directories.pipe, fake_mps.control()) == ()
     assert f"MPS server {server} does not show whose it is" in caplog.text
     assert fake_mps.server_pids() == [server]
@@ -216,10 +212,9 @@ async def test_a_server_that_may_not_be_looked_into_is_told_and_left(
 
 async def test_a_server_that_takes_no_sigterm_is_killed(fake_mps: FakeMps):
     fake_mps.behave(stubborn=True)
-    daemon = fake_mps.start()
+    fake_mps.start()
     server = fake_mps.start_server()
-    daemon.kill()
-    daemon.wait()
+    fake_mps.kill()
     ended = await end_orphans(fake_mps.directories.pipe, fake_mps.control(), end_seconds=0.2)
     assert ended == (server,)
     eventually(lambda: fake_mps.server_pids() == [])

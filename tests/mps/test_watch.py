@@ -82,10 +82,12 @@ def in_force(mps: FakeMps) -> bool:
 # What is applied and said
 
 
+@pytest.mark.parametrize(("whole_gib", "said"), [(False, "2300M"), (True, "2G")])
 async def test_limits_are_applied_read_back_and_published(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
+    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture, whole_gib: bool, said: str
 ):
     caplog.set_level("INFO")
+    fake_mps.behave(whole_gib=whole_gib)
     fake_mps.start()
     async with watching(fake_mps, SERVER):
         await becomes(lambda: in_force(fake_mps))
@@ -93,7 +95,7 @@ async def test_limits_are_applied_read_back_and_published(
     assert generation is not None
     assert state(fake_mps) == Applied(generation, MpsLimits.SERVER, 10, CARDS, None, "1.2")
     assert fake_mps.ask("get_default_active_thread_percentage").stdout == "10.0\n"
-    assert fake_mps.ask("get_default_device_pinned_mem_limit 1").stdout == "2300M\n"
+    assert fake_mps.ask("get_default_device_pinned_mem_limit 1").stdout == f"{said}\n"
     assert caplog.messages == [
         "limits are in force: server, 10 % of the threads, 2300 MiB on card 0, 2300 MiB on card 1"
     ]
@@ -124,31 +126,23 @@ async def test_a_limit_that_is_set_where_it_should_be_open_is_a_problem(fake_mps
         await becomes(lambda: in_force(fake_mps))
 
 
-async def test_a_wrong_read_back_is_a_problem(fake_mps: FakeMps):
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        (
+            {"answers": {"get_default_device_pinned_mem_limit 0": "1G"}},
+            "told 2300 MiB for card 0 (GPU-a) and says 1024 MiB",
+        ),
+        ({"refuse": {"set_default_device_pinned_mem_limit": "No such device"}}, "No such device"),
+        ({"servers": [0]}, "hostPID: true"),
+    ],
+    ids=["another limit is read back", "it refuses", "/proc does not know its server"],
+)
+async def test_a_daemon_has_a_problem_as_long_as(fake_mps: FakeMps, behaviour, words):
     fake_mps.start()
-    fake_mps.behave(answers={"get_default_device_pinned_mem_limit 0": "1G"})
+    fake_mps.behave(**behaviour)
     async with watching(fake_mps, SERVER):
-        wanted = "told 2300 MiB for card 0 (GPU-a) and says 1024 MiB"
-        await becomes(lambda: wanted in problem(fake_mps))
-        fake_mps.behave()
-        await becomes(lambda: in_force(fake_mps))
-
-
-async def test_a_read_back_in_whole_gib_is_taken_for_what_was_set(fake_mps: FakeMps):
-    fake_mps.behave(whole_gib=True)
-    fake_mps.start()
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: in_force(fake_mps))
-    found = state(fake_mps)
-    assert found is not None
-    assert found.cards == CARDS
-
-
-async def test_a_refusal_is_a_problem(fake_mps: FakeMps):
-    fake_mps.start()
-    fake_mps.behave(refuse={"set_default_device_pinned_mem_limit": "No such device"})
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: "No such device" in problem(fake_mps))
+        await becomes(lambda: words in problem(fake_mps))
         fake_mps.behave()
         await becomes(lambda: in_force(fake_mps))
 
@@ -203,18 +197,11 @@ async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(fake_
         await becomes(lambda: "is older than the limits" in problem(fake_mps))
 
 
-async def test_a_server_that_proc_does_not_know_is_a_problem(fake_mps: FakeMps):
-    fake_mps.behave(servers=[0])
-    fake_mps.start()
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: "hostPID: true" in problem(fake_mps))
-
-
 # Daemons that come and go
 
 
 async def test_a_new_daemon_is_told_within_two_seconds(fake_mps: FakeMps):
-    daemon = fake_mps.start()
+    fake_mps.start()
 
     async def run() -> None:
         await watch(SERVER, fake_mps.control(), files(fake_mps))  # at its own pace
@@ -222,8 +209,7 @@ async def test_a_new_daemon_is_told_within_two_seconds(fake_mps: FakeMps):
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
         await becomes(lambda: in_force(fake_mps))
-        daemon.kill()
-        daemon.wait()
+        fake_mps.kill()
         before = state(fake_mps)
         await anyio.sleep(0.6)
         assert state(fake_mps) == before  # of the daemon that is gone, which it says itself
@@ -265,10 +251,9 @@ async def test_a_daemon_that_does_not_stay_is_told(
     fake_mps.make_directories()
     async with watching(fake_mps, CLIENT):
         for _ in range(3):
-            daemon = await anyio.to_thread.run_sync(fake_mps.start)
+            await anyio.to_thread.run_sync(fake_mps.start)
             await becomes(lambda: in_force(fake_mps))
-            daemon.kill()
-            await anyio.to_thread.run_sync(daemon.wait)
+            fake_mps.kill()
         assert "the MPS daemon was started 3 times within" in caplog.text
 
 

@@ -86,58 +86,32 @@ async def eventually(check: Callable[[], object]) -> None:
 
 async def test_tells_what_each_container_uses_of_each_card(node: Node) -> None:
     node.contain(TRAIN, "a" * 64, 10, 11)
+    node.contain(TRAIN, "e" * 64, 12)  # it was restarted: a new ID, the same name
     node.contain(SERVE, "b" * 64, 20)
+    node.contain(MPS, "d" * 64, 50)  # its server is a process of its own pod
     node.process(30, "0::/system.slice/docker-" + "c" * 64 + ".scope\n")
-    node.driver.run_processes(A, [GpuProcess(pid, pid * GIB) for pid in (10, 11, 20, 30, 40)])
-    node.driver.run_processes(B, [GpuProcess(20, None)])
+    node.process(31, f"0::/kubepods/pod{UID}/{'f' * 64}\n")  # a container without a link
+    running = (10, 11, 12, 20, 30, 31, 40, 50)
+    node.driver.run_processes(A, [GpuProcess(pid, pid * GIB) for pid in running])
+    node.driver.run_processes(B, [GpuProcess(20, None), GpuProcess(50, GIB)])
     await node.watch.look()
+    on_b = {(B, SERVE): Used(1, None), (B, MPS): Used(1, GIB)}
     assert node.usage == Usage(
-        {(A, TRAIN): Used(2, 21 * GIB), (A, SERVE): Used(1, 20 * GIB), (B, SERVE): Used(1, None)},
-        {A: 2, B: 0},
+        {
+            (A, TRAIN): Used(3, 33 * GIB),
+            (A, SERVE): Used(1, 20 * GIB),
+            (A, MPS): Used(1, 50 * GIB),
+            **on_b,
+        },
+        {A: 3, B: 0},
     )
-
-
-async def test_the_server_of_mps_is_told_as_a_process_of_its_own_pod(node: Node) -> None:
-    node.contain(MPS, "d" * 64, 50)
-    for uuid in (A, B):
-        node.driver.run_processes(uuid, [GpuProcess(50, GIB)])
+    # What has ended is no longer told, and of a lost card nothing is.
+    node.driver.run_processes(A, [GpuProcess(40, 1)])
     await node.watch.look()
-    assert node.usage == Usage({(A, MPS): Used(1, GIB), (B, MPS): Used(1, GIB)}, {A: 0, B: 0})
-
-
-async def test_what_has_ended_is_no_longer_told(node: Node) -> None:
-    node.contain(TRAIN, "a" * 64, 10)
-    node.driver.run_processes(A, [GpuProcess(10, GIB)])
-    await node.watch.look()
-    assert node.usage is not None
-    assert node.usage.containers.keys() == {(A, TRAIN)}
-    node.driver.run_processes(A, [])
-    await node.watch.look()
-    assert node.usage == Usage({}, {A: 0, B: 0})
-
-
-async def test_a_container_that_was_restarted_has_a_new_id_and_the_same_name(node: Node) -> None:
-    node.contain(TRAIN, "a" * 64, 10)
-    node.contain(TRAIN, "e" * 64, 11)
-    node.driver.run_processes(A, [GpuProcess(10, 1), GpuProcess(11, 2)])
-    await node.watch.look()
-    assert node.usage == Usage({(A, TRAIN): Used(2, 3)}, {A: 0, B: 0})
-
-
-async def test_a_container_without_a_link_is_unattributed(node: Node) -> None:
-    node.process(10, f"0::/kubepods/pod{UID}/{'f' * 64}\n")
-    node.driver.run_processes(A, [GpuProcess(10, 1)])
-    await node.watch.look()
-    assert node.usage == Usage({}, {A: 1, B: 0})
-
-
-async def test_a_lost_card_is_left_out(node: Node) -> None:
-    node.contain(TRAIN, "a" * 64, 10)
-    for uuid in (A, B):
-        node.driver.run_processes(uuid, [GpuProcess(10, GIB), GpuProcess(99, 1)])
+    assert node.usage == Usage(on_b, {A: 1, B: 0})
     node.driver.fall_off(A)
     await node.watch.look()
-    assert node.usage == Usage({(B, TRAIN): Used(1, GIB)}, {B: 1})
+    assert node.usage == Usage(on_b, {B: 0})
 
 
 class Recording(SimulatedDriver):
