@@ -251,25 +251,11 @@ static void set_field(struct card *card, const char *key, const char *value)
         const char *key;
         long long *value;
     } numbers[] = {
-        {"memory", &card->memory},
-        {"reserved", &card->reserved},
-        {"used", &card->used},
-        {"mig", &card->mig},
-        {"compute_mode", &card->compute_mode},
-        {"set_mode_error", &card->set_mode_error},
-        {"lost", &card->lost},
-        {"error", &card->error},
-        {"ecc", &card->ecc},
-        {"remap_failed", &card->remap_failed},
-        {"remap_pending", &card->remap_pending},
-        {"action", &card->action},
-        {"energy", &card->energy},
-        {"compute_error", &card->compute_error},
-        {"mps_error", &card->mps_error},
-        {"process_v3", &card->process_v3},
-        {"events", &card->events},
-        {"memory_v2", &card->memory_v2},
-        {"epoch", &card->epoch},
+#define FIELD(name) {#name, &card->name}
+        FIELD(memory), FIELD(reserved), FIELD(used), FIELD(mig), FIELD(compute_mode),
+        FIELD(set_mode_error), FIELD(lost), FIELD(error), FIELD(ecc), FIELD(remap_failed),
+        FIELD(remap_pending), FIELD(action), FIELD(energy), FIELD(compute_error), FIELD(mps_error),
+        FIELD(process_v3), FIELD(events), FIELD(memory_v2), FIELD(epoch),
     };
     size_t i;
 
@@ -451,6 +437,11 @@ static nvmlReturn_t enter(nvmlDevice_t device, struct card *card)
     }
 }
 
+/* The same, into variables of the call. */
+#define ENTER(device) \
+    struct card card; \
+    nvmlReturn_t result = enter(device, &card)
+
 static nvmlReturn_t take_handle(const char *uuid, nvmlDevice_t *device)
 {
     struct card *card = find_card(uuid), ignored;
@@ -498,11 +489,6 @@ nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
     return result;
 }
 
-nvmlReturn_t nvmlInit_v2(void)
-{
-    return nvmlInitWithFlags(0);
-}
-
 nvmlReturn_t nvmlShutdown(void)
 {
     nvmlReturn_t result = SUCCESS;
@@ -528,39 +514,17 @@ const char *nvmlErrorString(nvmlReturn_t result)
     }
 }
 
-/* Answers `from` where the library is initialised. */
-static nvmlReturn_t system_text(char *to, unsigned int length, const char *from)
+nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
 {
     nvmlReturn_t result = UNINITIALIZED;
 
     pthread_mutex_lock(&mutex);
     if (references > 0) {
         refresh();
-        result = text(to, length, from);
+        result = text(version, length, control.driver);
     }
     pthread_mutex_unlock(&mutex);
     return result;
-}
-
-nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
-{
-    return system_text(version, length, control.driver);
-}
-
-nvmlReturn_t nvmlSystemGetNVMLVersion(char *version, unsigned int length)
-{
-    return system_text(version, length, "12.570.1");
-}
-
-nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *version)
-{
-    *version = 12080;
-    return SUCCESS;
-}
-
-nvmlReturn_t nvmlSystemGetCudaDriverVersion(int *version)
-{
-    return nvmlSystemGetCudaDriverVersion_v2(version);
 }
 
 /* Cards */
@@ -605,35 +569,19 @@ nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device)
 
 nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t device, char *uuid, unsigned int length)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     return result != SUCCESS ? result : text(uuid, length, card.uuid);
 }
 
 nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned int length)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     return result != SUCCESS ? result : text(name, length, card.name);
-}
-
-nvmlReturn_t nvmlDeviceGetIndex(nvmlDevice_t device, unsigned int *index)
-{
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
-    if (result != SUCCESS)
-        return result;
-    pthread_mutex_lock(&mutex);
-    for (*index = 0; strcmp(enumerated_uuid[*index], card.uuid) != 0;)
-        ++*index;
-    pthread_mutex_unlock(&mutex);
-    return SUCCESS;
 }
 
 nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     if (result != SUCCESS)
         return result;
     memset(pci, 0, sizeof *pci);
@@ -647,8 +595,7 @@ nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci)
 
 nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     if (result != SUCCESS || card.error != 0)
         return result != SUCCESS ? result : (nvmlReturn_t)card.error;
     /* The first version counts what the driver reserves as used. */
@@ -660,8 +607,7 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory)
 
 nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     if (result != SUCCESS)
         return result;
     if (card.memory_v2 == 0)
@@ -679,8 +625,7 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *me
 
 nvmlReturn_t nvmlDeviceGetCudaComputeCapability(nvmlDevice_t device, int *major, int *minor)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     *major = card.major;
     *minor = card.minor;
     return result;
@@ -698,8 +643,7 @@ static nvmlReturn_t offered(nvmlReturn_t result, long long value, unsigned int *
 
 nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int *current, unsigned int *pending)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     result = offered(result, card.mig, current);
     return offered(result, card.mig, pending);
 }
@@ -726,8 +670,7 @@ static long long compute_mode_of(const struct card *card)
 
 nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, unsigned int *mode)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     return offered(result, compute_mode_of(&card), mode);
 }
 
@@ -750,9 +693,8 @@ nvmlReturn_t nvmlDeviceSetComputeMode(nvmlDevice_t device, unsigned int mode)
 
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *energy)
 {
-    struct card card;
     unsigned int value = 0;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     result = offered(result, card.energy, &value);
     *energy = value;
     return result;
@@ -761,9 +703,8 @@ nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned l
 nvmlReturn_t nvmlDeviceGetTotalEccErrors(nvmlDevice_t device, unsigned int kind,
                                          unsigned int counter, unsigned long long *count)
 {
-    struct card card;
     unsigned int value = 0;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     (void)counter;
     result = offered(result, card.ecc, &value);
     *count = kind == UNCORRECTED ? value : 0;
@@ -774,8 +715,7 @@ nvmlReturn_t nvmlDeviceGetRemappedRows(nvmlDevice_t device, unsigned int *correc
                                        unsigned int *uncorrectable, unsigned int *pending,
                                        unsigned int *failed)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     *correctable = *uncorrectable = 0;
     result = offered(result, card.remap_pending, pending);
     return offered(result, card.remap_failed, failed);
@@ -783,8 +723,7 @@ nvmlReturn_t nvmlDeviceGetRemappedRows(nvmlDevice_t device, unsigned int *correc
 
 nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldValue_t *values)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     int i;
     for (i = 0; result == SUCCESS && i < count; i++) {
         long long value = values[i].fieldId == FIELD_RECOVERY_ACTION ? card.action : NONE;
@@ -832,48 +771,30 @@ static nvmlReturn_t list(const struct processes *from, long long error, unsigned
     return SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v2(nvmlDevice_t device, unsigned int *count,
-                                                     nvmlProcessInfo_t *processes)
-{
-    struct card card;
-    nvmlReturn_t result = enter_lists(device, &card);
-    return result != SUCCESS ? result : list(&card.compute, card.compute_error, count, processes);
-}
+#define PROCESSES(name, field) \
+    nvmlReturn_t name##_v2(nvmlDevice_t device, unsigned int *count, nvmlProcessInfo_t *processes) \
+    { \
+        struct card card; \
+        nvmlReturn_t result = enter_lists(device, &card); \
+        return result != SUCCESS ? result \
+                                 : list(&card.field, card.field##_error, count, processes); \
+    } \
+    nvmlReturn_t name##_v3(nvmlDevice_t device, unsigned int *count, nvmlProcessInfo_t *processes) \
+    { \
+        ENTER(device); \
+        if (result == SUCCESS && card.process_v3 == 0) \
+            return FUNCTION_NOT_FOUND; \
+        return name##_v2(device, count, processes); \
+    }
 
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
-                                                     nvmlProcessInfo_t *processes)
-{
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
-    if (result == SUCCESS && card.process_v3 == 0)
-        return FUNCTION_NOT_FOUND;
-    return nvmlDeviceGetComputeRunningProcesses_v2(device, count, processes);
-}
-
-nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v2(nvmlDevice_t device, unsigned int *count,
-                                                        nvmlProcessInfo_t *processes)
-{
-    struct card card;
-    nvmlReturn_t result = enter_lists(device, &card);
-    return result != SUCCESS ? result : list(&card.mps, card.mps_error, count, processes);
-}
-
-nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
-                                                        nvmlProcessInfo_t *processes)
-{
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
-    if (result == SUCCESS && card.process_v3 == 0)
-        return FUNCTION_NOT_FOUND;
-    return nvmlDeviceGetMPSComputeRunningProcesses_v2(device, count, processes);
-}
+PROCESSES(nvmlDeviceGetComputeRunningProcesses, compute)
+PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses, mps)
 
 /* Events */
 
 nvmlReturn_t nvmlDeviceGetSupportedEventTypes(nvmlDevice_t device, unsigned long long *types)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     unsigned int value = 0;
     result = offered(result, card.events, &value);
     *types = value;
@@ -895,8 +816,7 @@ nvmlReturn_t nvmlEventSetFree(nvmlEventSet_t set)
 nvmlReturn_t nvmlDeviceRegisterEvents(nvmlDevice_t device, unsigned long long types,
                                       nvmlEventSet_t set)
 {
-    struct card card;
-    nvmlReturn_t result = enter(device, &card);
+    ENTER(device);
     if (result != SUCCESS)
         return result;
     if (card.events == NONE || (types & ~(unsigned long long)card.events) != 0)

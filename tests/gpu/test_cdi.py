@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 from vgpu_agent.gpu.cdi import NamedByCdi, named_devices
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
@@ -21,7 +20,7 @@ containerEdits:
 """
 
 
-def test_devices_of_a_kind_are_named_by_specs_in_yaml_and_json(tmp_path: Path):
+def test_devices_of_a_kind_are_named_by_specs_in_yaml_and_json(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "nvidia.yaml").write_text(SPEC)
     other = {"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": [{"name": TWO}]}
@@ -33,7 +32,7 @@ def test_devices_of_a_kind_are_named_by_specs_in_yaml_and_json(tmp_path: Path):
     assert named_devices("example.com/nic", (tmp_path,)) == {"eth"}
 
 
-def test_a_spec_that_cannot_be_read_names_nothing_and_is_told(tmp_path: Path, caplog):
+def test_a_spec_that_cannot_be_read_names_nothing_and_is_told(tmp_path, caplog):
     (tmp_path / "a.yaml").write_text("{")
     (tmp_path / "b.json").write_text("[]")
     (tmp_path / "c.json").write_text('{"kind": "nvidia.com/gpu"}')
@@ -41,7 +40,7 @@ def test_a_spec_that_cannot_be_read_names_nothing_and_is_told(tmp_path: Path, ca
     assert caplog.text.count("cannot be read") == 3
 
 
-async def test_a_card_that_no_spec_names_is_left_out_until_one_does(tmp_path: Path):
+async def test_a_card_that_no_spec_names_is_left_out_until_one_does(tmp_path):
     (tmp_path / "nvidia.yaml").write_text(SPEC)
     async with NamedByCdi(SimulatedDriver(GPUS), "nvidia.com/gpu", (tmp_path,)) as driver:
         scan = await driver.scan()

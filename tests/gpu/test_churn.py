@@ -32,9 +32,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def test_ten_thousand_faults_and_heals_leave_nothing_behind(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_ten_thousand_faults_and_heals_leave_nothing_behind(tmp_path, caplog):
     caplog.set_level("CRITICAL", "vgpu_agent")
     chance, clock = random.Random(7), Clock()
     driver, state = SimulatedDriver(GPUS), NodeState(Division(10))

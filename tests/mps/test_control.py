@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.mps.fixtures import FakeMps
 from vgpu_agent.errors import MpsBinaryError, MpsDownError, MpsHungError, MpsRefusedError
 from vgpu_agent.model.share import MIB
 from vgpu_agent.mps.control import (
@@ -39,7 +38,7 @@ def open_files() -> int:
 # The daemon
 
 
-async def test_a_daemon_is_asked_and_told(fake_mps: FakeMps):
+async def test_a_daemon_is_asked_and_told(fake_mps):
     fake_mps.start()
     control = fake_mps.control()
     assert await control.servers() == ()
@@ -58,7 +57,7 @@ async def test_a_daemon_is_asked_and_told(fake_mps: FakeMps):
     assert await control.clients() == (Client(pid + 1, "GPU-a"),)
 
 
-async def test_questions_at_the_same_time_take_turns(fake_mps: FakeMps):
+async def test_questions_at_the_same_time_take_turns(fake_mps):
     fake_mps.start()
     control = fake_mps.control()
     most, left = 0, 3
@@ -77,9 +76,7 @@ async def test_questions_at_the_same_time_take_turns(fake_mps: FakeMps):
     assert most <= 2  # the daemon, and one question
 
 
-async def test_without_a_daemon_it_is_down_also_where_a_killed_one_left_its_socket(
-    fake_mps: FakeMps,
-):
+async def test_without_a_daemon_it_is_down_also_where_a_killed_one_left_its_socket(fake_mps):
     fake_mps.make_directories()
     with pytest.raises(MpsDownError, match="no MPS daemon answers"):
         await fake_mps.control().servers()
@@ -90,9 +87,7 @@ async def test_without_a_daemon_it_is_down_also_where_a_killed_one_left_its_sock
         await fake_mps.control().servers()
 
 
-async def test_a_daemon_that_hangs_is_told_in_time_and_a_question_to_it_leaves_nothing(
-    fake_mps: FakeMps,
-):
+async def test_a_daemon_that_hangs_is_told_in_time_and_a_question_to_it_leaves_nothing(fake_mps):
     fake_mps.start()
     control = fake_mps.control()
     await control.servers()
@@ -111,14 +106,14 @@ async def test_a_daemon_that_hangs_is_told_in_time_and_a_question_to_it_leaves_n
     assert await control.servers() == ()
 
 
-async def test_a_refusal_is_told_with_its_words(fake_mps: FakeMps):
+async def test_a_refusal_is_told_with_its_words(fake_mps):
     fake_mps.start()
     fake_mps.behave(refuse={"get_server_list": "Not today"})
     with pytest.raises(MpsRefusedError, match=r"refused `get_server_list` .*Not today"):
         await fake_mps.control().servers()
 
 
-async def test_a_program_that_is_missing_or_may_not_be_run_is_told(tmp_path: Path):
+async def test_a_program_that_is_missing_or_may_not_be_run_is_told(tmp_path):
     program = tmp_path / "program"
     control = Control(tmp_path, tmp_path, binary=str(program))
     with pytest.raises(MpsBinaryError, match="install the driver"):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.agent_process import execute
-from tests.mps.fixtures import FakeMps, eventually
+from tests.mps.fixtures import eventually
 
 pytestmark = pytest.mark.slow
 
 DAEMON = "from vgpu_agent.cli import execute; execute(['mps', 'daemon'])"
 
 
-def test_the_process_is_the_daemon_and_answers(fake_mps: FakeMps):
+def test_the_process_is_the_daemon_and_answers(fake_mps):
     fake_mps.make_directories()
     process = fake_mps.run(DAEMON)
     eventually(lambda: fake_mps.ask("get_server_list").returncode == 0)
@@ -32,7 +32,7 @@ def test_the_process_is_the_daemon_and_answers(fake_mps: FakeMps):
     ids=["by default", "several users"],
 )
 def test_it_gets_arguments_directories_the_order_of_cards_and_its_signals(
-    tmp_path: Path, variables: dict[str, str], arguments: str
+    tmp_path, variables: dict[str, str], arguments
 ):
     """Seen by a program of its name that writes down what it is started with."""
     program = tmp_path / "nvidia-cuda-mps-control"
@@ -52,7 +52,7 @@ def test_it_gets_arguments_directories_the_order_of_cards_and_its_signals(
     assert not ignored & (1 << (signal.SIGXFSZ - 1))
 
 
-def test_a_missing_program_is_named_with_what_to_do(tmp_path: Path):
+def test_a_missing_program_is_named_with_what_to_do(tmp_path):
     done = execute("mps", "daemon", PATH=str(tmp_path))
     assert done.returncode == 1
     assert "nvidia-cuda-mps-control cannot be run" in done.stderr

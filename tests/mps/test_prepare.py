@@ -1,7 +1,6 @@
 import json
 import os
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -64,7 +63,7 @@ def modes(mps: FakeMps) -> dict[str, tuple[int, int, int]]:
 # Directories
 
 
-async def test_directories_are_made_and_made_right_again(fake_mps: FakeMps):
+async def test_directories_are_made_and_made_right_again(fake_mps):
     own = (os.geteuid(), os.getegid())
     wanted = {
         "mps": (0o755, *own),
@@ -85,7 +84,7 @@ async def test_directories_are_made_and_made_right_again(fake_mps: FakeMps):
     assert kept.read_text() == "kept"
 
 
-async def test_a_file_or_a_link_in_the_way_is_told(fake_mps: FakeMps, tmp_path: Path):
+async def test_a_file_or_a_link_in_the_way_is_told(fake_mps, tmp_path):
     fake_mps.directories.root.mkdir()
     fake_mps.directories.pipe.symlink_to(tmp_path)
     with pytest.raises(MpsSetupError, match=r"pipe cannot be made a directory .*remove what is"):
@@ -96,9 +95,7 @@ async def test_a_file_or_a_link_in_the_way_is_told(fake_mps: FakeMps, tmp_path: 
         await make(fake_mps)
 
 
-async def test_the_selinux_type_is_set_where_there_are_labels(
-    fake_mps: FakeMps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+async def test_the_selinux_type_is_set_where_there_are_labels(fake_mps, monkeypatch, caplog):
     label = b"system_u:object_r:container_var_run_t:s0:c1,c2\0"
     labels: list[bytes] = []
     monkeypatch.setattr(os, "getxattr", lambda *_: label)
@@ -120,9 +117,7 @@ async def test_the_selinux_type_is_set_where_there_are_labels(
     assert "chcon -t container_file_t" in caplog.text
 
 
-async def test_the_state_of_a_dead_daemon_is_removed_and_that_of_a_living_one_kept(
-    fake_mps: FakeMps,
-):
+async def test_the_state_of_a_dead_daemon_is_removed_and_that_of_a_living_one_kept(fake_mps):
     fake_mps.start()
     fake_mps.directories.state.write_text("{}")
     await make(fake_mps)
@@ -135,9 +130,7 @@ async def test_the_state_of_a_dead_daemon_is_removed_and_that_of_a_living_one_ke
 # Orphans
 
 
-async def test_a_directory_that_holds_files_of_others_is_neither_opened_nor_emptied(
-    fake_mps: FakeMps,
-):
+async def test_a_directory_that_holds_files_of_others_is_neither_opened_nor_emptied(fake_mps):
     shm = fake_mps.directories.shm
     shm.mkdir(mode=0o700)
     (shm / "precious").write_text("of somebody else")
@@ -147,9 +140,7 @@ async def test_a_directory_that_holds_files_of_others_is_neither_opened_nor_empt
     assert stat.S_IMODE(shm.stat().st_mode) == 0o700
 
 
-async def test_shared_memory_is_emptied_where_no_daemon_and_so_no_client_is(
-    fake_mps: FakeMps, tmp_path: Path
-):
+async def test_shared_memory_is_emptied_where_no_daemon_and_so_no_client_is(fake_mps, tmp_path):
     await make(fake_mps)
     shm, elsewhere = fake_mps.directories.shm, tmp_path / "precious"
     elsewhere.write_text("of somebody else")
@@ -171,9 +162,7 @@ async def test_shared_memory_is_emptied_where_no_daemon_and_so_no_client_is(
     assert len(list(shm.iterdir())) == 5
 
 
-async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
-):
+async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(fake_mps, caplog):
     other_root = fake_mps.directories.root.parent / "other"
     other_root.mkdir()
     other = FakeMps(other_root)
@@ -194,9 +183,7 @@ async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(
         other.close()
 
 
-async def test_a_server_that_may_not_be_looked_into_is_told_and_left(
-    fake_mps: FakeMps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+async def test_a_server_that_may_not_be_looked_into_is_told_and_left(fake_mps, monkeypatch, caplog):
     """Root without capabilities cannot read the environment of another user's process."""
     fake_mps.start()
     server = fake_mps.start_server()
@@ -210,7 +197,7 @@ async def test_a_server_that_may_not_be_looked_into_is_told_and_left(
     assert fake_mps.server_pids() == [server]
 
 
-async def test_a_server_that_takes_no_sigterm_is_killed(fake_mps: FakeMps):
+async def test_a_server_that_takes_no_sigterm_is_killed(fake_mps):
     fake_mps.behave(stubborn=True)
     fake_mps.start()
     server = fake_mps.start_server()
@@ -220,9 +207,7 @@ async def test_a_server_that_takes_no_sigterm_is_killed(fake_mps: FakeMps):
     eventually(lambda: fake_mps.server_pids() == [])
 
 
-async def test_servers_of_a_daemon_that_hangs_are_left(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
-):
+async def test_servers_of_a_daemon_that_hangs_are_left(fake_mps, caplog):
     fake_mps.start()
     server = fake_mps.start_server()
     fake_mps.behave(hang=True)
@@ -278,7 +263,7 @@ def node(fake_mps: FakeMps, fake_nvml: FakeNvml) -> Node:
     return Node(fake_mps, fake_nvml)
 
 
-def test_shared_cards_become_exclusive_once_and_are_restored(node: Node):
+def test_shared_cards_become_exclusive_once_and_are_restored(node):
     said = node.run_command("prepare")
     assert node.sets == ["GPU-a 3", "GPU-b 3"]
     assert "card GPU-a: compute mode EXCLUSIVE_PROCESS, was DEFAULT" in said
@@ -294,7 +279,7 @@ def test_shared_cards_become_exclusive_once_and_are_restored(node: Node):
     assert len(node.sets) == 4
 
 
-def test_cards_that_are_not_shared_are_not_touched(node: Node):
+def test_cards_that_are_not_shared_are_not_touched(node):
     node.nvml.set_cards(
         FakeCard("GPU-a", bus="00000000:3B:00.0", mig=1),
         FakeCard("GPU-b", bus="00000000:5E:00.0", cc=(6, 1)),
@@ -308,14 +293,14 @@ def test_cards_that_are_not_shared_are_not_touched(node: Node):
     assert node.sets == ["GPU-d 3", "GPU-d 0"]
 
 
-def test_keep_leaves_compute_modes_alone(node: Node):
+def test_keep_leaves_compute_modes_alone(node):
     said = node.run_command("prepare", VGPU_MPS_COMPUTE_MODE="keep")
     assert node.sets == []
     assert "compute modes are left as they are" in said
     assert not node.mps.directories.compute_modes.exists()
 
 
-def test_what_was_remembered_in_another_boot_is_found_anew(node: Node):
+def test_what_was_remembered_in_another_boot_is_found_anew(node):
     node.mps.make_directories()
     node.mps.directories.compute_modes.write_text(
         json.dumps({"boot_id": "of another boot", "modes": {"GPU-a": 2, "GPU-x": 2}})
@@ -325,7 +310,7 @@ def test_what_was_remembered_in_another_boot_is_found_anew(node: Node):
     assert node.remembered == {"GPU-a": 0, "GPU-b": 2}
 
 
-def test_a_mode_that_was_changed_since_is_left(node: Node):
+def test_a_mode_that_was_changed_since_is_left(node):
     node.run("prepare")
     with node.nvml.log.open("a") as file:
         file.write("compute_mode GPU-a 2\n")
@@ -334,14 +319,14 @@ def test_a_mode_that_was_changed_since_is_left(node: Node):
     assert "GPU-a 0" not in node.sets
 
 
-def test_a_missing_permission_says_what_to_do(node: Node):
+def test_a_missing_permission_says_what_to_do(node):
     node.nvml.update("GPU-a", set_mode_error=4)
     said = node.run("prepare", code=1)
     assert "SYS_ADMIN" in said
     assert "VGPU_MPS_COMPUTE_MODE=keep" in said
 
 
-def test_a_card_that_takes_no_compute_mode_is_told_and_used(node: Node):
+def test_a_card_that_takes_no_compute_mode_is_told_and_used(node):
     node.nvml.update("GPU-a", set_mode_error=3)
     assert "card GPU-a takes no compute mode" in node.run("prepare")
     assert node.sets == ["GPU-b 3"]

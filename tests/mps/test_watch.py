@@ -83,16 +83,13 @@ def in_force(mps: FakeMps) -> bool:
 
 
 @pytest.mark.parametrize(("whole_gib", "said"), [(False, "2300M"), (True, "2G")])
-async def test_limits_are_applied_read_back_and_published(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture, whole_gib: bool, said: str
-):
+async def test_limits_are_applied_read_back_and_published(fake_mps, caplog, whole_gib, said):
     caplog.set_level("INFO")
     fake_mps.behave(whole_gib=whole_gib)
     fake_mps.start()
     async with watching(fake_mps, SERVER):
         await becomes(lambda: in_force(fake_mps))
     generation = generation_of(fake_mps.directories.pipe)
-    assert generation is not None
     assert state(fake_mps) == Applied(generation, MpsLimits.SERVER, 10, CARDS, None, "1.2")
     assert fake_mps.ask("get_default_active_thread_percentage").stdout == "10.0\n"
     assert fake_mps.ask("get_default_device_pinned_mem_limit 1").stdout == f"{said}\n"
@@ -102,25 +99,22 @@ async def test_limits_are_applied_read_back_and_published(
 
 
 @pytest.mark.parametrize("limits", [MpsLimits.CLIENT, MpsLimits.NONE])
-async def test_open_defaults_are_read_back_and_published(fake_mps: FakeMps, limits: MpsLimits):
+async def test_open_defaults_are_read_back_and_published(fake_mps, limits):
     fake_mps.start()
     async with watching(fake_mps, replace(CLIENT, limits=limits)):
         await becomes(lambda: in_force(fake_mps))
     found = state(fake_mps)
-    assert found is not None
     assert (found.limits, found.thread_percentage, found.cards) == (limits, None, OPEN_CARDS)
 
 
-async def test_a_limit_that_is_set_where_it_should_be_open_is_a_problem(fake_mps: FakeMps):
+async def test_a_limit_that_is_set_where_it_should_be_open_is_a_problem(fake_mps):
     fake_mps.start()
     fake_mps.ask("set_default_active_thread_percentage 25")
     fake_mps.ask("set_default_device_pinned_mem_limit 1 512M")
     async with watching(fake_mps, CLIENT):
         await becomes(lambda: "(25 % of the threads, 512 MiB on card 1)" in problem(fake_mps))
         found = state(fake_mps)
-        assert found is not None
-        assert found.thread_percentage == 25
-        assert found.cards[1].memory_limit_bytes == 512 * MIB
+        assert (found.thread_percentage, found.cards[1].memory_limit_bytes) == (25, 512 * MIB)
         fake_mps.ask("set_default_active_thread_percentage 100")
         fake_mps.ask("set_default_device_pinned_mem_limit 1 0G")
         await becomes(lambda: in_force(fake_mps))
@@ -138,7 +132,7 @@ async def test_a_limit_that_is_set_where_it_should_be_open_is_a_problem(fake_mps
     ],
     ids=["another limit is read back", "it refuses", "/proc does not know its server"],
 )
-async def test_a_daemon_has_a_problem_as_long_as(fake_mps: FakeMps, behaviour, words):
+async def test_a_daemon_has_a_problem_as_long_as(fake_mps, behaviour, words):
     fake_mps.start()
     fake_mps.behave(**behaviour)
     async with watching(fake_mps, SERVER):
@@ -147,7 +141,7 @@ async def test_a_daemon_has_a_problem_as_long_as(fake_mps: FakeMps, behaviour, w
         await becomes(lambda: in_force(fake_mps))
 
 
-async def test_a_damaged_state_is_written_anew(fake_mps: FakeMps):
+async def test_a_damaged_state_is_written_anew(fake_mps):
     fake_mps.start()
     fake_mps.directories.state.write_text("{")
     with pytest.raises(AppliedStateError):
@@ -166,9 +160,7 @@ async def test_a_damaged_state_is_written_anew(fake_mps: FakeMps):
 # Servers
 
 
-async def test_a_server_that_is_older_than_the_limits_is_a_problem_until_it_ends(
-    fake_mps: FakeMps,
-):
+async def test_a_server_that_is_older_than_the_limits_is_a_problem_until_it_ends(fake_mps):
     fake_mps.start()
     server = fake_mps.start_server()
     async with watching(fake_mps, SERVER):
@@ -182,7 +174,7 @@ async def test_a_server_that_is_older_than_the_limits_is_a_problem_until_it_ends
         await becomes(lambda: in_force(fake_mps))
 
 
-async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(fake_mps: FakeMps):
+async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(fake_mps):
     fake_mps.start()
     async with watching(fake_mps, SERVER):
         await becomes(lambda: in_force(fake_mps))
@@ -200,7 +192,7 @@ async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(fake_
 # Daemons that come and go
 
 
-async def test_a_new_daemon_is_told_within_two_seconds(fake_mps: FakeMps):
+async def test_a_new_daemon_is_told_within_two_seconds(fake_mps):
     fake_mps.start()
 
     async def run() -> None:
@@ -218,9 +210,7 @@ async def test_a_new_daemon_is_told_within_two_seconds(fake_mps: FakeMps):
         tasks.cancel_scope.cancel()
 
 
-async def test_a_daemon_that_hangs_is_told_once_and_waited_for(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
-):
+async def test_a_daemon_that_hangs_is_told_once_and_waited_for(fake_mps, caplog):
     fake_mps.start()
     fake_mps.behave(hang=True)
     async with watching(fake_mps, CLIENT, fake_mps.control(timeout=0.2)):
@@ -231,9 +221,7 @@ async def test_a_daemon_that_hangs_is_told_once_and_waited_for(
         await becomes(lambda: in_force(fake_mps))
 
 
-async def test_a_missing_program_is_told_once_and_waited_for(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
-):
+async def test_a_missing_program_is_told_once_and_waited_for(fake_mps, caplog):
     fake_mps.start()
     program = anyio.Path(fake_mps.program)
     away = await program.rename(program.with_name("away"))
@@ -245,9 +233,7 @@ async def test_a_missing_program_is_told_once_and_waited_for(
         await becomes(lambda: in_force(fake_mps))
 
 
-async def test_a_daemon_that_does_not_stay_is_told(
-    fake_mps: FakeMps, caplog: pytest.LogCaptureFixture
-):
+async def test_a_daemon_that_does_not_stay_is_told(fake_mps, caplog):
     fake_mps.make_directories()
     async with watching(fake_mps, CLIENT):
         for _ in range(3):
@@ -257,7 +243,7 @@ async def test_a_daemon_that_does_not_stay_is_told(
         assert "the MPS daemon was started 3 times within" in caplog.text
 
 
-async def test_without_its_directory_it_says_what_makes_it(fake_mps: FakeMps):
+async def test_without_its_directory_it_says_what_makes_it(fake_mps):
     with pytest.raises(MpsSetupError, match="mps prepare"):
         await watch(CLIENT, fake_mps.control(), files(fake_mps))
 
@@ -265,7 +251,7 @@ async def test_without_its_directory_it_says_what_makes_it(fake_mps: FakeMps):
 # Real processes
 
 
-def test_killing_the_watcher_leaves_the_daemon_its_server_and_clients_alone(fake_mps: FakeMps):
+def test_killing_the_watcher_leaves_the_daemon_its_server_and_clients_alone(fake_mps):
     daemon = fake_mps.start()
     variables = {
         "VGPU_GPU_DRIVER": "simulated",
@@ -291,7 +277,6 @@ def test_killing_the_watcher_leaves_the_daemon_its_server_and_clients_alone(fake
     assert fake_mps.directories.state.read_bytes() == published
 
     third = fake_mps.run(WATCH, **variables)
-    assert third.stderr is not None
     assert "limits are in force: server, 10 % of the threads" in third.stderr.readline()
     assert fake_mps.directories.state.read_bytes() == published
     third.terminate()
@@ -340,7 +325,6 @@ def test_the_limits_of_all_vgpus_of_a_card_fit_into_it(memory, replicas, size, h
     plan = watch_plan(Scan("570.1", (card,)), division, MpsLimits.SERVER, Threads.SHARE)
     assert bool(plan.cards) == isinstance(divide(card, division), Divided)
     for told in plan.cards:
-        assert told.memory_limit_bytes is not None
         assert told.memory_limit_bytes * told.replicas <= usable_bytes(
             memory, card.reserved_bytes, held_back
         )

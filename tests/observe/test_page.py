@@ -91,13 +91,17 @@ class Tab:
 
 
 @asynccontextmanager
-async def visiting(browser: Browser, address: Address, **options: object) -> AsyncIterator[Tab]:
+async def visiting(
+    browser: Browser, address: Address, *, own_clock: bool = False, **options: object
+) -> AsyncIterator[Tab]:
     """The page in a fresh context; it may complain of nothing and ask nobody else."""
     expect.set_options(timeout=PATIENCE)
     context = await browser.new_context(**options)
     try:
         page = await context.new_page()
         tab = Tab(page)
+        if own_clock:
+            await page.clock.install()
         page.on("console", lambda message: tab.complaints.append(message.text))
         page.on("pageerror", lambda error: tab.complaints.append(str(error)))
         page.on("request", lambda request: tab.requests.append(request.url))
@@ -339,13 +343,8 @@ async def test_an_agent_that_is_away_is_told_and_found_again(browser, state):
 
 
 async def test_it_asks_nothing_while_nobody_looks_or_it_is_paused(browser, state):
-    async with screenshot.site(state) as address:
-        context = await browser.new_context()
-        page = await context.new_page()
-        await page.clock.install()
-        tab = Tab(page)
-        page.on("request", lambda request: tab.requests.append(request.url))
-        await page.goto(f"http://{address}/")
+    async with showing(browser, state, own_clock=True) as tab:
+        page = tab.page
         await expect(tab.slots(0)).to_have_count(10)
 
         async def is_quiet() -> bool:
@@ -372,7 +371,6 @@ async def test_it_asks_nothing_while_nobody_looks_or_it_is_paused(browser, state
         assert await is_quiet()
         await pause.press("Space")
         await tab.refreshed()
-        await context.close()
 
 
 # For everyone

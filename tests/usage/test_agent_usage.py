@@ -4,12 +4,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.agent_process import Agent, running
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeCard
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +39,7 @@ def wait_metrics(agent: Agent, *lines: str) -> str:
         time.sleep(0.05)
 
 
-def test_processes_that_are_in_no_pod_are_counted_by_card(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
+def test_processes_that_are_in_no_pod_are_counted_by_card(kubelet_dir, fake_nvml):
     with sleepers(3) as (one, two, client):
         fake_nvml.set_cards(
             FakeCard(UUIDS[0], compute=((one, 512), (client, 64)), mps=((client, 64), (two, None))),
@@ -66,9 +63,7 @@ def test_processes_that_are_in_no_pod_are_counted_by_card(
             assert "Traceback" not in agent.text
 
 
-def test_without_the_setting_no_process_is_looked_at(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
+def test_without_the_setting_no_process_is_looked_at(kubelet_dir, fake_nvml):
     fake_nvml.set_cards(FakeCard(UUIDS[0], compute=((1, 512),)))
     with running(kubelet_dir, **SETTINGS, **fake_nvml.environment()) as agent:
         metrics = wait_metrics(

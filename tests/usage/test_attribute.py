@@ -7,7 +7,7 @@ from vgpu_agent.model.holders import GpuProcess, Holder, Usage, Used, attribute
 ONE, TWO = Holder("ns", "pod", "one"), Holder("ns", "pod", "two")
 
 
-def test_processes_of_a_container_are_added_up_for_each_card() -> None:
+def test_processes_of_a_container_are_added_up_for_each_card():
     usage = attribute(
         {
             "GPU-a": [GpuProcess(1, 10), GpuProcess(2, 5), GpuProcess(3, 7), GpuProcess(4, 100)],
@@ -24,14 +24,14 @@ def test_processes_of_a_container_are_added_up_for_each_card() -> None:
     assert usage.unattributed == {"GPU-a": 1, "GPU-b": 0, "GPU-c": 0}
 
 
-def test_memory_that_is_not_told_adds_nothing() -> None:
+def test_memory_that_is_not_told_adds_nothing():
     usage = attribute({"GPU-a": [GpuProcess(1, None), GpuProcess(2, 5)]}, {1: ONE, 2: ONE})
     assert usage.containers == {("GPU-a", ONE): Used(2, 5)}
     unknown = attribute({"GPU-a": [GpuProcess(1, None)]}, {1: ONE})
     assert unknown.containers == {("GPU-a", ONE): Used(1, None)}
 
 
-def test_of_no_card_there_is_no_usage() -> None:
+def test_of_no_card_there_is_no_usage():
     assert attribute({}, {1: ONE}) == Usage()
 
 
@@ -45,7 +45,7 @@ processes = st.builds(GpuProcess, st.integers(1, 9), st.none() | st.integers(0, 
 @tried(200)
 def test_every_process_is_counted_once(
     running: dict[str, list[GpuProcess]], containers: dict[int, Holder]
-) -> None:
+):
     usage = attribute(running, containers)
     assert usage.unattributed.keys() == running.keys()
     for uuid, found in running.items():

@@ -107,25 +107,25 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("path", CONTAINERS.values(), ids=CONTAINERS.keys())
-def test_the_container_of_a_pod_is_found_under_both_versions_of_cgroups(path: str) -> None:
+def test_the_container_of_a_pod_is_found_under_both_versions_of_cgroups(path):
     assert container_id(f"0::{path}\n") == ID
     assert container_id(f"12:cpu,cpuacct:{path}\n1:name=systemd:{path}\n") == ID
 
 
 @pytest.mark.parametrize("path", OTHERS.values(), ids=OTHERS.keys())
-def test_what_is_no_container_of_a_pod_is_none(path: str) -> None:
+def test_what_is_no_container_of_a_pod_is_none(path):
     assert container_id(f"0::{path}\n") is None
     assert container_id(f"12:cpu,cpuacct:{path}\n1:name=systemd:{path}\n") is None
 
 
-def test_one_hierarchy_that_names_the_container_is_enough() -> None:
+def test_one_hierarchy_that_names_the_container_is_enough():
     # opencontainers/runc issue 4620: not every hierarchy knows containers.
     lines = ["13:freezer:/", "11:files:/", f"10:pids:{BURSTABLE}/crio-{ID}.scope", "0::/"]
     assert container_id("\n".join(lines)) == ID
     assert container_id("\n".join(reversed(lines))) == ID
 
 
-def test_a_container_cannot_name_another_one_by_the_cgroups_that_it_makes() -> None:
+def test_a_container_cannot_name_another_one_by_the_cgroups_that_it_makes():
     own = f"/kubepods/pod{UID}/{ID}"
     for fake in ("\r", "\x0b", "\x85", "\u2028", ":", "/"):
         assert container_id(f"0::{own}/x{fake}0::/kubepods/pod{STATIC}/{OTHER}\n") == ID
@@ -139,7 +139,7 @@ def test_a_container_cannot_name_another_one_by_the_cgroups_that_it_makes() -> N
 @example("0::/" + "-pod" * 5000 + f"/{ID}")
 @example(f"0::/kubepods/pod{UID}" * 500)
 @tried(300)
-def test_text_that_makes_no_sense_is_no_container(text: str) -> None:
+def test_text_that_makes_no_sense_is_no_container(text):
     assert container_id(text) is None
 
 
@@ -147,5 +147,5 @@ def test_text_that_makes_no_sense_is_no_container(text: str) -> None:
     st.sampled_from(sorted(CONTAINERS.values())), st.text(st.characters(exclude_characters="\n"))
 )
 @tried(300)
-def test_what_is_below_a_container_changes_nothing(path: str, below: str) -> None:
+def test_what_is_below_a_container_changes_nothing(path, below):
     assert container_id(f"0::{path.removesuffix(' (deleted)')}/{below}") == ID

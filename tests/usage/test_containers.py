@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +29,7 @@ OTHER = "09ab" * 16
     ],
     ids=["plain", "short", "dots in the pod", "dashes in the container", "an ID in the container"],
 )
-def test_a_link_names_its_container(link: str, holder: Holder) -> None:
+def test_a_link_names_its_container(link, holder: Holder):
     assert named_by(link) == (ID, holder)
 
 
@@ -56,17 +54,17 @@ def test_a_link_names_its_container(link: str, holder: Holder) -> None:
         f"pod\udcff_ns_c-{ID}.log",  # not UTF-8: no metric could carry it
     ],
 )
-def test_a_malformed_name_is_passed_over(link: str) -> None:
+def test_a_malformed_name_is_passed_over(link):
     assert named_by(link) is None
 
 
 @given(st.text())
 @tried(200)
-def test_any_other_name_is_passed_over(link: str) -> None:
+def test_any_other_name_is_passed_over(link):
     assert named_by(link) is None
 
 
-def test_links_are_read_by_their_names_wherever_they_lead(tmp_path: Path) -> None:
+def test_links_are_read_by_their_names_wherever_they_lead(tmp_path):
     names = [f"one_ns_c-{ID}.log", f"two_ns_c-{OTHER}.log", "README", f"{ID}.log"]
     for name in names[1:]:
         (tmp_path / name).symlink_to(tmp_path / "nowhere")
@@ -78,9 +76,7 @@ def test_links_are_read_by_their_names_wherever_they_lead(tmp_path: Path) -> Non
     }
 
 
-def test_a_directory_without_links_names_nothing_and_a_missing_one_is_an_error(
-    tmp_path: Path,
-) -> None:
+def test_a_directory_without_links_names_nothing_and_a_missing_one_is_an_error(tmp_path):
     assert holders_by_id(tmp_path) == {}
     with pytest.raises(FileNotFoundError):
         holders_by_id(tmp_path / "missing")

@@ -84,7 +84,7 @@ async def eventually(check: Callable[[], object]) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_tells_what_each_container_uses_of_each_card(node: Node) -> None:
+async def test_tells_what_each_container_uses_of_each_card(node):
     node.contain(TRAIN, "a" * 64, 10, 11)
     node.contain(TRAIN, "e" * 64, 12)  # it was restarted: a new ID, the same name
     node.contain(SERVE, "b" * 64, 20)
@@ -129,7 +129,7 @@ class Recording(SimulatedDriver):
         return await super().processes(uuid)
 
 
-async def test_a_card_that_does_not_answer_is_left_out_and_holds_up_no_other(node: Node) -> None:
+async def test_a_card_that_does_not_answer_is_left_out_and_holds_up_no_other(node):
     node.watch.driver = driver = Recording()
     node.watch.call_limit = 0.2
     node.contain(TRAIN, "a" * 64, 10)
@@ -143,16 +143,14 @@ async def test_a_card_that_does_not_answer_is_left_out_and_holds_up_no_other(nod
     assert node.usage == Usage()
 
 
-async def test_only_advertised_cards_are_asked(node: Node) -> None:
+async def test_only_advertised_cards_are_asked(node):
     node.watch.driver = driver = Recording()
     node.state.card_forgotten(A)
     await node.watch.look()
     assert driver.asked == [B]
 
 
-async def test_a_driver_that_was_let_go_of_is_left_alone_until_it_answers_again(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_driver_that_was_let_go_of_is_left_alone_until_it_answers_again(node, caplog):
     node.watch.driver = driver = Recording()
     driver.run_processes(A, [GpuProcess(99, GIB)])
     await node.watch.look()
@@ -175,9 +173,7 @@ async def test_a_driver_that_was_let_go_of_is_left_alone_until_it_answers_again(
 # What is missing
 
 
-async def test_says_once_that_no_process_of_the_node_is_seen(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_says_once_that_no_process_of_the_node_is_seen(node, caplog):
     node.driver.run_processes(A, [GpuProcess(10, GIB), GpuProcess(11, GIB)])
     for _ in range(4):
         await node.watch.look()
@@ -194,9 +190,7 @@ async def test_says_once_that_no_process_of_the_node_is_seen(
     assert len(warnings(caplog)) == 2
 
 
-async def test_a_process_that_ends_between_two_reads_is_no_reason_to_say_so(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_process_that_ends_between_two_reads_is_no_reason_to_say_so(node, caplog):
     for pid in range(10, 15):
         node.driver.run_processes(A, [GpuProcess(pid, GIB)])
         await node.watch.look()
@@ -207,8 +201,8 @@ async def test_a_process_that_ends_between_two_reads_is_no_reason_to_say_so(
 
 @pytest.mark.parametrize("hidden", [False, True])
 async def test_in_a_pid_namespace_of_its_own_it_says_so_though_the_driver_lists_nothing(
-    node: Node, caplog: pytest.LogCaptureFixture, hidden: bool
-) -> None:
+    node, caplog, hidden
+):
     # Drivers leave out processes of other namespaces, so there is none that could be missed.
     node.process(1, "0::/\n")
     if hidden:
@@ -220,9 +214,7 @@ async def test_in_a_pid_namespace_of_its_own_it_says_so_though_the_driver_lists_
     assert "hostPID: true" in line
 
 
-async def test_says_once_that_the_links_are_missing_while_there_are_processes(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_says_once_that_the_links_are_missing_while_there_are_processes(node, caplog):
     node.links.rmdir()
     for _ in range(3):
         await node.watch.look()
@@ -245,9 +237,7 @@ async def test_says_once_that_the_links_are_missing_while_there_are_processes(
 # The task
 
 
-async def test_looks_again_and_again_with_no_file_read_on_the_loop(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_looks_again_and_again_with_no_file_read_on_the_loop(node, monkeypatch):
     readers = set()
     read = Path.read_bytes
 
@@ -268,7 +258,7 @@ async def test_looks_again_and_again_with_no_file_read_on_the_loop(
     assert threading.current_thread() not in readers
 
 
-async def test_the_same_usage_is_no_news(node: Node) -> None:
+async def test_the_same_usage_is_no_news(node):
     await node.watch.look()
     version = node.state.latest.version
     await node.watch.look()
