@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.agent_process import REPOSITORY
-from tests.kubelet.rig import GIB, MPS, RESOURCE, cards_of
-from vgpu_agent.model.devices import Card, Excluded, Fault, Inventory, Reason, device_id
+from tests.kubelet.rig import GIB, MPS, RESOURCE
+from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
 from vgpu_agent.model.state import Driver, Kubelet, Mps, RegistrationResult, Snapshot
 from vgpu_agent.observe.metrics import Metrics
@@ -112,53 +111,102 @@ def variable_queries(path: Path) -> Iterator[tuple[str, str, str]]:
 
 # A node of which every metric has something to tell
 
+WELL = Gpu(
+    uuid="GPU-a",
+    index=0,
+    model="NVIDIA L4",
+    memory_bytes=24 * GIB,
+    pci_bus_id="00000000:01:00.0",
+    reserved_bytes=400 << 20,
+    numa_node=0,
+)
+SICK = Gpu(
+    uuid="GPU-b",
+    index=1,
+    model="NVIDIA L4",
+    memory_bytes=24 * GIB,
+    pci_bus_id="00000000:02:00.0",
+)
+LEFT_OUT = Gpu(
+    uuid="GPU-c",
+    index=2,
+    model="NVIDIA A100",
+    memory_bytes=40 * GIB,
+    pci_bus_id="00000000:03:00.0",
+)
 
-def full_metrics(resource: str) -> Metrics:
+RESNET = Holder("team-a", "resnet-1", "main")
+LLAMA = Holder("team-b", "llama-0", "server")
+SHRUNK = Holder("team-b", "old-0", "main")
+
+SNAPSHOT = Snapshot(
+    inventory=Inventory(
+        (
+            Card(WELL, 4, recovery_wait=60),
+            Card(
+                SICK,
+                4,
+                (
+                    Fault(Reason.LOST, 10.0, "gone"),
+                    Fault(Reason.XID, 11.0, "XID 79", until_reset=True),
+                ),
+                recovery_wait=240,
+            ),
+        )
+    ),
+    excluded=(Excluded(LEFT_OUT, "mig", "MIG mode is on"),),
+    driver=Driver("580.65.06", None),
+    mps=Mps(
+        wanted=True,
+        up=True,
+        limits_in_force=True,
+        clients=MappingProxyType({"GPU-a": 2}),
+        waiting=1,
+    ),
+    kubelet=Kubelet(registered=True, streams=1),
+    xids=MappingProxyType({("GPU-a", 13): 3, ("GPU-b", 79): 1, (None, 8): 2, ("GPU-x", 31): 1}),
+    transitions=MappingProxyType(
+        {
+            ("GPU-b", "unhealthy", Reason.LOST): 2,
+            ("GPU-b", "healthy", Reason.LOST): 1,
+        }
+    ),
+    registrations=MappingProxyType(
+        {RegistrationResult.REGISTERED: 2, RegistrationResult.UNREACHABLE: 5}
+    ),
+    lists_sent=7,
+    holders=Holders(
+        None,
+        (
+            Assignment(RESNET, ("GPU-a::0",)),
+            Assignment(LLAMA, ("GPU-a::2", "GPU-a::3", "GPU-b::1")),
+            Assignment(SHRUNK, ("GPU-b::0", "GPU-b::9", "GPU-gone::1")),
+        ),
+    ),
+    usage=Usage(
+        MappingProxyType(
+            {
+                ("GPU-a", RESNET): Used(2, 9 * GIB),
+                ("GPU-b", LLAMA): Used(1, None),
+                ("GPU-x", LLAMA): Used(1, GIB),
+            }
+        ),
+        MappingProxyType({"GPU-a": 3, "GPU-x": 1}),
+    ),
+    memory_used=MappingProxyType({"GPU-a": 10 * GIB}),
+)
+"""GPU-a is well, and RESNET has more of it than its share; GPU-b is lost; GPU-x is no GPU of ours.
+
+SHRUNK holds vGPUs that are no longer made.
+"""
+
+
+def full_text(resource: str = RESOURCE) -> bytes:
     metrics = Metrics(version="1.2.3", resource_name=resource, sharing=MPS, max_clients=48)
     for method in ("Allocate", "GetPreferredAllocation", "PreStartContainer"):
         metrics.observe_rpc(method, "OK", 0.002)
     metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
-    return metrics
-
-
-def full_snapshot() -> Snapshot:
-    well, sick, left_out = (replace(gpu, reserved_bytes=GIB // 4) for gpu in cards_of(3))
-    server = Holder("shop", "resnet-1", "server")
-    held = Assignment(server, (device_id(well.uuid, 0), device_id(well.uuid, 1)))
-    orphan = Assignment(Holder("shop", "old-1", "server"), (device_id(well.uuid, 9),))
-    return Snapshot(
-        inventory=Inventory(
-            (
-                Card(well, 4, recovery_wait=60),
-                Card(sick, 4, (Fault(Reason.XID, 0.0, "XID 74"),), recovery_wait=60),
-            )
-        ),
-        excluded=(Excluded(left_out, "mig", "MIG mode is on"),),
-        driver=Driver("580.65.06", None),
-        mps=Mps(
-            wanted=True,
-            up=True,
-            limits_in_force=True,
-            clients=MappingProxyType({well.uuid: 2}),
-            waiting=1,
-        ),
-        kubelet=Kubelet(registered=True, streams=1),
-        xids=MappingProxyType({(sick.uuid, 74): 1}),
-        transitions=MappingProxyType({(sick.uuid, "unhealthy", Reason.XID): 1}),
-        registrations=MappingProxyType({RegistrationResult.REGISTERED: 1}),
-        lists_sent=2,
-        allocates=2,
-        holders=Holders(None, (held, orphan)),
-        usage=Usage(
-            MappingProxyType({(well.uuid, server): Used(2, 9 * GIB)}),
-            MappingProxyType({well.uuid: 1, sick.uuid: 0}),
-        ),
-        memory_used=MappingProxyType({well.uuid: 10 * GIB, sick.uuid: 0}),
-    )
-
-
-def full_text(resource: str = RESOURCE) -> bytes:
-    return full_metrics(resource).render(full_snapshot(), "")[0]
+    return metrics.render(SNAPSHOT, "")[0]
 
 
 def metric_labels() -> dict[str, set[str]]:

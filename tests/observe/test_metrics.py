@@ -3,101 +3,21 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.kubelet.rig import MPS, TIME_SLICING
+from tests.kubelet.rig import GIB, MPS, RESOURCE, TIME_SLICING
+from tests.observe.rules import LLAMA, RESNET, SHRUNK, SNAPSHOT, WELL
 from vgpu_agent.model.container import grant
-from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
-from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
+from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.share import MpsLimits
-from vgpu_agent.model.state import Driver, Kubelet, RegistrationResult, Snapshot
+from vgpu_agent.model.state import Driver, Kubelet, Snapshot
 from vgpu_agent.observe.metrics import Metrics
 
-RESOURCE = "example.com/vgpu"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-GIB = 1 << 30
-
-WELL = Gpu(
-    uuid="GPU-a",
-    index=0,
-    model="NVIDIA L4",
-    memory_bytes=24 * GIB,
-    pci_bus_id="00000000:01:00.0",
-    reserved_bytes=400 << 20,
-    numa_node=0,
-)
-SICK = Gpu(
-    uuid="GPU-b",
-    index=1,
-    model="NVIDIA L4",
-    memory_bytes=24 * GIB,
-    pci_bus_id="00000000:02:00.0",
-)
-LEFT_OUT = Gpu(
-    uuid="GPU-c",
-    index=2,
-    model="NVIDIA A100",
-    memory_bytes=40 * GIB,
-    pci_bus_id="00000000:03:00.0",
-)
-
-RESNET = Holder("team-a", "resnet-0", "main")
-LLAMA = Holder("team-b", "llama-0", "server")
-SHRUNK = Holder("team-b", "old-0", "main")
-
-SNAPSHOT = Snapshot(
-    inventory=Inventory(
-        (
-            Card(WELL, 4, recovery_wait=60),
-            Card(
-                SICK,
-                4,
-                (
-                    Fault(Reason.LOST, 10.0, "gone"),
-                    Fault(Reason.XID, 11.0, "XID 79", until_reset=True),
-                ),
-                recovery_wait=240,
-            ),
-        )
-    ),
-    excluded=(Excluded(LEFT_OUT, "mig", "MIG mode is on"),),
-    driver=Driver("580.65.06", None),
-    kubelet=Kubelet(registered=True, streams=1),
-    xids=MappingProxyType({("GPU-a", 13): 3, ("GPU-b", 79): 1, (None, 8): 2, ("GPU-x", 31): 1}),
-    transitions=MappingProxyType(
-        {
-            ("GPU-b", "unhealthy", Reason.LOST): 2,
-            ("GPU-b", "healthy", Reason.LOST): 1,
-        }
-    ),
-    registrations=MappingProxyType(
-        {RegistrationResult.REGISTERED: 2, RegistrationResult.UNREACHABLE: 5}
-    ),
-    lists_sent=7,
-    holders=Holders(
-        None,
-        (
-            Assignment(RESNET, ("GPU-a::0",)),
-            Assignment(LLAMA, ("GPU-a::2", "GPU-a::3", "GPU-b::1")),
-            Assignment(SHRUNK, ("GPU-b::0", "GPU-b::9", "GPU-gone::1")),
-        ),
-    ),
-    usage=Usage(
-        MappingProxyType(
-            {
-                ("GPU-a", RESNET): Used(2, GIB),
-                ("GPU-b", LLAMA): Used(1, None),
-                ("GPU-x", LLAMA): Used(1, GIB),
-            }
-        ),
-        MappingProxyType({"GPU-a": 3, "GPU-x": 1}),
-    ),
-    memory_used=MappingProxyType({"GPU-a": 5 * GIB}),
-)
 
 REASONS = [
     "xid",
@@ -165,7 +85,7 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_gpu_memory_bytes": [
         (card("GPU-a", 0, kind="total"), 24 * GIB),
         (card("GPU-a", 0, kind="reserved"), 400 << 20),
-        (card("GPU-a", 0, kind="used"), 5 * GIB),
+        (card("GPU-a", 0, kind="used"), 10 * GIB),
         (card("GPU-b", 1, kind="total"), 24 * GIB),
         (card("GPU-b", 1, kind="reserved"), 0),
     ],
@@ -195,6 +115,12 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     ],
     "vgpu_list_and_watch_updates_total": [({}, 7)],
     "vgpu_kubelet_connected": [({}, 1)],
+    "vgpu_mps_up": [({}, 1)],
+    "vgpu_mps_limits_in_force": [({}, 1)],
+    "vgpu_mps_replacement_needed": [({}, 0)],
+    "vgpu_mps_waiting_clients": [({}, 1)],
+    "vgpu_mps_max_clients": [({}, 48)],
+    "vgpu_mps_clients": [(card("GPU-a", 0), 2), (card("GPU-b", 1), 0)],
     "vgpu_podresources_up": [({}, 1)],
     "vgpu_device_allocated": [(vgpu("GPU-a", 0, n), int(n in (0, 2, 3))) for n in range(4)]
     + [(vgpu("GPU-b", 1, n), int(n in (0, 1))) for n in range(4)],
@@ -209,7 +135,7 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_allocation_memory_limit_bytes_per_process": SHARES,
     "vgpu_orphaned_allocations": [({"resource": RESOURCE}, 2)],
     "vgpu_largest_free_share": [({"resource": RESOURCE}, 1)],
-    "vgpu_container_memory_used_bytes": [(held("GPU-a", 0, RESNET), GIB)],
+    "vgpu_container_memory_used_bytes": [(held("GPU-a", 0, RESNET), 9 * GIB)],
     "vgpu_container_processes": [(held("GPU-a", 0, RESNET), 2), (held("GPU-b", 1, LLAMA), 1)],
     "vgpu_unattributed_processes": [(card("GPU-a", 0), 3)],
 }
@@ -217,7 +143,7 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS)
+    return Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS, max_clients=48)
 
 
 def text(metrics: Metrics, snapshot: Snapshot = SNAPSHOT, accept: str = "") -> str:
@@ -425,7 +351,7 @@ def test_what_was_known_last_is_told_while_the_kubelet_does_not_answer(metrics):
 def test_the_series_of_a_pod_end_with_it(metrics):
     text(metrics)
     ended = replace(SNAPSHOT, holders=Holders(None, ()), usage=Usage())
-    assert "resnet-0" not in text(metrics, ended)
+    assert RESNET.pod not in text(metrics, ended)
     assert {value for _, value in samples(metrics, ended, "vgpu_device_allocated")} == {0}
 
 

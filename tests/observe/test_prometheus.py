@@ -30,7 +30,15 @@ from tests.agent_process import Agent, running
 from tests.kubelet.podresources_peer import Pod, PodResourcesPeer, encoded
 from tests.kubelet.rig import RESOURCE
 from tests.kubelet_peer import KubeletPeer
-from tests.observe.rules import ALERTS, DASHBOARDS, alerts, full_text, queries, variable_queries
+from tests.observe.rules import (
+    ALERTS,
+    DASHBOARDS,
+    RESNET,
+    alerts,
+    full_text,
+    queries,
+    variable_queries,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +49,7 @@ AGENT = {
     "endpoint": "metrics",
     "node": "node-a",
 }
-RESNET = {"namespace": "shop", "pod": "resnet-1", "container": "server"}
+NAMES = {"namespace": RESNET.namespace, "pod": RESNET.pod, "container": RESNET.container}
 GONE = "::99"
 """Ends the ID of a vGPU that no card has."""
 
@@ -217,8 +225,8 @@ class Scene:
 
     def hold(self, *device_ids: str) -> None:
         """From now on one container holds these vGPUs, and nobody any other."""
-        held = {RESNET["container"]: {RESOURCE: device_ids}}
-        pods = [Pod(RESNET["pod"], held, RESNET["namespace"])] if device_ids else []
+        held = {RESNET.container: {RESOURCE: device_ids}}
+        pods = [Pod(RESNET.pod, held, RESNET.namespace)] if device_ids else []
         self.pods.answer = encoded(*pods)
 
 
@@ -274,7 +282,7 @@ def test_what_is_said_of_a_container_carries_its_own_names_and_not_the_agents(sh
     ):
         for found in shared.prometheus.wait_query(metric + of_agent):
             labels = found["metric"]
-            assert labels.items() >= {**RESNET, "node": "node-a"}.items()
+            assert labels.items() >= {**NAMES, "node": "node-a"}.items()
             assert not [name for name in labels if name.startswith("exported_")]
     # What is said of the node carries the agent's.
     (connected,) = shared.prometheus.wait_query("vgpu_kubelet_connected" + of_agent)
@@ -324,7 +332,7 @@ def test_the_dashboard_of_the_node_shows_the_agent_except_for_what_its_cards_can
 
 
 def test_a_container_with_more_than_its_share_is_told_by_its_own_names(shared):
-    alert = shared.prometheus.wait_alert("VgpuContainerOverShare", instance=shared.full, **RESNET)
+    alert = shared.prometheus.wait_alert("VgpuContainerOverShare", instance=shared.full, **NAMES)
     assert alert["state"] == "pending"
     assert "resnet-1" in alert["annotations"]["summary"]
     assert "on node-b" in alert["annotations"]["description"]
