@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.mps.fixtures import FakeMps, eventually
@@ -319,6 +319,7 @@ def test_the_plan_has_the_share_of_one_vgpu_and_ordinals_in_pci_order():
     st.one_of(st.none(), st.integers(MIB, 2**36)),
     st.integers(0, 2**30),
 )
+@example(24 * 1024 * MIB, 10, 2048 * MIB, 512 * MIB)
 def test_the_limits_of_all_vgpus_of_a_card_fit_into_it(memory, replicas, size, held_back):
     card = gpu(0, "0000:01:00.0", memory)
     division = Division(replicas, size, max_clients=48, held_back=held_back)
