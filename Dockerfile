@@ -39,7 +39,7 @@ RUN tools/bin/python -m hatchling build -t wheel -d wheels \
         -s /build/agent -p / /build/agent
 
 FROM ${BASE_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 COPY --from=dependencies /build/root/ /
 COPY --from=dependencies /opt/vgpu-agent/ /opt/vgpu-agent/
 COPY --from=agent /build/agent/ /

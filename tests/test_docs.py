@@ -71,9 +71,18 @@ def test_the_readme_is_short():
 
 
 def test_the_changelog_is_of_this_version():
-    text = DOCUMENTS["CHANGELOG.md"].read_text("utf-8")
-    assert "\n## [Unreleased]\n" in text
-    assert __version__ in text
+    headings = re.findall(r"^## (.+)$", DOCUMENTS["CHANGELOG.md"].read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(__version__)}\] - \d{{4}}-\d\d-\d\d", headings[1])
+
+
+def test_every_image_that_is_named_is_of_this_version():
+    named = {
+        match
+        for path in TEXTS.values()
+        for match in re.findall(r"vgpu-agent:(\d+\.[\w.]+)", path.read_text("utf-8"))
+    }
+    assert named == {__version__}
 
 
 # Links

@@ -75,6 +75,20 @@ def of_kind(objects: Sequence[Object], kind: str) -> dict[str, Object]:
     return {each["metadata"]["name"]: each for each in objects if each["kind"] == kind}
 
 
+def installed(objects: Sequence[Object]) -> list[Object]:
+    """Without what is there for `helm test` only."""
+    return [each for each in objects if not is_hook(each)]
+
+
+def tested(objects: Sequence[Object]) -> list[Object]:
+    """What is there for `helm test` only."""
+    return [each for each in objects if is_hook(each)]
+
+
+def is_hook(one: Object) -> bool:
+    return "helm.sh/hook" in one["metadata"].get("annotations", ())
+
+
 def pod(workload: Object) -> Object:
     return workload["spec"]["template"]["spec"]
 

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def test_every_file_of_ci_is_without_a_finding(name: str) -> None:
 def test_the_chart_is_of_the_version_of_the_agent() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == vgpu_agent.__version__
+
+
+def test_the_chart_says_what_catalogues_show() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    project = tomllib.loads((CHART.parents[1] / "pyproject.toml").read_text())["project"]
+    assert chart["annotations"]["artifacthub.io/license"] == project["license"]
+    assert {"gpu", "nvidia", "device-plugin"} <= set(chart["keywords"])
+    assert chart["maintainers"]
+    # They are set by `make dist`, which knows where it is published from.
+    assert not {"home", "sources"} & set(chart)
 
 
 def test_the_table_of_the_values_has_every_key_that_is_no_map_of_keys() -> None:
@@ -644,7 +655,8 @@ def test_labels_and_annotations_of_the_user_are_where_they_belong() -> None:
 
 
 def test_monitoring_and_network_policies_are_there_on_request() -> None:
-    assert {each["kind"] for each in rendered("default")} == {"ServiceAccount", "DaemonSet"}
+    kinds = {each["kind"] for each in helm.installed(rendered("default"))}
+    assert kinds == {"ServiceAccount", "DaemonSet"}
 
 
 def selects(selector: Object, workload: Object) -> bool:
@@ -701,7 +713,7 @@ def test_each_dashboard_is_a_config_map_with_the_file_as_it_is() -> None:
 
 
 def test_the_network_is_closed_but_for_metrics() -> None:
-    policies = of_kind(rendered("everything"), "NetworkPolicy")
+    policies = of_kind(helm.installed(rendered("everything")), "NetworkPolicy")
     closed = policies.pop("our-vgpus")["spec"]
     assert closed["policyTypes"] == ["Ingress", "Egress"]
     assert not {"ingress", "egress"} & set(closed)
@@ -718,11 +730,84 @@ def test_the_network_is_closed_but_for_metrics() -> None:
         (rule,) = opened[0]["spec"]["ingress"]
         assert rule["ports"] == [{"port": 9500, "protocol": "TCP"}]
         assert rule["from"] == VALUES_OF_EVERYTHING["networkPolicy"]["from"]
-    (_, anybody) = of_kind(
-        helm.render({"networkPolicy": {"enabled": True}}), "NetworkPolicy"
-    ).values()
+    opened_to_all = helm.installed(helm.render({"networkPolicy": {"enabled": True}}))
+    (_, anybody) = of_kind(opened_to_all, "NetworkPolicy").values()
     (rule,) = anybody["spec"]["ingress"]
     assert "from" not in rule
+
+
+@pytest.mark.parametrize("name", CI)
+def test_helm_test_asks_an_agent_of_each_pool(name: str) -> None:
+    objects = helm.tested(rendered(name))
+    pods = of_kind(objects, "Pod")
+    services = of_kind(objects, "Service")
+    (test,) = pods.values()
+    _, _, script, _, *asked = test["spec"]["containers"][0]["command"]
+    assert script.strip() == (CHART / "files/readyz.py").read_text().strip()
+    workloads = agents(rendered(name))
+    assert len(asked) == len(services) == len(workloads)
+    for each, workload in zip(asked, workloads, strict=True):
+        service_name, _, port = each.rpartition(":")
+        assert re.fullmatch(r"[a-z][-a-z0-9]{0,62}", service_name)
+        service = services[service_name]["spec"]
+        # A headless Service: no variables in other containers, and its port is the pods' own.
+        assert service["clusterIP"] == "None"
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert service["selector"].items() <= labels.items()
+        assert [
+            other for other in workloads if selects({"matchLabels": service["selector"]}, other)
+        ] == [workload]
+        (metrics,) = containers(workload)["agent"]["ports"]
+        assert int(port) == service["ports"][0]["port"] == metrics["containerPort"]
+        assert service["ports"][0]["targetPort"] == metrics["name"]
+
+
+@pytest.mark.parametrize("name", CI)
+def test_the_pod_of_helm_test_may_nothing_and_outlives_only_itself(name: str) -> None:
+    objects = helm.tested(rendered(name))
+    for each in objects:
+        policy = each["metadata"]["annotations"]["helm.sh/hook-delete-policy"].split(",")
+        # The pod stays for its log, what opens the network goes.
+        assert ("hook-succeeded" in policy) == (each["kind"] != "Pod")
+        assert "before-hook-creation" in policy
+    (test,) = of_kind(objects, "Pod").values()
+    spec, (container,) = test["spec"], test["spec"]["containers"]
+    assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
+    assert not {"hostPID", "hostNetwork", "hostIPC", "volumes"} & set(spec)
+    assert container["securityContext"] == {
+        "runAsUser": 65534,
+        "runAsNonRoot": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": NOTHING,
+        "readOnlyRootFilesystem": True,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    agent = containers(agents(rendered(name))[0])["agent"]
+    for key in ("image", "imagePullPolicy"):
+        assert container[key] == agent[key]
+
+
+def test_a_closed_network_lets_helm_test_through() -> None:
+    objects = rendered("everything")
+    labels = of_kind(objects, "Pod")["try-our-vgpus"]["metadata"]["labels"]
+    outgoing, incoming = (
+        of_kind(helm.tested(objects), "NetworkPolicy")[name]["spec"]
+        for name in ("try-our-vgpus", "try-our-vgpus-agents")
+    )
+    assert outgoing["policyTypes"] == ["Egress"]
+    assert outgoing["podSelector"]["matchLabels"].items() <= labels.items()
+    dns, to_agents = outgoing["egress"]
+    assert dns == {"ports": [{"port": 53, "protocol": each} for each in ("UDP", "TCP")]}
+    assert to_agents["ports"] == [{"port": 9500, "protocol": "TCP"}]
+    assert incoming["policyTypes"] == ["Ingress"]
+    (from_test,) = incoming["ingress"]
+    assert from_test["ports"] == to_agents["ports"]
+    assert from_test["from"] == [{"podSelector": outgoing["podSelector"]}]
+    assert to_agents["to"] == [{"podSelector": incoming["podSelector"]}]
+    for workload in daemon_sets(objects).values():
+        opened = selects(incoming["podSelector"], workload)
+        assert opened == (component(workload) == "agent")
+    assert not of_kind(helm.tested(rendered("default")), "NetworkPolicy")
 
 
 VALUES_OF_EVERYTHING = yaml.safe_load(CI["everything"].read_text())

@@ -114,6 +114,42 @@ def test_a_cluster_without_gpus_gets_vgpus_and_gives_them(
         kubelet.wait_stream_ends(1)
 
 
+def helm_test(port: int, seconds: str) -> subprocess.CompletedProcess[str]:
+    """The command of the pod of `helm test`, in which this machine is the agents' Service."""
+    (pod_,) = of_kind(helm.render({"metrics": {"port": port}}, CI["simulated"]), "Pod").values()
+    python, *arguments, limit, agent = pod_["spec"]["containers"][0]["command"]
+    assert (python, limit) == ("python", "60")
+    assert agent == f"try-r-vgpu-agent:{port}"
+    return subprocess.run(
+        [sys.executable, *arguments, seconds, f"127.0.0.1:{port}"],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_helm_test_passes_once_an_agent_is_ready(
+    kubelet_dir: Path, tmp_path: Path, port: int
+) -> None:
+    done = helm_test(port, "0")
+    assert done.returncode == 1
+    assert "no agent is ready: 127.0.0.1: ConnectionRefusedError" in done.stdout
+    (workload,) = rendered("simulated", kubelet_dir, port).values()
+    (agent,) = containers(workload).values()
+    with started(agent, tmp_path / "agent"):
+        eventually(lambda: probed(agent, "livenessProbe") == 200)
+        done = helm_test(port, "0")
+        assert done.returncode == 1
+        assert "127.0.0.1: 503 not registered: " in done.stdout
+        with KubeletPeer(kubelet_dir) as kubelet:
+            kubelet.wait_list(1, timeout=20)
+            done = helm_test(port, "20")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"127.0.0.1:{port}: ready: 127.0.0.1: 200 ready\n"
+
+
 def test_cards_are_shared_in_turns(
     kubelet_dir: Path, tmp_path: Path, port: int, fake_nvml: FakeNvml
 ) -> None:
