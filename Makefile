@@ -5,11 +5,13 @@ FOR ?=
 ARGS ?=
 IMAGE ?= vgpu-agent:dev
 BASE_IMAGE ?=
+REGISTRY ?=
+SOURCE ?=
 # Extras are kept: without `coverage[toml]` in the lock, pip before 24 resolves it outside of the lock.
-COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-strip-extras \
+COMPILE = $(BIN)/uv pip compile -q $(ARGS) --universal --python-version 3.11 --no-strip-extras \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
 
-.PHONY: help run test quick bench lint fmt proto lock image clean
+.PHONY: help run test quick bench lint fmt proto lock image dist clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -34,7 +36,7 @@ fmt: .venv/dev ## put the code into the common format
 proto: .venv/dev ## generate vgpu_agent/kubelet/_proto from protos/
 	$(BIN)/python -m tests.protoc betterproto vgpu_agent/kubelet/_proto
 
-lock: .venv/dev ## resolve requirements/*.txt again, with hashes and extras, without addresses
+lock: .venv/dev ## resolve requirements/*.txt again, keeping pins; ARGS=--upgrade takes the newest
 	$(COMPILE) pyproject.toml -o requirements/run.txt
 	$(COMPILE) -c requirements/run.txt pyproject.toml --group dev -o requirements/dev.txt
 	echo hatchling | $(COMPILE) -c requirements/dev.txt - -o requirements/build.txt
@@ -42,6 +44,10 @@ lock: .venv/dev ## resolve requirements/*.txt again, with hashes and extras, wit
 image: ## IMAGE from BASE_IMAGE by docker, podman or buildah; ARGS (--secret …) go to its build
 	for tool in docker podman buildah; do $$tool info >/dev/null 2>&1 && break; done; \
 	DOCKER_BUILDKIT=1 $$tool build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(ARGS) -t $(IMAGE) .
+
+dist: .venv/dev ## the files of a release in dist/; ARGS=--no-image leaves the image out
+	@$(BIN)/python -m tools.dist $(if $(REGISTRY),--registry $(REGISTRY)) \
+		$(if $(SOURCE),--source $(SOURCE)) $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) $(ARGS)
 
 clean: ## remove everything that was made here
 	rm -rf .venv .cache .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
