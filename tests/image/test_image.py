@@ -13,10 +13,12 @@ from types import MappingProxyType
 
 import pytest
 
+from tests.agent_process import REPOSITORY
 from tests.image.base import CACHE
 from tests.image.build import Image, build
 from tests.image.container import Container, Mount, RuncContainer, why_no_runc
 from tests.kubelet_peer import KubeletPeer
+from tools.sbom import locked
 from vgpu_agent import __version__
 
 pytestmark = pytest.mark.slow
@@ -141,6 +143,9 @@ def test_it_has_only_the_agent_with_its_libraries_and_bytecode(image: Image) -> 
         )
     }
     assert {"vgpu_agent", "pydantic", "uvicorn"} <= packages
+    # Those that the SBOM lists.
+    listed = {name for name, _ in locked((REPOSITORY / "requirements/run.txt").read_text())}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in packages} == listed | {"vgpu-agent"}
     assert not packages & {"pip", "setuptools", "hatchling", "uv", "grpcio", "pytest"}
     for name in ("gcc", "cc", "ld", "as", "make"):
         assert not shutil.which(name, path=f"{image.rootfs}/usr/bin:{image.rootfs}/usr/local/bin")
