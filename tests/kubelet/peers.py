@@ -17,6 +17,7 @@ import h2.exceptions
 import pytest
 
 from tests.kubelet_peer import off_loop
+from vgpu_agent.model.state import NodeState, Snapshot
 
 
 class Peer(Protocol):
@@ -45,6 +46,17 @@ async def wait_for(condition: Callable[[], Any], what: str, within: float = 10.0
         assert time.monotonic() < until, f"no {what} within {within} s"
         await anyio.sleep(0.005)
     return found
+
+
+async def until(
+    state: NodeState, condition: Callable[[Snapshot], Any], within: float = 10.0
+) -> Snapshot:
+    """The first snapshot from now on that the condition holds for."""
+    with anyio.move_on_after(within):
+        async for snapshot in state.latest.follow():
+            if condition(snapshot):
+                return snapshot
+    raise AssertionError(f"not within {within} s; the last was {state.snapshot}")
 
 
 def told(caplog: pytest.LogCaptureFixture, words: str = "", logger: str = "") -> list[str]:

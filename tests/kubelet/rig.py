@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import anyio
 import grpc
 
-from tests.kubelet.peers import started
+from tests.kubelet.peers import started, until
 from tests.kubelet_peer import CHANNEL_OPTIONS, KubeletPeer, off_loop
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
@@ -90,12 +90,7 @@ class Rig:
         assert self.state.faults_cleared(self.cards[card].gpu.uuid, [fault.reason])
 
     async def until(self, condition: Callable[[Snapshot], Any], within: float = 10.0) -> Snapshot:
-        """The first snapshot from now on that the condition holds for."""
-        with anyio.move_on_after(within):
-            async for snapshot in self.state.latest.follow():
-                if condition(snapshot):
-                    return snapshot
-        raise AssertionError(f"not within {within} s; the last was {self.state.snapshot}")
+        return await until(self.state, condition, within)
 
     async def registered(self, times: int = 1, within: float = 10.0) -> None:
         """Until the kubelet follows the list, and has been sent one, the n-th time."""

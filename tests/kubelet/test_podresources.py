@@ -72,11 +72,7 @@ class Watched:
         return None if told is None else {each.holder.pod: len(each.device_ids) for each in told}
 
     async def until(self, condition, within=10.0):
-        with anyio.move_on_after(within):
-            async for _ in self.state.latest.follow():
-                if condition(self):
-                    return
-        raise AssertionError(f"not within {within} s; the last was {self.state.snapshot.holders}")
+        await peers.until(self.state, lambda _: condition(self), within)
 
     async def until_held(self, within=10.0, **expected):
         wanted = {pod.replace("_", "-"): count for pod, count in expected.items()}
@@ -191,15 +187,6 @@ async def test_pods_come_and_go(kubelet_dir):
         calls = kubelet.calls
         await anyio.sleep(0.5)
         assert kubelet.calls == calls
-
-
-async def test_the_kubelet_is_asked_again_and_again(kubelet_dir):
-    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir, interval=0.05) as agent:
-        await agent.until_held()
-        kubelet.answer = ONE
-        await agent.until_held(a=1)
-        kubelet.answer = b""
-        await agent.until_held()
 
 
 async def test_a_burst_of_allocates_makes_one_question_after_it(kubelet_dir):
