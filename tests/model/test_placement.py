@@ -133,39 +133,21 @@ def test_the_lowest_free_numbers_of_a_card_are_taken_in_order(request, placement
 
 
 @given(racing_requests(), placements)
-@tried(80)
-def test_the_answer_is_as_long_as_asked_or_as_there_is_and_never_shorter_than_must(
+@tried(150)
+def test_the_answer_is_must_then_what_is_available_and_healthy_and_names_the_rest(
     request, placement
 ):
     answer = ask(request, placement)
-    must = known(request)
+    must, card_of = known(request), request.inventory.card_of
+    # As long as asked or as there is, and never shorter than must.
     at_most = len(must) + sum(free_of(request).values())
     assert len(answer.device_ids) == max(len(must), min(request.size, at_most))
-
-
-@given(racing_requests(), placements)
-@tried(50)
-def test_the_answer_starts_with_what_must_be_included_and_repeats_nothing(request, placement):
-    answer = ask(request, placement)
-    must = known(request)
-    assert list(answer.device_ids[: len(must)]) == must
     assert len(set(answer.device_ids)) == len(answer.device_ids)
-
-
-@given(racing_requests(), placements)
-@tried(50)
-def test_what_is_added_to_must_is_available_and_healthy(request, placement):
-    answer = ask(request, placement)
-    added = set(answer.device_ids) - set(known(request))
+    assert list(answer.device_ids[: len(must)]) == must
+    added = set(answer.device_ids) - set(must)
     assert added <= set(request.available)
-    assert all(request.inventory.card_of(vgpu).healthy for vgpu in added)
-
-
-@given(racing_requests(), placements)
-@tried(50)
-def test_exactly_the_unknown_and_the_unhealthy_are_passed_over(request, placement):
-    answer = ask(request, placement)
-    card_of = request.inventory.card_of
+    assert all(card_of(vgpu).healthy for vgpu in added)
+    # Exactly the unknown and the unhealthy are passed over.
     unknown = {vgpu for vgpu in [*request.available, *request.must_include] if not card_of(vgpu)}
     unhealthy = {
         vgpu
