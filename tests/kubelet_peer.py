@@ -28,6 +28,9 @@ from google.protobuf.message import DecodeError
 
 from tests.wire import dp, dp_grpc
 
+DIAL_TIMEOUT = 10.0
+"""Seconds that it tries to connect to the plugin inside Register."""
+
 LIST_AND_WATCH = "/v1beta1.DevicePlugin/ListAndWatch"
 CHANNEL_OPTIONS = [
     ("grpc.default_authority", "localhost"),
@@ -98,7 +101,6 @@ class _Endpoint:
     stalled: "StalledPeer | None" = None
     watcher: threading.Thread | None = None
     closed: bool = False
-    replaced: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
@@ -122,12 +124,9 @@ class KubeletPeer:
 
     `refuse_register`  a text: Register fails with UNKNOWN and this text
     `slow_options`     seconds that it waits inside Register before it dials the plugin
-    `dial_timeout`     seconds that it tries to connect to the plugin inside Register
     `never_watch`      Register succeeds, but ListAndWatch is never opened
     `stall`            ListAndWatch is opened by a `StalledPeer`; there are no other calls then
     `hold_connection`  after the end of a stream its connection stays open until `stop`
-    `stop_replaced`    a registration stops the endpoint that the resource had before, as some
-                       kubelets do: the newest agent wins, and the others see their stream end
     """
 
     def __init__(
@@ -136,22 +135,18 @@ class KubeletPeer:
         *,
         refuse_register: str | None = None,
         slow_options: float = 0.0,
-        dial_timeout: float = 10.0,
         never_watch: bool = False,
         stall: bool = False,
         hold_connection: bool = False,
-        stop_replaced: bool = False,
     ) -> None:
         self.kubelet_dir = Path(kubelet_dir)
         self.directory = self.kubelet_dir / "device-plugins"
         self.socket = self.directory / "kubelet.sock"
         self.refuse_register = refuse_register
         self.slow_options = slow_options
-        self.dial_timeout = dial_timeout
         self.never_watch = never_watch
         self.stall = stall
         self.hold_connection = hold_connection
-        self.stop_replaced = stop_replaced
 
         self.registrations: list[Registration] = []
         self.lists: list[Listing] = []
@@ -323,10 +318,9 @@ class KubeletPeer:
     def allocate(self, ids: list[str], timeout: float = 10.0) -> Any:
         """The answer for one container, which is all that a kubelet asks for and reads."""
         one = dp.ContainerAllocateRequest(devices_ids=ids)
-        return self.allocate_raw(dp.AllocateRequest(container_requests=[one]), timeout)
-
-    def allocate_raw(self, request: Any, timeout: float = 10.0) -> Any:
-        return self._plugin().Allocate(request, timeout=timeout)
+        return self._plugin().Allocate(
+            dp.AllocateRequest(container_requests=[one]), timeout=timeout
+        )
 
     def pre_start(self, ids: list[str], timeout: float = 30.0) -> Any:
         request = dp.PreStartContainerRequest(devices_ids=ids)
@@ -380,7 +374,6 @@ class KubeletPeer:
         endpoint = _Endpoint(request.resource_name, path, channel)
         with self._changed:
             self._endpoints.append(endpoint)
-            before = self._clients.get(endpoint.resource)
             self._clients[endpoint.resource] = endpoint
         try:
             options = self._dial(channel, until)
@@ -392,14 +385,11 @@ class KubeletPeer:
             raise
         with self._changed:
             self._serving = endpoint
-        if self.stop_replaced and before is not None:
-            before.replaced = True
-            before.close()
         return endpoint, options
 
     def _dial(self, channel: grpc.Channel, until: float) -> Any:
         plugin = dp_grpc.DevicePluginStub(channel)
-        connect_until = time.monotonic() + self.dial_timeout
+        connect_until = time.monotonic() + DIAL_TIMEOUT
         while not self._stopping.is_set():
             try:
                 left = max(until - time.monotonic(), 0.001)
@@ -459,7 +449,7 @@ class KubeletPeer:
             # Like a kubelet it has one connection only.
             endpoint.channel.close()
             if endpoint.stalled is not None:
-                details = endpoint.stalled.wait_closed(math.inf)
+                details = endpoint.stalled.wait_closed()
                 endpoint.stalled.close()
         except OSError as error:
             details = str(error)
@@ -486,7 +476,7 @@ class KubeletPeer:
             self.stream_ends.append(end)
             # It knows its clients by resource name only, so the late end of an old stream takes
             # the new endpoint away; and with no client of that name nothing happens at all.
-            client = None if endpoint.replaced else self._clients.pop(endpoint.resource, None)
+            client = self._clients.pop(endpoint.resource, None)
             if client is endpoint:
                 self._devices = [device._replace(health="Unhealthy") for device in self._devices]
             elif client is not None:
@@ -528,9 +518,11 @@ class StalledPeer:
         ]
         self._h2.send_headers(1, headers)
         self._h2.send_data(1, b"\0\0\0\0\0", end_stream=True)
-        self._answered = threading.Event()
-        self._closed = threading.Event()
-        self._why = ""
+        # Guards everything here, and wakes the waits.
+        self._changed = threading.Condition()
+        self._answered = False
+        self._data = b""
+        self._ended: str | None = None
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.connect(str(path))
@@ -541,22 +533,38 @@ class StalledPeer:
         self._reader = threading.Thread(target=self._read, name="kubelet-stalled")
         self._reader.start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def wait_blocked(self, timeout: float = 10.0) -> None:
         """Until the plugin has sent its headers: the message that follows has no room."""
-        if not self._answered.wait(timeout):
-            raise AssertionError(f"the plugin answered no headers within {timeout} s: {self._why}")
+        with self._changed:
+            answered = self._changed.wait_for(lambda: self._answered, timeout)
+            assert answered, f"the plugin answered no headers within {timeout} s: {self._ended}"
 
-    def wait_closed(self, timeout: float = 10.0) -> str:
+    def make_room(self) -> None:
+        """Lets the plugin send what it has, and more."""
+        with self._changed:
+            self._h2.increment_flow_control_window(2**20, stream_id=1)
+            self._socket.sendall(self._h2.data_to_send())
+
+    def messages(self, count: int, timeout: float = 10.0) -> list[bytes]:
+        """The first messages, which need room."""
+
+        def found() -> list[bytes]:
+            messages, rest = [], self._data
+            while len(rest) >= 5 and len(rest) >= (end := 5 + int.from_bytes(rest[1:5])):
+                messages.append(rest[5:end])
+                rest = rest[end:]
+            return messages
+
+        with self._changed:
+            enough = self._changed.wait_for(lambda: len(found()) >= count, timeout)
+            assert enough, f"{len(found())} messages within {timeout} s: {self._ended}"
+            return found()[:count]
+
+    def wait_closed(self) -> str:
         """Until the plugin ends the stream or the connection; says which."""
-        if not self._closed.wait(None if timeout == math.inf else timeout):
-            raise AssertionError(f"the stalled stream was still open after {timeout} s")
-        return self._why
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended is not None)
+            return self._ended or ""
 
     def hang_up(self) -> None:
         """Ends the connection from this side; `close` waits for the end too."""
@@ -574,20 +582,27 @@ class StalledPeer:
         why = "the connection was closed"
         try:
             while data := self._socket.recv(65536):
-                for event in self._h2.receive_data(data):
-                    if isinstance(event, h2.events.ResponseReceived):
-                        self._answered.set()
-                    elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
-                        self._end(f"the stream was ended: {event}")
-                self._socket.sendall(self._h2.data_to_send())
+                with self._changed:
+                    for event in self._h2.receive_data(data):
+                        self._seen(event)
+                    self._socket.sendall(self._h2.data_to_send())
         except OSError as error:
             why = str(error)
         except h2.exceptions.ProtocolError as error:
             # Among others for what may follow a GOAWAY, which h2 does not expect.
             why = f"the connection was given up: {error!r}"
-        self._end(why)
+        with self._changed:
+            self._end(why)
+
+    def _seen(self, event: h2.events.Event) -> None:
+        if isinstance(event, h2.events.ResponseReceived):
+            self._answered = True
+        elif isinstance(event, h2.events.DataReceived):
+            self._data += event.data
+        elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+            self._end(f"the stream was ended: {event}")
+        self._changed.notify_all()
 
     def _end(self, why: str) -> None:
-        if not self._closed.is_set():
-            self._why = why
-            self._closed.set()
+        self._ended = self._ended or why
+        self._changed.notify_all()

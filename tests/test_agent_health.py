@@ -1,12 +1,13 @@
 """Faults and their ends, seen by a grpcio kubelet: the real process, real pynvml, a fake driver."""
 
+import dataclasses
 import json
 import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 UUIDS = [f"GPU-a000000{n}-1111-2222-3333-00000000000{n}" for n in range(4)]
 CARDS = [FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(UUIDS)]
-OFFERS_ACTION = [FakeCard(card.uuid, bus=card.bus, action=0) for card in CARDS]
+ALL = {"c0": 10, "c1": 10, "c2": 10, "c3": 10}
 
 SETTINGS = {
     "VGPU_GPU_DRIVER": "nvml",
@@ -58,43 +59,60 @@ class Node:
     def updates(self) -> int:
         return len(self.kubelet.lists)
 
+    def ids(self) -> set[str]:
+        return {device.id for device in self.kubelet.lists[-1].devices}
+
 
 def by_card(devices: list[Any]) -> Counter[str]:
     return Counter(device.id.split("::")[0] for device in devices if device.health == "Healthy")
 
 
-@contextmanager
-def node(kubelet_dir: Path, nvml: FakeNvml, *, cards: int = 4, **settings: str) -> Iterator[Node]:
-    values = {
-        **SETTINGS,
-        "VGPU_RECOVERY_SECONDS": "1",
-        **settings,
-    }
-    with (
-        KubeletPeer(kubelet_dir) as kubelet,
-        running(kubelet_dir, **values, **nvml.environment()) as agent,
-    ):
-        kubelet.wait_list(1)
-        assert sum(by_card(kubelet.lists[0].devices).values()) == cards * 10
-        yield Node(kubelet, agent, nvml)
+Start = Callable[..., AbstractContextManager[Node]]
 
 
-def test_xids_of_each_bucket_do_what_their_bucket_says(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml, VGPU_RECOVERY_SECONDS="2") as it:
-        for counted in (13, 43, 45, 63, 94, 154):  # RESTART_APP, IGNORE and the two workflows
-            fake_nvml.xid(UUIDS[0], counted)
+@pytest.fixture
+def node(kubelet_dir: Path, fake_nvml: FakeNvml) -> Start:
+    """Starts an agent whose driver names these cards, and which then has so many healthy vGPUs."""
+
+    @contextmanager
+    def start(*cards: FakeCard, vgpus: int = 40, **settings: str) -> Iterator[Node]:
+        fake_nvml.set_cards(*cards)
+        values = SETTINGS | {"VGPU_RECOVERY_SECONDS": "1"} | settings
+        with (
+            KubeletPeer(kubelet_dir) as kubelet,
+            running(kubelet_dir, **values, **fake_nvml.environment()) as agent,
+        ):
+            kubelet.wait_list(1)
+            assert sum(by_card(kubelet.lists[0].devices).values()) == vgpus
+            yield Node(kubelet, agent, fake_nvml)
+
+    return start
+
+
+def described(**values: Any) -> list[FakeCard]:
+    return [dataclasses.replace(card, **values) for card in CARDS]
+
+
+def test_xids_of_each_bucket_do_what_their_bucket_says(node: Start) -> None:
+    with node(*CARDS, VGPU_RECOVERY_SECONDS="2") as it:
+        # RESTART_APP, IGNORE and the two workflows
+        for counted in (13, 31, 43, 45, 63, 94, 154):
+            it.nvml.xid(UUIDS[0], counted)
             it.agent.wait_line(f"XID {counted} ")
         assert it.updates() == 1
 
-        fake_nvml.xid(UUIDS[1], UNPROVEN)
+        it.nvml.xid(UUIDS[1], UNPROVEN)
         it.wait(c0=10, c1=0, c2=10, c3=10)
         it.wait(c0=10, c1=10, c2=10, c3=10)  # proven good
+        assert it.updates() == 3  # all vGPUs of a card in one
+
+        it.nvml.xid(None, UNPROVEN)  # whose card cannot be told concerns all cards
+        it.wait_healthy(0)
+        assert it.updates() == 4
+        it.wait_healthy(40)
 
         for card, reset in ((0, 46), (1, 79), (2, 151), (3, 48)):  # GPU, BM, VM, ECC workflow
-            fake_nvml.xid(UUIDS[card], reset)
+            it.nvml.xid(UUIDS[card], reset)
         it.wait_healthy(0)
         assert [it.faults(card) for card in range(4)] == [{"xid"}] * 4
         metrics = it.get("/metrics")
@@ -102,127 +120,113 @@ def test_xids_of_each_bucket_do_what_their_bucket_says(
             assert re.search(
                 rf'vgpu_xid_errors_total{{gpu_index="{card}",.*,xid="{xid}"}} 1.0', metrics
             )
+        assert f'vgpu_gpu_healthy{{gpu_index="2",gpu_uuid="{UUIDS[2]}"}} 0.0' in metrics
 
 
-def test_settings_overrule_the_catalogue(kubelet_dir: Path, fake_nvml: FakeNvml) -> None:
-    fake_nvml.set_cards(*CARDS)
-    settings = {"VGPU_IGNORED_XIDS": "79,74", "VGPU_CRITICAL_XIDS": "31"}
-    with node(kubelet_dir, fake_nvml, **settings) as it:
-        fake_nvml.xid(UUIDS[0], 79)
-        fake_nvml.xid(UUIDS[0], 74)
-        fake_nvml.xid(UUIDS[1], 31)
+def test_settings_overrule_the_catalogue(node: Start) -> None:
+    with node(*CARDS, VGPU_IGNORED_XIDS="79,74", VGPU_CRITICAL_XIDS="31") as it:
+        it.nvml.xid(UUIDS[0], 79)
+        it.nvml.xid(UUIDS[0], 74)
+        it.nvml.xid(UUIDS[1], 31)
         it.wait(c0=10, c1=0, c2=10, c3=10)
         assert it.updates() == 2
 
 
-def test_an_event_whose_card_cannot_be_told_concerns_all_cards(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.xid(None, UNPROVEN)
-        it.wait_healthy(0)
-        assert it.updates() == 2
-        it.wait_healthy(40)
-
-
-def test_where_the_driver_offers_its_recovery_action_its_word_marks_and_heals(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*OFFERS_ACTION)
-    with node(kubelet_dir, fake_nvml, VGPU_HEALTH_INTERVAL="30") as it:
-        fake_nvml.xid(UUIDS[2], RESET)
-        fake_nvml.update(UUIDS[2], action=1)
-        fake_nvml.action_event(UUIDS[2])  # the interval is long: only the event can tell
+def test_where_the_driver_offers_its_recovery_action_its_word_marks_and_heals(node: Start) -> None:
+    with node(*described(action=0), VGPU_HEALTH_INTERVAL="30") as it:
+        it.nvml.xid(UUIDS[2], RESET)
+        it.nvml.update(UUIDS[2], action=1)
+        it.nvml.action_event(UUIDS[2])  # the interval is long: only the event can tell
         it.wait(c0=10, c1=10, c2=0, c3=10)
         it.agent.wait_line("asks for a reset of the GPU")
         assert it.faults(2) == {"xid", "recovery-action"}
 
-        fake_nvml.update(UUIDS[2], action=0)
-        fake_nvml.action_event(UUIDS[2])
+        it.nvml.update(UUIDS[2], action=0)
+        it.nvml.action_event(UUIDS[2])
         it.wait(c0=10, c1=10, c2=10, c3=10)
         assert it.updates() == 3
 
 
 def test_where_the_driver_does_not_offer_it_a_reset_is_told_by_counts_that_fell(
-    kubelet_dir: Path, fake_nvml: FakeNvml
+    node: Start,
 ) -> None:
-    fake_nvml.set_cards(*(FakeCard(c.uuid, bus=c.bus, energy=5000, ecc=0) for c in CARDS))
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.xid(UUIDS[1], RESET)
+    with node(*described(energy=5000, ecc=0)) as it:
+        it.nvml.xid(UUIDS[1], RESET)
         it.wait(c0=10, c1=0, c2=10, c3=10)
-        fake_nvml.update(UUIDS[1], energy=9000)
+        it.nvml.update(UUIDS[1], energy=9000)
         time.sleep(2.5)  # passed probes alone do not heal it
         assert it.updates() == 2
-        fake_nvml.update(UUIDS[1], energy=10)
+        it.nvml.update(UUIDS[1], energy=10)
         it.wait(c0=10, c1=10, c2=10, c3=10)
 
 
-def test_a_lost_card_stays_listed_and_returns_with_the_same_ids_then_leaves_when_lost_for_long(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml, VGPU_LOST_CARD_SECONDS="4") as it:
-        ids = {device.id for device in it.kubelet.lists[0].devices}
-        fake_nvml.update(UUIDS[3], lost=True)
-        it.wait(c0=10, c1=10, c2=10, c3=0)
-        assert it.faults(3) == {"lost"}
-        fake_nvml.update(UUIDS[3], lost=False, epoch=1)
-        it.wait(c0=10, c1=10, c2=10, c3=10)
-        assert {device.id for device in it.kubelet.lists[-1].devices} == ids
-
-        fake_nvml.update(UUIDS[3], lost=True)
-        it.kubelet.wait_list(lambda devices: len(devices) == 30)
-        assert "no longer listed" in it.agent.wait_line("no longer listed").string
-        fake_nvml.update(UUIDS[3], lost=False, epoch=2)
-        it.wait(c0=10, c1=10, c2=10, c3=10)
-        assert {device.id for device in it.kubelet.lists[-1].devices} == ids
-
-
-def test_memory_errors_above_those_at_the_start_mark_the_card_until_its_reset(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*(FakeCard(card.uuid, bus=card.bus, ecc=7) for card in CARDS))
-    with node(kubelet_dir, fake_nvml) as it:
+def test_a_fault_marks_its_card_in_one_update_and_is_over_with_its_cause(node: Start) -> None:
+    causes = [
+        ({"ecc": 8}, {"ecc": 0}, {"ecc"}),  # above those at the start, until its reset
+        ({"compute_mode": 3}, {"compute_mode": 0}, {"compute-mode"}),
+        ({"hang": 30}, {"hang": 0}, {"timeout"}),
+        ({"lost": True}, {"lost": False, "epoch": 1}, {"lost", "xid"}),
+    ]
+    with node(*described(ecc=7)) as it:
+        ids = it.ids()
         time.sleep(1.5)  # seven errors at the start are no news
         assert it.updates() == 1
-        fake_nvml.update(UUIDS[0], ecc=8)
-        it.wait(c0=0, c1=10, c2=10, c3=10)
-        assert it.faults(0) == {"ecc"}
-        fake_nvml.update(UUIDS[0], ecc=0)
-        it.wait(c0=10, c1=10, c2=10, c3=10)
+        for card, (cause, end, faults) in enumerate(causes):
+            it.nvml.update(UUIDS[card], **cause)
+            if "xid" in faults:
+                it.nvml.xid(UUIDS[card], 79)
+                it.agent.wait_line("XID 79")
+            it.wait(**ALL | {f"c{card}": 0})
+            it.agent.wait_line(f"{min(faults)}: ")
+            assert it.faults(card) == faults
+            it.nvml.update(UUIDS[card], **end)
+            it.wait(**ALL)
+            assert it.ids() == ids
+        assert it.updates() == 9
 
 
-def test_row_remaps_and_compute_mode(kubelet_dir: Path, fake_nvml: FakeNvml) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.update(UUIDS[0], remap_pending=1)
+def test_row_remaps(node: Start) -> None:
+    with node(*CARDS) as it:
+        it.nvml.update(UUIDS[0], remap_pending=1)
         it.agent.wait_line("a row remap waits for the next reset")
         assert it.updates() == 1  # told, not marked
-        fake_nvml.update(UUIDS[1], remap_failed=1)
+        it.nvml.update(UUIDS[1], remap_failed=1)
         it.wait(c0=10, c1=0, c2=10, c3=10)
-        fake_nvml.update(UUIDS[2], compute_mode=3)
-        it.wait(c0=10, c1=0, c2=0, c3=10)
-        assert (it.faults(1), it.faults(2)) == ({"remap"}, {"compute-mode"})
-        fake_nvml.update(UUIDS[2], compute_mode=0)
-        it.wait(c0=10, c1=0, c2=10, c3=10)
+        assert it.faults(1) == {"remap"}
+
+
+def test_a_card_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node: Start) -> None:
+    with node(*CARDS, VGPU_LOST_CARD_SECONDS="2") as it:
+        ids = it.ids()
+        it.nvml.update(UUIDS[3], lost=True)
+        it.wait(c0=10, c1=10, c2=10, c3=0)
+        assert it.faults(3) == {"lost"}
+        assert it.ids() == ids
+        it.kubelet.wait_list(lambda devices: len(devices) == 30)
+        assert "no longer listed" in it.agent.wait_line("no longer listed").string
+        it.nvml.update(UUIDS[3], lost=False, epoch=2)
+        it.wait(c0=10, c1=10, c2=10, c3=10)
+        assert it.ids() == ids
 
 
 def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_card(
-    kubelet_dir: Path, fake_nvml: FakeNvml
+    kubelet_dir: Path, node: Start
 ) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.update(UUIDS[0], hang=30)
+    with node(*CARDS) as it:
+        it.nvml.update(UUIDS[0], hang=30)
         it.wait(c0=0, c1=10, c2=10, c3=10)
         assert it.faults(0) == {"timeout"}
+        tasks = Path(f"/proc/{it.agent.process.pid}/task")
+        threads = len(list(tasks.iterdir()))
 
         for _ in range(20):
             began = time.monotonic()
             it.kubelet.allocate([f"{UUIDS[1]}::0"])
             assert it.get("/healthz") == "ok\n"
             assert time.monotonic() - began < 0.5
-        fake_nvml.update(UUIDS[2], error=999)  # other cards go on being probed
+        time.sleep(4)  # more looks, and no more threads: at most one waits for a card
+        assert len(list(tasks.iterdir())) <= threads
+        it.nvml.update(UUIDS[2], error=999)  # other cards go on being probed
         it.wait(c0=0, c1=10, c2=0, c3=10)
 
         code, seconds = it.agent.end()
@@ -230,54 +234,25 @@ def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_card(
         assert not list((kubelet_dir / "device-plugins").glob("vgpu-*.sock"))
 
 
-def test_a_card_that_hung_for_a_while_is_healthy_again_when_it_answers(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.update(UUIDS[0], hang=30)
-        it.wait(c0=0, c1=10, c2=10, c3=10)
-        threads = len(list(Path(f"/proc/{it.agent.process.pid}/task").iterdir()))
-        time.sleep(4)  # more looks, and no more threads: at most one waits for a card
-        assert len(list(Path(f"/proc/{it.agent.process.pid}/task").iterdir())) <= threads
-        fake_nvml.update(UUIDS[0], hang=0)
-        it.wait(c0=10, c1=10, c2=10, c3=10)
-
-
-def test_when_every_handle_is_dead_all_cards_are_unhealthy_until_they_are_found_again(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        for uuid in UUIDS:
-            fake_nvml.update(uuid, lost=True)
-        it.wait_healthy(0)
-        for uuid in UUIDS:
-            fake_nvml.update(uuid, lost=False, epoch=1)
-        it.wait_healthy(40)
-
-
-def test_no_card_then_four_then_two_then_four(kubelet_dir: Path, fake_nvml: FakeNvml) -> None:
+def test_no_card_then_four_then_two_then_four(node: Start) -> None:
     """The first step takes half a minute: nothing is looked for more often where nothing is."""
-    with node(kubelet_dir, fake_nvml, cards=0) as it:
+    with node(vgpus=0) as it:
         assert it.get("/readyz") == "ready\n"
-        fake_nvml.set_cards(*CARDS)
+        it.nvml.set_cards(*CARDS)
         it.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40, timeout=40)
-        fake_nvml.set_cards(*CARDS[:2])
+        it.nvml.set_cards(*CARDS[:2])
         it.wait(c0=10, c1=10, c2=0, c3=0)
-        assert len(it.kubelet.lists[-1].devices) == 40
-        fake_nvml.set_cards(*CARDS)
+        assert len(it.ids()) == 40
+        it.nvml.set_cards(*CARDS)
         it.wait(c0=10, c1=10, c2=10, c3=10)
 
 
 def test_a_card_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
-    kubelet_dir: Path, fake_nvml: FakeNvml
+    kubelet_dir: Path, node: Start
 ) -> None:
-    cards = [FakeCard(card.uuid, bus=card.bus, energy=5000) for card in CARDS]
-    fake_nvml.set_cards(*cards)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.xid(UUIDS[0], RESET)
-        fake_nvml.xid(UUIDS[1], UNPROVEN)
+    with node(*described(energy=5000)) as it:
+        it.nvml.xid(UUIDS[0], RESET)
+        it.nvml.xid(UUIDS[1], UNPROVEN)
         it.kubelet.wait_list(lambda devices: by_card(devices)[UUIDS[0]] == 0)
         state = kubelet_dir / "state" / "waiting-for-reset.json"
         deadline = time.monotonic() + 5
@@ -285,81 +260,55 @@ def test_a_card_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         it.agent.end(signal.SIGKILL)
-    with (
-        KubeletPeer(kubelet_dir) as kubelet,
-        running(kubelet_dir, **SETTINGS, **fake_nvml.environment()),
-    ):
-        kubelet.wait_list(1)
-        # What only had to be proven good is: its probe at the start passed.
-        assert by_card(kubelet.lists[0].devices) == dict.fromkeys(UUIDS[1:], 10)
-        fake_nvml.update(UUIDS[0], energy=1)
-        kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40)
+    # What only had to be proven good is: its probe at the start passed.
+    with node(*described(energy=5000), vgpus=30) as it:
+        assert by_card(it.kubelet.lists[0].devices) == dict.fromkeys(UUIDS[1:], 10)
+        it.nvml.update(UUIDS[0], energy=1)
+        it.wait_healthy(40)
 
 
-def test_release_lets_go_of_the_driver_and_takes_the_cards_up_again(
-    kubelet_dir: Path, fake_nvml: FakeNvml
+def test_release_lets_go_of_the_driver_and_nothing_else_stops(
+    kubelet_dir: Path, node: Start
 ) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.xid(UUIDS[0], RESET)
-        it.wait(c0=0, c1=10, c2=10, c3=10)
-        it.agent.process.send_signal(signal.SIGUSR1)
-        it.agent.wait_line("they can be reset now")
-        driver = it.status()["driver"]
-        assert driver["released_until"] is not None
-        assert "vgpu_nvml_up 0.0" in it.get("/metrics")
-        assert it.kubelet.allocate([f"{UUIDS[1]}::0"])  # nothing else stops
-
-
-def test_the_release_command_finds_the_agent_and_tells_until_when(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
+    with node(*CARDS) as it:
         settings = {
             "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
             "VGPU_METRICS_ADDRESS": f"0.0.0.0:{it.agent.port}",
             "VGPU_SHARING": "time-slicing",
         }
+        it.nvml.xid(UUIDS[0], RESET)
+        it.wait(c0=0, c1=10, c2=10, c3=10)
         done = execute("release", **settings)
         assert done.returncode == 0, done.stderr
         assert "reset them now" in done.stdout
-    elsewhere = {**settings, "VGPU_STATE_DIRECTORY": str(kubelet_dir)}
-    without = execute("release", **elsewhere)
+        it.agent.wait_line("they can be reset now")
+        assert it.status()["driver"]["released_until"] is not None
+        assert "vgpu_nvml_up 0.0" in it.get("/metrics")
+        assert it.kubelet.allocate([f"{UUIDS[1]}::0"])
+    without = execute("release", **settings | {"VGPU_STATE_DIRECTORY": str(kubelet_dir)})
     assert without.returncode == 1
     assert f"no running agent is named in {kubelet_dir}/agent.pid" in without.stderr
 
 
-def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows(
-    kubelet_dir: Path, fake_nvml: FakeNvml
+def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_return(
+    node: Start,
 ) -> None:
-    fake_nvml.set_cards(*CARDS[:3], FakeCard(UUIDS[3], bus="00000000:04:00.0", mig=1))
-    with node(kubelet_dir, fake_nvml, cards=3) as it:
+    with node(*CARDS[:3], dataclasses.replace(CARDS[3], mig=1), vgpus=30) as it:
         assert [left["reason"] for left in it.status()["excluded"]] == ["mig"]
         assert "MIG mode" in it.agent.wait_line("left out").string
         assert re.search(r'vgpu_gpu_excluded{.*reason="mig"} 1.0', it.get("/metrics"))
+        it.nvml.update(UUIDS[1], mig=1)
+        it.kubelet.wait_list(lambda devices: len(devices) == 20)
+        it.wait(c0=10, c2=10)
+        it.nvml.update(UUIDS[1], mig=0)
+        it.wait(c0=10, c1=10, c2=10)
 
 
-def test_a_card_that_is_put_into_mig_mode_leaves_the_list_at_once_and_returns(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.update(UUIDS[1], mig=1)
-        it.kubelet.wait_list(lambda devices: len(devices) == 30)
-        it.wait(c0=10, c2=10, c3=10)
-        fake_nvml.update(UUIDS[1], mig=0)
-        it.wait(c0=10, c1=10, c2=10, c3=10)
-
-
-def test_without_health_checks_nothing_is_marked_and_that_is_said_loudly(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml, VGPU_HEALTH_CHECKS="off") as it:
+def test_without_health_checks_nothing_is_marked_and_that_is_said_loudly(node: Start) -> None:
+    with node(*CARDS, VGPU_HEALTH_CHECKS="off") as it:
         it.agent.wait_line("no fault of any card will be noticed")
-        fake_nvml.xid(UUIDS[0], RESET)
-        fake_nvml.update(UUIDS[1], lost=True)
+        it.nvml.xid(UUIDS[0], RESET)
+        it.nvml.update(UUIDS[1], lost=True)
         time.sleep(2.5)
         assert it.updates() == 1
         assert it.status()["health_checks"] is False
@@ -370,25 +319,26 @@ def test_a_missing_library_ends_the_agent_after_its_time_so_that_the_container_i
 ) -> None:
     with (
         KubeletPeer(kubelet_dir) as kubelet,
-        running(kubelet_dir, **SETTINGS, VGPU_DRIVER_WAIT="2") as agent,
+        running(kubelet_dir, **SETTINGS, VGPU_DRIVER_WAIT="3") as agent,
     ):
-        kubelet.wait_list(1)  # it is live and registered until then
+        # It is live and registered until then.
+        assert kubelet.wait_list(1).devices == []
+        assert agent.get("/readyz") == (200, "ready\n")
+        assert "libnvidia-ml.so.1" in agent.wait_line("no GPU can be used").string
         assert agent.process.wait(timeout=10) == 1
     assert "libnvidia-ml.so.1" in agent.lines[-1]
     assert not any("Traceback" in line for line in agent.lines)
 
 
-def test_a_driver_that_does_not_start_is_looked_for_again(
-    kubelet_dir: Path, fake_nvml: FakeNvml
-) -> None:
-    fake_nvml.set_cards(*CARDS)
-    with node(kubelet_dir, fake_nvml) as it:
-        fake_nvml.init_error(9)
+def test_a_driver_that_does_not_start_is_looked_for_again(node: Start) -> None:
+    """All handles are dead by then, and again when it starts."""
+    with node(*CARDS) as it:
+        it.nvml.init_error(9)
         for uuid in UUIDS:
-            fake_nvml.update(uuid, lost=True)
+            it.nvml.update(uuid, lost=True)
         it.wait_healthy(0)
         assert "the NVIDIA driver is not loaded" in it.agent.wait_line("no GPU can be used").string
-        fake_nvml.init_error(None)
+        it.nvml.init_error(None)
         for uuid in UUIDS:
-            fake_nvml.update(uuid, lost=False)
+            it.nvml.update(uuid, lost=False, epoch=1)
         it.wait_healthy(40)

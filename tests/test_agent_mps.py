@@ -126,19 +126,15 @@ def test_vgpus_are_healthy_only_while_the_daemon_holds_its_limits(node: Node) ->
     assert node.healthy() == 0
 
 
-def test_a_daemon_that_hangs_is_a_daemon_that_is_down(node: Node) -> None:
+def test_a_daemon_that_hangs_is_down_and_a_fault_of_its_server_is_over_when_it_is_active(
+    node: Node,
+) -> None:
     node.mps.start()
     with node.watcher():
         node.wait_healthy(20)
         node.mps.behave(hang=True)
         assert node.wait_healthy(0) < 6.5
         node.mps.behave()
-        node.wait_healthy(20)
-
-
-def test_a_fault_of_the_server_is_told_and_over_when_it_is_active_again(node: Node) -> None:
-    node.mps.start()
-    with node.watcher():
         node.wait_healthy(20)
         node.mps.start_server()
         node.mps.behave(status="FAULT")
@@ -149,7 +145,15 @@ def test_a_fault_of_the_server_is_told_and_over_when_it_is_active_again(node: No
         node.wait_healthy(20)
 
 
-def test_allocate_tells_shares_of_what_is_usable(node: Node) -> None:
+def test_allocate_tells_consistent_shares_of_what_is_usable(
+    node: Node, fake_nvml: FakeNvml
+) -> None:
+    """Also to the pods of the AWS plugin: they mount /tmp/nvidia-mps, and set no variable."""
+
+    def limit(ids: list[str]) -> str:
+        (container,) = node.kubelet.allocate(ids).container_responses
+        return container.envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"]
+
     node.mps.start()
     with node.watcher():
         node.wait_healthy(20)
@@ -158,28 +162,21 @@ def test_allocate_tells_shares_of_what_is_usable(node: Node) -> None:
             (container,) = answer.container_responses
             envs = dict(container.envs)
             assert envs["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == str(percentage)
-            limit = USABLE * count // 10
-            assert envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == f"0={limit}M"
+            assert envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == f"0={USABLE * count // 10}M"
             assert envs["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
             pipe, shm = str(node.mps.directories.pipe), str(node.mps.directories.shm)
-            mounts = {(mount.host_path, mount.container_path) for mount in container.mounts}
-            assert mounts == {(pipe, pipe), (shm, "/dev/shm")}
-
-
-def test_what_the_server_has_of_a_card_is_kept_out_of_the_shares_once_it_is_measured(
-    node: Node, fake_nvml: FakeNvml
-) -> None:
-    node.mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
+            assert envs["CUDA_MPS_PIPE_DIRECTORY"] == pipe  # what is mounted
+            assert not pipe.startswith("/tmp/nvidia-mps")  # where pods have a mount of their own
+            mounts = [(mount.host_path, mount.container_path) for mount in container.mounts]
+            assert sorted(mounts) == sorted([(pipe, pipe), (shm, "/dev/shm")])
+        # What the server has of a card is kept out of the shares once it is measured.
         server = node.mps.start_server()
         fake_nvml.update(UUIDS[0], compute=((server, 1024),))
         node.agent.wait_line(f"the MPS server has 1024 MiB of GPU {UUIDS[0]}")
-        limits = []
-        for uuid in UUIDS:
-            (container,) = node.kubelet.allocate([f"{uuid}::0"]).container_responses
-            limits.append(container.envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"])
-        assert limits == [f"0={(24576 - 512 - 1024) // 10}M", f"0={USABLE // 10}M"]
+        assert [limit([f"{uuid}::0"]) for uuid in UUIDS] == [
+            f"0={(24576 - 512 - 1024) // 10}M",
+            f"0={USABLE // 10}M",
+        ]
 
 
 def test_restarts_of_the_agent_and_the_watcher_leave_daemon_server_and_clients_alone(
@@ -220,17 +217,3 @@ def test_changed_settings_wait_for_the_pod_and_say_so(kubelet_dir: Path, node: N
             agent.wait_line("GPU 0 has 10 vGPUs instead of 4")
             node.wait_healthy(20)
             assert "vgpu_mps_replacement_needed 1.0" in agent.get("/metrics")[1]
-
-
-def test_the_pod_shape_of_the_aws_plugin_gets_a_consistent_environment(node: Node) -> None:
-    """Its pods have hostIPC and a mount of /tmp/nvidia-mps of their own, and set no variable."""
-    node.mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
-        (container,) = node.kubelet.allocate([f"{UUIDS[1]}::0"]).container_responses
-        pipe = container.envs["CUDA_MPS_PIPE_DIRECTORY"]
-        targets = [mount.container_path for mount in container.mounts]
-        assert pipe in targets  # what the variable names is what is mounted
-        assert not pipe.startswith("/tmp/nvidia-mps")
-        assert "/tmp/nvidia-mps" not in targets  # so the pod's own mount collides with nothing
-        assert len(set(targets)) == len(targets)

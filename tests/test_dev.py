@@ -1,7 +1,6 @@
 """`vgpu-agent dev`: the rehearsal, as a process and inside this one."""
 
 import gc
-import os
 import re
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from tests.agent_process import environment
 from vgpu_agent import dev
 from vgpu_agent.errors import StoryError
 from vgpu_agent.settings import Address, GpuDriverKind
@@ -77,10 +77,9 @@ def taken(host: str, port: int) -> Iterator[None]:
 
 
 def start(temporary: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    others = {name: value for name, value in os.environ.items() if not name.startswith("VGPU_")}
     return subprocess.Popen(
         [sys.executable, "-W", "default::ResourceWarning", "-m", "vgpu_agent", "dev", *arguments],
-        env=others | variables | {"TMPDIR": str(temporary)},
+        env=environment(**variables, TMPDIR=str(temporary)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,14 +88,13 @@ def start(temporary: Path, *arguments: str, **variables: str) -> subprocess.Pope
 
 def in_order(patterns: list[str], lines: list[str]) -> list[str]:
     """The patterns of which no line tells, each looked for after the line of the one before."""
-    missing = []
-    rest = iter(lines)
+    missing, rest = [], list(lines)
     for pattern in patterns:
-        left = list(rest)
-        at = next((n for n, line in enumerate(left) if re.search(pattern, line)), None)
+        at = next((n for n, line in enumerate(rest) if re.search(pattern, line)), None)
         if at is None:
             missing.append(pattern)
-        rest = iter(left if at is None else left[at + 1 :])
+        else:
+            rest = rest[at + 1 :]
     return missing
 
 
@@ -151,49 +149,42 @@ def test_a_signal_in_the_middle_ends_it_cleanly(temporary, number):
 # Inside this process
 
 
+QUICK = dev.StoryTiming(step=2.5, shown_for=0.05)
+"""A step that is not observed is given up soon, and nobody reads along."""
+
+
 @pytest.fixture
-def in_a_hurry(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> Iterator[None]:
-    """A step that is not observed is given up soon, and nobody reads along."""
-    monkeypatch.setattr(dev, "STEP", 2.5)
-    monkeypatch.setattr(dev, "SHOWN_FOR", 0.05)
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+def collected() -> Iterator[None]:
+    """What was left open is told of here, not in a later test."""
     yield
-    gc.collect()  # what was left open is told of here, not in a later test
+    gc.collect()
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_a_hurry")
-async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(temporary):
+@pytest.mark.usefixtures("collected")
+async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(monkeypatch, temporary):
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     told: list[str] = []
-    with pytest.raises((StoryError, ExceptionGroup)) as caught:
-        await dev.run_dev(told.append, watch_health=False)
-    errors = leaves(caught.value)
-    assert [type(error) for error in errors] == [StoryError]
-    assert str(errors[0]).startswith("step 'card failing' failed: not observed within 2.5 s")
-    assert "20 vGPUs, all healthy" in str(errors[0])
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(
+            StoryError,
+            match=r"^step 'card failing' failed: not observed within 2.5 s.*20 vGPUs, all healthy",
+        ),
+        flatten_subgroups=True,
+        allow_unwrapped=True,
+    ):
+        await dev.run_dev(told.append, watch_health=False, timing=QUICK)
     assert told[-1] == "(card 0 reports XID 79 and falls off the bus)"
     assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_a_hurry")
-async def test_the_story_ends_well_when_somebody_watches(temporary):
-    assert in_order(STORY[:-1], await whole_story()) == []
-    assert list(temporary.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("in_a_hurry")
-async def test_it_works_where_temporary_files_are_far_down(monkeypatch, temporary):
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("below", ["", "d" * 60], ids=["near", "far down"])
+async def test_the_story_ends_well_when_somebody_watches(monkeypatch, temporary, below):
     """A long TMPDIR would make the path of a unix socket too long."""
-    deep = temporary / ("d" * 60)
-    deep.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    assert in_order(STORY[:-1], await whole_story()) == []
-
-
-async def whole_story() -> list[str]:
-    """What is told until there is nothing more to tell."""
+    (temporary / below).mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / below))
     told: list[str] = []
     with anyio.CancelScope() as scope:
 
@@ -202,14 +193,9 @@ async def whole_story() -> list[str]:
             if line == "serving until Ctrl-C":
                 scope.cancel()
 
-        await dev.run_dev(tell)
-    return told
-
-
-def leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for each in error.exceptions for leaf in leaves(each)]
-    return [error]
+        await dev.run_dev(tell, timing=QUICK)
+    assert in_order(STORY[:-1], told) == []
+    assert list((temporary / below).iterdir()) == []
 
 
 def test_the_metrics_are_where_they_always_are_if_nobody_else_is_there():

@@ -1,6 +1,6 @@
 """The kubelet's APIs as protobuf and grpcio modules, made from protos/ for the peers of the tests.
 
-`dp` and `dp_grpc` are the device plugin API, `pr` and `pr_grpc` the pod resources API.
+`dp` and `dp_grpc` are the device plugin API, `pr` is the pod resources API.
 """
 
 import hashlib
@@ -39,6 +39,5 @@ try:
     dp = importlib.import_module("deviceplugin.v1beta1.api_pb2")
     dp_grpc = importlib.import_module("deviceplugin.v1beta1.api_pb2_grpc")
     pr = importlib.import_module("podresources.v1.api_pb2")
-    pr_grpc = importlib.import_module("podresources.v1.api_pb2_grpc")
 finally:
     sys.path.pop(0)

@@ -8,6 +8,7 @@ ends it with a StoryError that names the step.
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -23,13 +24,15 @@ from vgpu_agent.mps.daemon import SimulatedDaemon
 from vgpu_agent.observe.web import listen
 from vgpu_agent.settings import Address, EmbeddedSettings, GpuDriverKind, Settings
 
-STEP = 6.0
-"""Seconds in which a step has to be observed."""
-
-SHOWN_FOR = 1.0
-"""Seconds between two steps, for reading."""
-
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StoryTiming:
+    """Seconds in which a step has to be observed, and between two steps, for reading."""
+
+    step: float = 6.0
+    shown_for: float = 1.0
 
 
 def embedded_settings(kubelet_dir: Path) -> Settings:
@@ -54,7 +57,13 @@ def _free_address(wanted: Address) -> Address:
     return wanted
 
 
-async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: bool = True) -> None:
+async def run_dev(
+    tell: Tell,
+    *,
+    seconds: float | None = None,
+    watch_health: bool = True,
+    timing: StoryTiming = StoryTiming(),
+) -> None:
     """Tells the story, then serves until cancelled, or until `seconds` after the start.
 
     Raises StoryError where a step was not observed, also when the time was too short for it.
@@ -76,7 +85,7 @@ async def run_dev(tell: Tell, *, seconds: float | None = None, watch_health: boo
                 )
 
             running: Running = await tasks.start(agent)
-            story = Story(kubelet, driver, daemon, settings, running, tell)
+            story = Story(kubelet, driver, daemon, settings, running, tell, timing)
             with anyio.move_on_after(seconds):
                 await story.run()
                 tell("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
@@ -104,6 +113,7 @@ class Story:
         settings: Settings,
         running: Running,
         tell: Tell,
+        timing: StoryTiming,
     ) -> None:
         self._kubelet = kubelet
         self._driver = driver
@@ -111,6 +121,7 @@ class Story:
         self._settings = settings
         self._running = running
         self._tell = tell
+        self._timing = timing
         self.step = "start"
         self.complete = False
 
@@ -129,11 +140,11 @@ class Story:
         self._tell(f"         vgpu-agent status --address {self._running.metrics_address}")
 
         for pod, count in (("resnet-0", 1), ("bert-0", 2), ("llama-0", 5)):
-            await anyio.sleep(SHOWN_FOR / 2)
+            await anyio.sleep(self._timing.shown_for / 2)
             self._admitted(await self._admit(pod, count))
         await self._held_by("holders", {"resnet-0": 1, "bert-0": 2, "llama-0": 5})
 
-        await anyio.sleep(SHOWN_FOR)
+        await anyio.sleep(self._timing.shown_for)
         lists = self._kubelet.observed.value.lists
         self._tell(f"(card {failing.index} reports XID 79 and falls off the bus)")
         self._driver.xid(failing.uuid, 79, falls_off_the_bus=True)
@@ -142,30 +153,30 @@ class Story:
             raise self._failed("the unhealthy vGPUs are not those of the failing card")
         self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
 
-        await anyio.sleep(SHOWN_FOR)
+        await anyio.sleep(self._timing.shown_for)
         lists = seen.lists
         self._tell(f"(card {failing.index} was reset and is enumerated again)")
         self._driver.enumerate_again(failing.uuid)
         seen = await self._until("card healing", lambda seen: seen.healthy == total)
         self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
 
-        await anyio.sleep(SHOWN_FOR)
+        await anyio.sleep(self._timing.shown_for)
         self._tell("(pod bert-0 ends)")
         self._kubelet.end("bert-0")
         await self._held_by("holders after an end", {"resnet-0": 1, "llama-0": 5})
 
-        await anyio.sleep(SHOWN_FOR)
+        await anyio.sleep(self._timing.shown_for)
         self._tell("(the MPS daemon dies)")
         self._daemon.die()
         seen = await self._until("MPS daemon dying", lambda seen: seen.healthy == 0)
         self._tell(f"kubelet: now {_count(seen)}")
-        await anyio.sleep(SHOWN_FOR)
+        await anyio.sleep(self._timing.shown_for)
         self._tell("(another MPS daemon is there, with its limits)")
         self._daemon.come_back()
         seen = await self._until("MPS daemon back", lambda seen: seen.healthy == total)
         self._tell(f"kubelet: now {_count(seen)}")
 
-        await anyio.sleep(SHOWN_FOR)
+        await anyio.sleep(self._timing.shown_for)
         self._tell("(the kubelet stops and starts again)")
         await self._kubelet.stop()
         await self._until("stream end", lambda seen: seen.ended == 1)
@@ -184,29 +195,31 @@ class Story:
     async def _until(self, step: str, holds: Callable[[Observed], bool]) -> Observed:
         """Waits until the kubelet has observed it."""
         self.step = step
-        with anyio.move_on_after(STEP):
+        with anyio.move_on_after(self._timing.step):
             async for seen in self._kubelet.observed.follow():
                 if holds(seen):
                     return seen
-        raise self._failed(f"not observed within {STEP:g} s; the kubelet has {self._has()}")
+        raise self._failed(
+            f"not observed within {self._timing.step:g} s; the kubelet has {self._has()}"
+        )
 
     async def _held_by(self, step: str, expected: dict[str, int]) -> None:
         """Waits until the agent knows that these pods hold so many vGPUs, and no other any."""
         self.step = step
         held = None
-        with anyio.move_on_after(STEP):
+        with anyio.move_on_after(self._timing.step):
             async for snapshot in self._running.state.latest.follow():
                 held = _by_pod(snapshot.holders.assignments or ())
                 if held == expected:
                     pods = ", ".join(f"{pod} {count}" for pod, count in expected.items())
                     self._tell(f"agent: vGPUs are held by {pods} (PodResources)")
                     return
-        raise self._failed(f"not known within {STEP:g} s; the agent knows of {held}")
+        raise self._failed(f"not known within {self._timing.step:g} s; the agent knows of {held}")
 
     async def _admit(self, pod: str, count: int) -> Admitted:
         self.step = f"admission of {pod}"
         try:
-            with anyio.fail_after(STEP):
+            with anyio.fail_after(self._timing.step):
                 return await self._kubelet.admit(pod, count)
         except (AdmissionError, TimeoutError) as error:
             raise self._failed(str(error)) from error

@@ -6,22 +6,17 @@ It runs in threads: start and stop it with `off_loop`, or with `serving`.
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anyio
 import grpc
-import h2.config
-import h2.connection
-import h2.events
-import h2.exceptions
 
+from tests.kubelet.peers import started
 from tests.kubelet.rig import RESOURCE
-from tests.kubelet_peer import off_loop
 from tests.wire import pr
 
 LIST = "/v1.PodResourcesLister/List"
@@ -120,72 +115,7 @@ class PodResourcesPeer(grpc.GenericRpcHandler):
                 stale.bind(str(self.socket))
 
 
-@asynccontextmanager
-async def serving(
+def serving(
     kubelet_dir: Path, answer: Answer = b"", **options: Any
-) -> AsyncIterator[PodResourcesPeer]:
-    peer = PodResourcesPeer(kubelet_dir, answer, **options)
-    await off_loop(peer.start)
-    try:
-        yield peer
-    finally:
-        with anyio.CancelScope(shield=True):
-            await off_loop(peer.stop)
-
-
-# Peers that speak badly
-
-
-@asynccontextmanager
-async def listening(
-    kubelet_dir: Path, serve: Callable[[socket.socket], None]
-) -> AsyncIterator[None]:
-    """A socket in the place of the kubelet's; `serve` has each connection, then it is closed."""
-    path = kubelet_dir / "pod-resources" / "kubelet.sock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection, suppress(OSError, h2.exceptions.ProtocolError):
-                connection.settimeout(10)
-                serve(connection)
-
-    thread = threading.Thread(target=accept, name="bad-kubelet")
-    thread.start()
-    try:
-        yield
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        with anyio.CancelScope(shield=True):
-            await off_loop(thread.join)
-        listener.close()
-
-
-def over_http2(
-    answer: Callable[[h2.connection.H2Connection, int], None],
-) -> Callable[[socket.socket], None]:
-    """Serves one request: `answer` writes what it likes to the connection and the stream."""
-
-    def serve(connection: socket.socket) -> None:
-        http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
-        http.initiate_connection()
-        connection.sendall(http.data_to_send())
-        while data := connection.recv(65536):
-            for event in http.receive_data(data):
-                if isinstance(event, h2.events.StreamEnded):
-                    answer(http, event.stream_id)
-            connection.sendall(http.data_to_send())
-
-    return serve
-
-
-ANSWER_HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
-"""What a gRPC answer begins with."""
+) -> AbstractAsyncContextManager[PodResourcesPeer]:
+    return started(PodResourcesPeer(kubelet_dir, answer, **options))

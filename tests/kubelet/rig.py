@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import anyio
 import grpc
 
+from tests.kubelet.peers import started, until
 from tests.kubelet_peer import CHANNEL_OPTIONS, KubeletPeer, off_loop
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
-from vgpu_agent.kubelet.session import KubeletSession, StatFunction
+from vgpu_agent.kubelet.session import KubeletSession, SessionTiming, StatFunction
 from vgpu_agent.model.container import MpsSharing, Sharing
 from vgpu_agent.model.devices import Card, Fault, Gpu, Reason, device_id
 from vgpu_agent.model.placement import Placement
@@ -30,6 +31,10 @@ MPS = Sharing(
     memory_held_back=GIB // 2,
 )
 TIME_SLICING = Sharing(mps=None, memory_held_back=GIB // 2)
+PRODUCTION = SessionTiming()
+QUICK = SessionTiming(back_off_max=0.05, own_socket_poll=0.05)
+"""For tests that need what comes later, and not the time until then."""
+
 LOST = Fault(Reason.LOST, 0.0, "fell off the bus")
 
 
@@ -85,12 +90,7 @@ class Rig:
         assert self.state.faults_cleared(self.cards[card].gpu.uuid, [fault.reason])
 
     async def until(self, condition: Callable[[Snapshot], Any], within: float = 10.0) -> Snapshot:
-        """The first snapshot from now on that the condition holds for."""
-        with anyio.move_on_after(within):
-            async for snapshot in self.state.latest.follow():
-                if condition(snapshot):
-                    return snapshot
-        raise AssertionError(f"not within {within} s; the last was {self.state.snapshot}")
+        return await until(self.state, condition, within)
 
     async def registered(self, times: int = 1, within: float = 10.0) -> None:
         """Until the kubelet follows the list, and has been sent one, the n-th time."""
@@ -130,6 +130,8 @@ async def agent(
     sharing: Sharing = MPS,
     placement: Placement = Placement.SPREAD,
     stat_file: StatFunction = os.stat,
+    timing: SessionTiming = PRODUCTION,
+    endpoint: str = ENDPOINT,
 ) -> AsyncIterator[Rig]:
     """An agent that keeps itself registered in `kubelet_dir`; its failure ends the block."""
     state = NodeState(Division(replicas))
@@ -150,11 +152,12 @@ async def agent(
 
     session = KubeletSession(
         directory=kubelet_dir / "device-plugins",
-        endpoint=ENDPOINT,
+        endpoint=endpoint,
         resource_name=RESOURCE,
         state=state,
         make_plugin=make_plugin,
         stat_file=stat_file,
+        timing=timing,
     )
     rig = Rig(state, session, observer, plugins)
     async with anyio.create_task_group() as tasks:
@@ -164,21 +167,9 @@ async def agent(
 
 
 @asynccontextmanager
-async def kubelet_in(kubelet_dir: Path, **options: Any) -> AsyncIterator[KubeletPeer]:
-    """A kubelet, started and stopped without holding up the loop."""
-    peer = KubeletPeer(kubelet_dir, **options)
-    await off_loop(peer.start)
-    try:
-        yield peer
-    finally:
-        with anyio.CancelScope(shield=True):
-            await off_loop(peer.stop)
-
-
-@asynccontextmanager
 async def registered(kubelet_dir: Path, **options: Any) -> AsyncIterator[tuple[KubeletPeer, Rig]]:
     """A kubelet, and an agent that it follows; the options are the agent's."""
-    async with kubelet_in(kubelet_dir) as kubelet, agent(kubelet_dir, **options) as rig:
+    async with started(KubeletPeer(kubelet_dir)) as kubelet, agent(kubelet_dir, **options) as rig:
         await rig.registered()
         await off_loop(kubelet.wait_list, 1)
         yield kubelet, rig
@@ -216,15 +207,6 @@ def raw_call(path: Path, method: str, requests: Sequence[bytes]) -> Answer:
         except grpc.RpcError as error:
             return Answer(error.code(), error.details(), None)
         return Answer(ended.code(), ended.details(), response)
-
-
-async def wait_for(condition: Callable[[], Any], what: str, within: float = 10.0) -> Any:
-    """For what neither the state nor the kubelet tells: looks every few milliseconds."""
-    until = time.monotonic() + within
-    while not (found := condition()):
-        assert time.monotonic() < until, f"no {what} within {within} s"
-        await anyio.sleep(0.005)
-    return found
 
 
 next_message = partial(off_loop, next)

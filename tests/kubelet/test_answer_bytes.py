@@ -1,29 +1,43 @@
-"""The same request is answered with the same bytes, in every process and under every hash seed."""
+"""The same request is answered alike in every process and under every hash seed."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.agent_process import REPOSITORY
 
-CODE = """
+CARDS = """
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.kubelet.plugin import _response
-from vgpu_agent.model.container import DeviceList, MpsSharing, Sharing, grant
 from vgpu_agent.model.devices import Card, Inventory
 
-cards = tuple(Card(gpu, 10) for gpu in simulated_gpus(3, "card", 2**34, (0, 1)))
+cards = tuple(Card(gpu, 4) for gpu in simulated_gpus(6, "card", 2**34, (0, 1)))
 inventory = Inventory(cards)
-sharing = Sharing(MpsSharing("/pipe", "/shm"), device_list=DeviceList.CDI_ENVVAR)
 wanted = sorted({card.gpu.uuid + "::" + str(n) for card in cards for n in range(3)}, key=hash)
+"""
+ALLOCATE = """
+from vgpu_agent.kubelet.plugin import _response
+from vgpu_agent.model.container import DeviceList, MpsSharing, Sharing, grant
+
+sharing = Sharing(MpsSharing("/pipe", "/shm"), device_list=DeviceList.CDI_ENVVAR)
 print(bytes(_response(grant(inventory, wanted, sharing))).hex())
+"""
+PREFER = """
+from vgpu_agent.model.placement import Placement, prefer
+
+must = [cards[3].gpu.uuid + "::1", "x", "y"]
+for placement in Placement:
+    for size in range(25):
+        print(prefer(inventory, inventory.device_ids, must, size, placement))
 """
 
 
-def test_the_order_of_a_request_the_process_and_the_hash_seed_change_no_byte():
+@pytest.mark.parametrize("code", [ALLOCATE, PREFER], ids=["Allocate", "GetPreferredAllocation"])
+def test_the_order_of_a_request_the_process_and_the_hash_seed_change_nothing(code):
     answers = {
         subprocess.run(
-            [sys.executable, "-c", CODE],
+            [sys.executable, "-c", CARDS + code],
             env={**os.environ, "PYTHONHASHSEED": seed},
             cwd=REPOSITORY,
             capture_output=True,

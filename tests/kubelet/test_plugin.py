@@ -1,12 +1,7 @@
-import asyncio
 import logging
 
 import anyio
 import grpc
-import h2.config
-import h2.connection
-import h2.events
-import h2.settings
 import pytest
 
 from tests.kubelet.rig import (
@@ -18,12 +13,11 @@ from tests.kubelet.rig import (
     agent,
     cards_of,
     channel_to,
-    kubelet_in,
     next_message,
     registered,
     unchanging,
 )
-from tests.kubelet_peer import LIST_AND_WATCH, Device, off_loop
+from tests.kubelet_peer import LIST_AND_WATCH, Device, StalledPeer, off_loop
 from tests.wire import dp
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
@@ -35,12 +29,6 @@ from vgpu_agent.model.state import Mps
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE_NOW = grpc.StatusCode.FAILED_PRECONDITION
-METHODS = [
-    "GetDevicePluginOptions",
-    "GetPreferredAllocation",
-    "Allocate",
-    "PreStartContainer",
-]
 
 
 def allocation(*containers):
@@ -139,67 +127,18 @@ async def test_every_one_of_several_streams_follows_the_list(kubelet_dir):
 
 
 async def test_a_slow_watcher_skips_to_the_newest_list(kubelet_dir):
-    async with registered(kubelet_dir, gpus=2) as (kubelet, rig), Reader(rig.path) as slow:
-        await slow.headers()  # the first list is under way, and has no room
+    async with registered(kubelet_dir, gpus=2) as (kubelet, rig):
+        slow = await off_loop(StalledPeer, rig.path)
+        await off_loop(slow.wait_blocked)  # the first list is under way, and has no room
         for wanted in range(2, 7):
             (rig.heal if wanted % 2 else rig.fail)(0)
             await off_loop(kubelet.wait_list, wanted)
         rig.fail(1)
         newest = await off_loop(kubelet.wait_list, 7)
-        slow.make_room()
-        assert await slow.message() == kubelet.lists[0].raw
-        assert await slow.message() == newest.raw
+        await off_loop(slow.make_room)
+        assert await off_loop(slow.messages, 2) == [kubelet.lists[0].raw, newest.raw]
         assert [one.health for one in newest.devices] == ["Unhealthy"] * 20
-
-
-class Reader:
-    """A ListAndWatch stream by hand that takes no data before `make_room`."""
-
-    def __init__(self, path):
-        self.path = path
-        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-        self.data = b""
-        self.answered = False
-
-    async def __aenter__(self):
-        self.h2.initiate_connection()
-        self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
-        headers = {":method": "POST", ":scheme": "http", ":path": LIST_AND_WATCH}
-        headers |= {":authority": "localhost", "content-type": "application/grpc", "te": "trailers"}
-        self.h2.send_headers(1, headers.items())
-        self.h2.send_data(1, b"\0\0\0\0\0", end_stream=True)
-        self.reader, self.writer = await asyncio.open_unix_connection(self.path)
-        self.writer.write(self.h2.data_to_send())
-        return self
-
-    async def __aexit__(self, *_):
-        self.writer.close()
-        await self.writer.wait_closed()
-
-    def make_room(self):
-        self.h2.increment_flow_control_window(2**20, stream_id=1)
-        self.writer.write(self.h2.data_to_send())
-
-    async def headers(self):
-        while not self.answered:
-            await self._read()
-
-    async def message(self):
-        while len(self.data) < 5 or len(self.data) < 5 + int.from_bytes(self.data[1:5]):
-            await self._read()
-        end = 5 + int.from_bytes(self.data[1:5])
-        message, self.data = self.data[5:end], self.data[end:]
-        return message
-
-    async def _read(self):
-        with anyio.fail_after(10):
-            data = await self.reader.read(65536)
-        assert data, "closed"
-        for event in self.h2.receive_data(data):
-            self.answered |= isinstance(event, h2.events.ResponseReceived)
-            if isinstance(event, h2.events.DataReceived):
-                self.data += event.data
-        self.writer.write(self.h2.data_to_send())
+        await off_loop(slow.close)
 
 
 @pytest.mark.slow
@@ -213,31 +152,21 @@ async def test_a_list_of_sixteen_hundred_vgpus_arrives(kubelet_dir):
 
 # Allocate
 
-USABLE = 16 * GIB - GIB // 2
 
-
-@pytest.mark.parametrize(
-    ("vgpus", "memory", "limit", "fraction", "threads"),
-    [
-        (1, USABLE // 10, "1587M", "0.0968", "10"),
-        (2, USABLE * 2 // 10, "3174M", "0.1937", "20"),
-        (10, USABLE, "15872M", "0.9687", "100"),
-    ],
-)
-async def test_a_container_is_told_its_share(kubelet_dir, vgpus, memory, limit, fraction, threads):
+async def test_a_container_is_told_its_share(kubelet_dir):
     async with registered(kubelet_dir) as (kubelet, rig):
-        ids = rig.ids(1, *range(vgpus))
+        ids = rig.ids(1, 0, 1)
         answer = await off_loop(kubelet.allocate, ids[::-1])  # a kubelet's order is random
         (one,) = answer.container_responses
         assert one.envs == {
             "NVIDIA_VISIBLE_DEVICES": rig.cards[1].gpu.uuid,
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "VGPU_SHARE": f"{vgpus}/10",
-            "VGPU_MEMORY_BYTES": str(memory),
-            "VGPU_MEMORY_FRACTION": fraction,
+            "VGPU_SHARE": "2/10",
+            "VGPU_MEMORY_BYTES": str((16 * GIB - GIB // 2) * 2 // 10),
+            "VGPU_MEMORY_FRACTION": "0.1937",
             "CUDA_MPS_PIPE_DIRECTORY": "/run/vgpu-agent/mps/pipe",
-            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"0={limit}",
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": threads,
+            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=3174M",
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "20",
         }
         assert list(one.mounts) == [
             dp.Mount(
@@ -247,31 +176,6 @@ async def test_a_container_is_told_its_share(kubelet_dir, vgpus, memory, limit, 
         ]
         assert (one.devices, one.annotations, one.cdi_devices) == ([], {}, [])
         assert await off_loop(kubelet.allocate, ids) == answer
-
-
-async def test_time_slicing_tells_nothing_of_mps(kubelet_dir):
-    async with registered(kubelet_dir, sharing=TIME_SLICING) as (kubelet, rig):
-        answer = await off_loop(kubelet.allocate, rig.ids(0, 7))
-        (one,) = answer.container_responses
-        assert one.envs == {
-            "NVIDIA_VISIBLE_DEVICES": rig.cards[0].gpu.uuid,
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "VGPU_SHARE": "1/10",
-            "VGPU_MEMORY_BYTES": str(USABLE // 10),
-            "VGPU_MEMORY_FRACTION": "0.0968",
-        }
-        assert list(one.mounts) == []
-
-
-async def test_vgpus_of_two_cards_are_told_in_pci_order(kubelet_dir):
-    async with registered(kubelet_dir) as (kubelet, rig):
-        answer = await off_loop(kubelet.allocate, [*rig.ids(3, 1), *rig.ids(0, 4, 5)])
-        envs = answer.container_responses[0].envs
-        uuids = [rig.cards[n].gpu.uuid for n in (0, 3)]
-        assert envs["NVIDIA_VISIBLE_DEVICES"] == ",".join(uuids)
-        assert envs["VGPU_SHARE"] == "2/10,1/10"
-        assert envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=3174M,1=1587M"
-        assert envs["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
 
 
 async def test_allocations_are_for_the_daemon_as_it_was_set_up(kubelet_dir):
@@ -407,64 +311,49 @@ REFUSED = {
 }
 
 
-async def refused(kubelet_dir, method, requests, code, told, observed=None):
-    """The call is refused like that; nothing has changed, and the agent serves on."""
-    async with registered(kubelet_dir) as (kubelet, rig):
-        rig.fail(3)
-        await off_loop(kubelet.wait_list, 2)
-        await rig.until(lambda snapshot: snapshot.lists_sent == 2)
-        before = rig.state.snapshot
-        answer = await rig.call(method, *requests)
-        assert answer.code is code
-        for words in told:
-            assert words in answer.details
-        assert rig.state.snapshot == before
-        assert rig.observer.calls[-1] == (method, observed or code.name)
-        assert all(seconds >= 0 for seconds in rig.observer.seconds)
-        await off_loop(kubelet.allocate, [WELL])
-        assert (kubelet.streams, len(kubelet.lists), kubelet.stream_ends) == (1, 2, [])
-
-
-@pytest.mark.parametrize("case", REFUSED)
-async def test_a_wrong_request_is_refused_in_words_and_changes_nothing(kubelet_dir, case):
-    method, request, code, told = REFUSED[case]
-    await refused(kubelet_dir, method, [request], code, told)
-
-
 TYPES = {
     "GetDevicePluginOptions": "Empty",
     "GetPreferredAllocation": "PreferredAllocationRequest",
     "Allocate": "AllocateRequest",
     "PreStartContainer": "PreStartContainerRequest",
 }
+WRONG_BYTES = {
+    **{f"no message, {method}": (method, b"\x0a\xff") for method in TYPES},
+    "a number where a message is, preferred": ("GetPreferredAllocation", b"\x08\x01"),
+    "a number where a message is, allocate": ("Allocate", b"\x08\x01"),
+    "a number where a text is": ("PreStartContainer", b"\x08\x01"),
+    "a text where a number is": ("GetPreferredAllocation", b"\x0a\x03\x1a\x01\x61"),
+    "no UTF-8, allocate": ("Allocate", b"\x0a\x04\x0a\x02\xff\xfe"),
+    "no UTF-8, start": ("PreStartContainer", b"\x0a\x02\xff\xfe"),
+}
+REFUSED |= {
+    case: (method, request, INVALID, ["cannot decode", TYPES[method]])
+    for case, (method, request) in WRONG_BYTES.items()
+}
+REFUSED |= {
+    f"a call without a message, {method}": (method, None, INVALID, ["the call carries no message"])
+    for method in list(TYPES)[1:]
+}
 
 
-@pytest.mark.parametrize("method", METHODS)
-async def test_bytes_that_are_no_message_are_the_callers_mistake(kubelet_dir, method):
-    await refused(kubelet_dir, method, [b"\x0a\xff"], INVALID, ["cannot decode", TYPES[method]])
-
-
-@pytest.mark.parametrize(
-    ("method", "request_bytes"),
-    [
-        # Field 1 as a number, where it is a message or a text.
-        ("GetPreferredAllocation", b"\x08\x01"),
-        ("Allocate", b"\x08\x01"),
-        ("PreStartContainer", b"\x08\x01"),
-        # allocation_size as a text.
-        ("GetPreferredAllocation", b"\x0a\x03\x1a\x01\x61"),
-        # An ID that is no UTF-8.
-        ("Allocate", b"\x0a\x04\x0a\x02\xff\xfe"),
-        ("PreStartContainer", b"\x0a\x02\xff\xfe"),
-    ],
-)
-async def test_a_field_of_the_wrong_type_is_the_callers_mistake(kubelet_dir, method, request_bytes):
-    await refused(kubelet_dir, method, [request_bytes], INVALID, [TYPES[method]])
-
-
-@pytest.mark.parametrize("method", METHODS[1:])
-async def test_a_call_that_ends_without_a_message_is_the_callers_mistake(kubelet_dir, method):
-    await refused(kubelet_dir, method, [], INVALID, ["the call carries no message"])
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_wrong_request_is_refused_in_words_and_changes_nothing(kubelet_dir, case):
+    method, request, code, told = REFUSED[case]
+    async with registered(kubelet_dir) as (kubelet, rig):
+        rig.fail(3)
+        await off_loop(kubelet.wait_list, 2)
+        await rig.until(lambda snapshot: snapshot.lists_sent == 2)
+        before = rig.state.snapshot
+        answer = await rig.call(method, *([] if request is None else [request]))
+        assert answer.code is code
+        for words in told:
+            assert words in answer.details
+        assert rig.state.snapshot == before
+        assert rig.observer.calls[-1] == (method, code.name)
+        assert all(seconds >= 0 for seconds in rig.observer.seconds)
+        # The agent serves on.
+        await off_loop(kubelet.allocate, [WELL])
+        assert (kubelet.streams, len(kubelet.lists), kubelet.stream_ends) == (1, 2, [])
 
 
 async def test_options_and_the_list_need_no_message(kubelet_dir):
@@ -500,27 +389,24 @@ async def test_no_preference_at_all_is_answered_with_none(kubelet_dir):
 
 
 async def test_a_bug_in_a_call_is_internal_to_the_caller_and_ends_the_agent(
-    kubelet_dir, monkeypatch
+    kubelet_dir, monkeypatch, kubelet
 ):
     def broken(*_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(plugin_module, "grant", broken)
-    async with kubelet_in(kubelet_dir) as kubelet:
-        with pytest.RaisesGroup(
-            pytest.RaisesExc(RuntimeError, match="a bug"), flatten_subgroups=True
-        ):
-            async with agent(kubelet_dir) as rig:
-                await rig.registered()
-                with pytest.raises(grpc.RpcError) as failed:
-                    await off_loop(kubelet.allocate, [WELL])
-                await anyio.sleep(10)  # cancelled
-        assert failed.value.code() is grpc.StatusCode.INTERNAL
-        assert "a bug" in failed.value.details()
-        assert rig.observer.calls[-1] == ("Allocate", "INTERNAL")
-        # Even so the kubelet is told: its devices are unhealthy, the socket is gone.
-        assert (await off_loop(kubelet.wait_stream_ends, 1)).code is grpc.StatusCode.OK
-        assert not (kubelet.directory / ENDPOINT).exists()
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="a bug"), flatten_subgroups=True):
+        async with agent(kubelet_dir) as rig:
+            await rig.registered()
+            with pytest.raises(grpc.RpcError) as failed:
+                await off_loop(kubelet.allocate, [WELL])
+            await anyio.sleep(10)  # cancelled
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert "a bug" in failed.value.details()
+    assert rig.observer.calls[-1] == ("Allocate", "INTERNAL")
+    # Even so the kubelet is told: its devices are unhealthy, the socket is gone.
+    assert (await off_loop(kubelet.wait_stream_ends, 1)).code is grpc.StatusCode.OK
+    assert not (kubelet.directory / ENDPOINT).exists()
 
 
 # The encoder

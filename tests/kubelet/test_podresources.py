@@ -6,9 +6,9 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -17,23 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kubelet.podresources_peer import (
-    ANSWER_HEADERS,
-    Pod,
-    a_pod,
-    checkpoint,
-    encoded,
-    entry,
-    listening,
-    over_http2,
-    serving,
-)
-from tests.kubelet.rig import RESOURCE, cards_of, wait_for
+from tests.kubelet import peers
+from tests.kubelet.peers import BAD_PEERS, listening, nothing_left, sockets, wait_for
+from tests.kubelet.podresources_peer import Pod, a_pod, checkpoint, encoded, entry, serving
+from tests.kubelet.rig import RESOURCE, cards_of
 from tests.kubelet_peer import off_loop
 from tests.model.strategies import tried
 from vgpu_agent.errors import PodResourcesError
 from vgpu_agent.kubelet import podresources
 from vgpu_agent.kubelet.podresources import (
+    AskTiming,
     PodResourcesWatch,
     decode_list,
     read_answer,
@@ -50,6 +43,9 @@ RECORDED_CARD = "GPU-a0000000-1111-2222-3333-000000000000"
 pytestmark = pytest.mark.slow
 
 CARDS = [gpu.uuid for gpu in cards_of(4)]
+
+QUICK = AskTiming(quiet=0.05, burst=0.2, retry=0.05, list_timeout=1.0)
+"""Retries come soon, and slow answers are given up soon."""
 
 
 @dataclass
@@ -76,11 +72,7 @@ class Watched:
         return None if told is None else {each.holder.pod: len(each.device_ids) for each in told}
 
     async def until(self, condition, within=10.0):
-        with anyio.move_on_after(within):
-            async for _ in self.state.latest.follow():
-                if condition(self):
-                    return
-        raise AssertionError(f"not within {within} s; the last was {self.state.snapshot.holders}")
+        await peers.until(self.state, lambda _: condition(self), within)
 
     async def until_held(self, within=10.0, **expected):
         wanted = {pod.replace("_", "-"): count for pod, count in expected.items()}
@@ -91,24 +83,19 @@ class Watched:
 
 
 @asynccontextmanager
-async def watching(kubelet_dir, *, resource=RESOURCE, interval=60.0):
-    state = NodeState(Division(10))
-    state.driver_answered("simulated", cards_of(4))
-    clock = Clock()
-    watch = PodResourcesWatch(kubelet_dir, resource, state, interval, clock)
+async def watching(
+    kubelet_dir, *, resource=RESOURCE, interval=60.0, cards=4, timing=QUICK, **options
+):
+    state, clock = NodeState(Division(10)), Clock()
+    if cards:
+        state.driver_answered("simulated", cards_of(cards))
+    watch = PodResourcesWatch(
+        kubelet_dir, resource, state, interval, clock=clock, timing=timing, **options
+    )
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch.run)
         yield Watched(state, clock)
         tasks.cancel_scope.cancel()
-
-
-@pytest.fixture
-def in_a_hurry(monkeypatch):
-    """Retries come soon, and slow answers are given up soon."""
-    monkeypatch.setattr(podresources, "QUIET", 0.05)
-    monkeypatch.setattr(podresources, "BURST", 0.2)
-    monkeypatch.setattr(podresources, "RETRY", 0.05)
-    monkeypatch.setattr(podresources, "LIST_TIMEOUT", 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -121,17 +108,15 @@ def nothing_stumbles(caplog):
     assert [each.getMessage() for each in said] == []
 
 
-def told(caplog, words=""):
-    """The watch's log lines with these words."""
-    return [
-        each.getMessage()
-        for each in caplog.records
-        if each.name == podresources.__name__ and words in each.getMessage()
-    ]
+told = partial(peers.told, logger=podresources.__name__)
 
 
 def vgpus(card, *numbers):
     return [device_id(CARDS[card], n) for n in numbers]
+
+
+ONE = encoded(a_pod("a", *vgpus(0, 1)))
+"""Pod `a` holds one vGPU."""
 
 
 # What is told
@@ -151,38 +136,6 @@ async def test_what_a_real_kubelet_sent_is_told(kubelet_dir):
             tuple(device_id(RECORDED_CARD, n) for n in (1, 2, 3)),
         ),
     )
-
-
-@pytest.mark.parametrize("count", [0, 1, 110, 250])
-async def test_any_number_of_pods_is_told(kubelet_dir, count):
-    pods = [a_pod(f"pod-{n:03}", *(f"g{n}::{i}" for i in range(7))) for n in range(count)]
-    entries = [entry(f"uid-{n}", *(f"g{n}::{i}" for i in range(7))) for n in range(count)]
-    async with serving(kubelet_dir, encoded(*pods)) as kubelet:
-        kubelet.checkpoint.write_text(checkpoint(*entries))
-        async with watching(kubelet_dir) as agent:
-            await agent.until(lambda now: now.state.snapshot.holders.up, within=30)
-            assert agent.state.snapshot.holders.assignments == tuple(
-                Assignment(
-                    Holder("default", pod.name, "main"), tuple(pod.containers["main"][RESOURCE])
-                )
-                for pod in pods
-            )
-
-
-async def test_only_our_resource_is_told(kubelet_dir):
-    ours, other = vgpus(0, 1), "example.com/other"
-    pods = [
-        Pod("both", {"main": {RESOURCE: ours, other: ["x"]}, "side": {other: ["y"]}}),
-        Pod("other", {"main": {other: ["z"]}}),
-        Pod("alike", {"main": {RESOURCE + "-2": ["GPU-q::0"]}}),
-        Pod("none", {"main": {}}),
-    ]
-    async with serving(kubelet_dir, encoded(*pods)) as kubelet:
-        kubelet.checkpoint.write_text(
-            checkpoint(entry("u", *ours), entry("v", "z", resource=other, container="init"))
-        )
-        async with watching(kubelet_dir) as agent:
-            await agent.until_held(both=1)
 
 
 async def test_the_loop_goes_on_while_a_large_answer_is_decoded(kubelet_dir, monkeypatch):
@@ -211,6 +164,7 @@ async def test_the_loop_goes_on_while_a_large_answer_is_decoded(kubelet_dir, mon
         tasks.start_soon(beat)
         async with watching(kubelet_dir) as agent:
             await agent.until(lambda now: now.state.snapshot.holders.up, within=30)
+            assert agent.held == {pod.name: 7 for pod in pods}
         tasks.cancel_scope.cancel()
     ((began, ended),) = spans
     assert threads != [threading.main_thread()]
@@ -220,7 +174,6 @@ async def test_the_loop_goes_on_while_a_large_answer_is_decoded(kubelet_dir, mon
 # When it is asked
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_pods_come_and_go(kubelet_dir):
     async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
         await agent.until_held()
@@ -236,19 +189,9 @@ async def test_pods_come_and_go(kubelet_dir):
         assert kubelet.calls == calls
 
 
-async def test_the_kubelet_is_asked_again_and_again(kubelet_dir):
-    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir, interval=0.05) as agent:
-        await agent.until_held()
-        kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
-        await agent.until_held(a=1)
-        kubelet.answer = b""
-        await agent.until_held()
-
-
-async def test_a_burst_of_allocates_makes_one_question_after_it(kubelet_dir, monkeypatch):
-    monkeypatch.setattr(podresources, "QUIET", 1.0)
-    monkeypatch.setattr(podresources, "BURST", 60.0)
-    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
+async def test_a_burst_of_allocates_makes_one_question_after_it(kubelet_dir):
+    timing = AskTiming(quiet=1.0, burst=60.0)
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir, timing=timing) as agent:
         await agent.until_held()
         assert kubelet.calls == 1
         for n in range(20):
@@ -259,10 +202,9 @@ async def test_a_burst_of_allocates_makes_one_question_after_it(kubelet_dir, mon
         assert kubelet.calls == 2
 
 
-async def test_a_burst_without_end_is_not_waited_for(kubelet_dir, monkeypatch):
-    monkeypatch.setattr(podresources, "QUIET", 60.0)
-    monkeypatch.setattr(podresources, "BURST", 0.3)
-    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
+async def test_a_burst_without_end_is_not_waited_for(kubelet_dir):
+    timing = AskTiming(quiet=60.0, burst=0.3)
+    async with serving(kubelet_dir) as kubelet, watching(kubelet_dir, timing=timing) as agent:
         await agent.until_held()
         for _ in range(2):
             before = kubelet.calls
@@ -278,7 +220,6 @@ async def allocate_all_the_time(agent):
         await anyio.sleep(0.01)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_what_is_allocated_while_the_kubelet_answers_is_asked_for_too(kubelet_dir):
     asked, go_on = threading.Event(), threading.Event()
 
@@ -290,16 +231,15 @@ async def test_what_is_allocated_while_the_kubelet_answers_is_asked_for_too(kube
     async with serving(kubelet_dir, slow) as kubelet, watching(kubelet_dir) as agent:
         await off_loop(asked.wait, 10)
         agent.state.allocated()
-        kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+        kubelet.answer = ONE
         go_on.set()
         await agent.until_held(a=1)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_registration_makes_it_ask(kubelet_dir):
     async with serving(kubelet_dir) as kubelet, watching(kubelet_dir) as agent:
         await agent.until_held()
-        kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+        kubelet.answer = ONE
         agent.state.registration_tried(RegistrationResult.REFUSED)
         agent.state.registration_tried(RegistrationResult.REGISTERED)
         await agent.until_held(a=1)
@@ -308,7 +248,6 @@ async def test_a_registration_makes_it_ask(kubelet_dir):
 # The checkpoint
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_pod_that_ended_is_not_held_by_a_checkpoint_that_nobody_wrote_since(kubelet_dir):
     pods = [a_pod("a", *vgpus(0, 1)), a_pod("b", *vgpus(0, 2))]
     async with serving(kubelet_dir, encoded(*pods)) as kubelet:
@@ -321,7 +260,6 @@ async def test_a_pod_that_ended_is_not_held_by_a_checkpoint_that_nobody_wrote_si
             await agent.until_held(a=1)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_pod_that_the_kubelet_does_not_list_yet_is_asked_for_again_soon(kubelet_dir):
     async with serving(kubelet_dir) as kubelet:
         kubelet.checkpoint.write_text(checkpoint(entry("u-a", *vgpus(0, 1))))
@@ -329,16 +267,15 @@ async def test_a_pod_that_the_kubelet_does_not_list_yet_is_asked_for_again_soon(
             await agent.until_held(u_a=1)
             (one,) = agent.state.snapshot.holders.assignments
             assert one.holder == Holder(NO_NAMESPACE, "u-a", "main")
-            kubelet.answer = encoded(a_pod("a", *vgpus(0, 1)))
+            kubelet.answer = ONE
             await agent.until_held(a=1)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_checkpoint_that_is_of_no_use_is_told_once_and_the_list_decides(
     kubelet_dir, caplog
 ):
     async with (
-        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))) as kubelet,
+        serving(kubelet_dir, ONE) as kubelet,
         watching(kubelet_dir, interval=0.05) as agent,
     ):
         await agent.until_held(a=1)
@@ -359,6 +296,9 @@ async def more_calls(kubelet, count=3):
 
 def test_a_checkpoint_is_read(tmp_path):
     path = tmp_path / "checkpoint"
+    assert read_checkpoint(path, RESOURCE) is None
+    path.write_text(checkpoint())
+    assert read_checkpoint(path, RESOURCE) == []
     path.write_text(
         checkpoint(
             entry("u", "g::0", "g::1", "g::2"),
@@ -379,13 +319,6 @@ def test_a_checkpoint_is_read(tmp_path):
     ]
 
 
-def test_the_checkpoint_of_a_node_without_allocations_is_empty(tmp_path):
-    path = tmp_path / "checkpoint"
-    path.write_text(checkpoint())
-    assert read_checkpoint(path, RESOURCE) == []
-    assert read_checkpoint(tmp_path / "missing", RESOURCE) is None
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -399,11 +332,10 @@ def test_the_checkpoint_of_a_node_without_allocations_is_empty(tmp_path):
         b'{"Data": {"PodDeviceEntries": 3}}',
         b'{"Data": {"PodDeviceEntries": [{}]}}',
         b'{"Data": {"PodDeviceEntries": [3]}}',
-        json.dumps({"Data": {"PodDeviceEntries": [{**entry("u"), "PodUID": 3}]}}).encode(),
-        json.dumps({"Data": {"PodDeviceEntries": [{**entry("u"), "DeviceIDs": 3}]}}).encode(),
-        json.dumps(
-            {"Data": {"PodDeviceEntries": [{**entry("u"), "DeviceIDs": {"0": [3]}}]}}
-        ).encode(),
+        *(
+            json.dumps({"Data": {"PodDeviceEntries": [entry("u") | {key: value}]}}).encode()
+            for key, value in (("PodUID", 3), ("DeviceIDs", 3), ("DeviceIDs", {"0": [3]}))
+        ),
         checkpoint(entry("u", "g::0")).encode()[:-40],
     ],
 )
@@ -414,14 +346,13 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
         read_checkpoint(path, RESOURCE)
 
 
-def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path, monkeypatch):
+def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path):
     path = tmp_path / "checkpoint"
     path.write_text(checkpoint(entry("u", "g::0")))
-    monkeypatch.setattr(podresources, "MAX_BYTES", path.stat().st_size)
-    assert len(read_checkpoint(path, RESOURCE)) == 1
-    monkeypatch.setattr(podresources, "MAX_BYTES", path.stat().st_size - 1)
+    size = path.stat().st_size
+    assert len(read_checkpoint(path, RESOURCE, max_bytes=size)) == 1
     with pytest.raises(PodResourcesError, match="is larger than"):
-        read_checkpoint(path, RESOURCE)
+        read_checkpoint(path, RESOURCE, max_bytes=size - 1)
     with pytest.raises(PodResourcesError, match="cannot read"):
         read_checkpoint(tmp_path, RESOURCE)
 
@@ -429,7 +360,6 @@ def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path, monkeypatch):
 # Orphans
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_vgpus_that_are_held_and_no_longer_made_are_told_once(kubelet_dir, caplog):
     answer = encoded(a_pod("a", *vgpus(0, 9, 10, 11), *vgpus(1, 0)))
     async with (
@@ -452,15 +382,8 @@ async def test_vgpus_that_are_held_and_no_longer_made_are_told_once(kubelet_dir,
 
 
 async def test_nothing_is_orphaned_before_the_driver_has_told_its_cards(kubelet_dir, caplog):
-    state = NodeState(Division(10))
-    watch = PodResourcesWatch(kubelet_dir, RESOURCE, state, 60.0)
-    async with (
-        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))),
-        anyio.create_task_group() as tasks,
-    ):
-        tasks.start_soon(watch.run)
-        await Watched(state, Clock()).until_held(a=1)
-        tasks.cancel_scope.cancel()
+    async with serving(kubelet_dir, ONE), watching(kubelet_dir, cards=0) as agent:
+        await agent.until_held(a=1)
     assert told(caplog, "no longer has") == []
 
 
@@ -471,135 +394,77 @@ def refused(context):
     context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests")
 
 
-def hanging_up(_connection):
-    """Ends the connection as soon as it is there."""
-
-
-def silent(connection):
-    while connection.recv(65536):
-        pass
-
-
-def no_http(connection):
-    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-    silent(connection)
-
-
-def bad_frame(connection):
-    connection.sendall(bytes(9))  # data without a stream
-    silent(connection)
-
-
-def broken_off(http, stream):
-    http.send_headers(stream, ANSWER_HEADERS)
-    http.send_data(stream, b"\0\0\0\0\x64" + b"x" * 10, end_stream=True)
-
-
-def nothing_said(http, stream):
-    http.send_headers(stream, ANSWER_HEADERS)
-    http.send_headers(stream, [("grpc-status", "0")], end_stream=True)
-
-
-def compressed(http, stream):
-    http.send_headers(stream, ANSWER_HEADERS)
-    http.send_data(stream, b"\1\0\0\0\x01x")
-    http.send_headers(stream, [("grpc-status", "0")], end_stream=True)
-
-
-def no_grpc(http, stream):
-    http.send_headers(stream, [(":status", "404"), ("content-type", "text/html")], end_stream=True)
-
-
-def odd_status(http, stream):
-    http.send_headers(stream, [*ANSWER_HEADERS, ("grpc-status", "ok")], end_stream=True)
-
-
-def reset(http, stream):
-    http.reset_stream(stream, 8)
-
-
-def going_away(http, _stream):
-    http.close_connection()
-
-
-def informational(http, stream):
-    """An event that grpclib does not know."""
-    http.send_headers(stream, [(":status", "103")])
-
-
-def without_end(http, stream):
-    http.send_headers(stream, ANSWER_HEADERS)
-    http.send_data(stream, b"\0\0\0\0\x64" + b"x" * 10)
-
-
-BAD_PEERS = {
-    "hanging up": (hanging_up, "ended the call before its answer"),
-    "silent": (silent, "did not answer List within 1 s"),
-    "no HTTP": (no_http, "did not answer List within 1 s"),
-    "bad frame": (bad_frame, "ended the call before its answer"),
-    "broken off": (over_http2(broken_off), "cannot be read"),
-    "nothing said": (over_http2(nothing_said), "cannot be read"),
-    "compressed": (over_http2(compressed), "cannot be read"),
-    "no gRPC": (over_http2(no_grpc), "does not serve PodResources v1"),
-    "odd status": (over_http2(odd_status), "refused with UNKNOWN"),
-    "reset": (over_http2(reset), "ended the call before its answer"),
-    "going away": (over_http2(going_away), "ended the call before its answer"),
-    "informational": (over_http2(informational), "is no gRPC"),
-    "without end": (over_http2(without_end), "did not answer List within 1 s"),
+ENDED = "ended the call before its answer"
+SAID_OF_BAD_PEERS = {
+    "hanging up": ENDED,
+    "silent": "did not answer List within 1 s",
+    "no HTTP": "did not answer List within 1 s",
+    "bad frame": ENDED,
+    "broken off": "cannot be read",
+    "nothing said": "cannot be read",
+    "compressed": "cannot be read",
+    "no gRPC": "does not serve PodResources v1",
+    "odd status": "refused with UNKNOWN",
+    "reset": ENDED,
+    "going away": ENDED,
+    "informational": "is no gRPC",
+    "without end": "did not answer List within 1 s",
 }
 
 
-@pytest.mark.usefixtures("in_a_hurry")
+def socket_of(kubelet_dir):
+    return kubelet_dir / "pod-resources" / "kubelet.sock"
+
+
 @pytest.mark.parametrize("name", BAD_PEERS)
 async def test_a_peer_that_speaks_badly_is_told_once_and_a_good_one_is_found(
     kubelet_dir, caplog, name
 ):
-    serve, words = BAD_PEERS[name]
+    words = SAID_OF_BAD_PEERS[name]
     async with watching(kubelet_dir, interval=0.2) as agent:
-        async with listening(kubelet_dir, serve):
+        async with listening(socket_of(kubelet_dir), BAD_PEERS[name]):
             await agent.until_error(words)
             await anyio.sleep(0.5)  # some more questions
         # The others are of the time when nobody was there.
         lines = [line for line in told(caplog, "cannot ask") if str(kubelet_dir) not in line]
         assert len(lines) == 1
         assert words in lines[0]
-        async with serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))):
+        async with serving(kubelet_dir, ONE):
             await agent.until_held(a=1)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 @pytest.mark.parametrize(
     ("answer", "options", "words"),
     [
         (refused, {}, "the kubelet refused with RESOURCE_EXHAUSTED: too many requests"),
         (b"", {"method": "/v1.PodResourcesLister/Get"}, "does not serve PodResources v1"),
         (b"\xff\xff\xff", {}, "is garbage"),
-        (encoded(a_pod("a", *vgpus(0, 1)))[:-3], {}, "is garbage"),
+        (ONE[:-3], {}, "is garbage"),
     ],
 )
 async def test_an_answer_that_is_none_leaves_what_was_known(
     kubelet_dir, caplog, answer, options, words
 ):
-    good = encoded(a_pod("a", *vgpus(0, 1)))
     async with watching(kubelet_dir, interval=0.1) as agent:
-        async with serving(kubelet_dir, good):
+        async with serving(kubelet_dir, ONE):
             await agent.until_held(a=1)
         async with serving(kubelet_dir, answer, **options) as kubelet:
             await agent.until_error(words)
             await more_calls(kubelet) if not options else await anyio.sleep(0.3)
             assert agent.held == {"a": 1}
             assert len(told(caplog, words)) == 1
-        async with serving(kubelet_dir, good):
+        async with serving(kubelet_dir, ONE):
             await agent.until_held(a=1)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
-async def test_an_answer_that_is_too_large_is_not_read_to_its_end(kubelet_dir, monkeypatch):
-    monkeypatch.setattr(podresources, "MAX_BYTES", 100_000)
+async def test_an_answer_that_is_too_large_is_not_read_to_its_end(kubelet_dir):
     large = encoded(*(a_pod(f"pod-{n}", *vgpus(0, *range(10))) for n in range(150)))
     assert len(large) > 105_000
     small = encoded(*(a_pod(f"pod-{n}", *vgpus(0, *range(10))) for n in range(100)))
-    async with serving(kubelet_dir, large) as kubelet, watching(kubelet_dir, interval=0.1) as agent:
+    async with (
+        serving(kubelet_dir, large) as kubelet,
+        watching(kubelet_dir, interval=0.1, max_bytes=100_000) as agent,
+    ):
         await agent.until_error("the kubelet's answer is larger than 0.0953674 MiB")
         kubelet.answer = small
         await agent.until(lambda now: len(now.held or ()) == 100)
@@ -609,10 +474,9 @@ def test_the_bound_is_that_of_other_clients():
     assert podresources.MAX_BYTES == 16 * 1024 * 1024
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_kubelet_that_restarts_is_asked_again(kubelet_dir, caplog):
     async with (
-        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))) as kubelet,
+        serving(kubelet_dir, ONE) as kubelet,
         watching(kubelet_dir, interval=0.1) as agent,
     ):
         for restarts in range(1, 4):
@@ -627,7 +491,6 @@ async def test_a_kubelet_that_restarts_is_asked_again(kubelet_dir, caplog):
     assert 3 <= len(told(caplog, "cannot ask")) <= 6
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_no_kubelet_is_told_once(kubelet_dir, caplog):
     async with watching(kubelet_dir, interval=0.05) as agent:
         await agent.until_error(f"there is no {kubelet_dir}/pod-resources/kubelet.sock")
@@ -636,16 +499,18 @@ async def test_no_kubelet_is_told_once(kubelet_dir, caplog):
         assert agent.held is None
 
 
-@pytest.mark.usefixtures("in_a_hurry")
-async def test_a_kubelet_that_fails_is_asked_less_and_less_often(kubelet_dir, monkeypatch):
-    monkeypatch.setattr(podresources, "RETRY", 0.02)
+async def test_a_kubelet_that_fails_is_asked_less_and_less_often(kubelet_dir):
     times = []
 
     def failing(context):
         times.append(time.monotonic())
         refused(context)
 
-    async with serving(kubelet_dir, failing), watching(kubelet_dir, interval=3600) as agent:
+    timing = replace(QUICK, retry=0.02)
+    async with (
+        serving(kubelet_dir, failing),
+        watching(kubelet_dir, interval=3600, timing=timing) as agent,
+    ):
         await wait_for(lambda: len(times) >= 8, "attempts")
         assert times[7] - times[6] >= 0.02 * 2**6
         # An Allocate makes them come soon again: the next would be in 2.5 s, then in 5.
@@ -653,13 +518,12 @@ async def test_a_kubelet_that_fails_is_asked_less_and_less_often(kubelet_dir, mo
         await wait_for(lambda: len(times) >= 12, "attempts", within=4)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_what_was_told_too_long_ago_is_forgotten(kubelet_dir, caplog):
     async with watching(kubelet_dir, interval=0.1) as agent:
-        async with serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))):
+        async with serving(kubelet_dir, ONE):
             await agent.until_held(a=1)
         await agent.until(lambda now: not now.state.snapshot.holders.up)
-        agent.clock.ahead += podresources.FORGET_AT_LEAST - 10
+        agent.clock.ahead += QUICK.forget_at_least - 10
         await anyio.sleep(0.3)
         assert agent.held == {"a": 1}
         agent.clock.ahead += 11
@@ -670,10 +534,9 @@ async def test_what_was_told_too_long_ago_is_forgotten(kubelet_dir, caplog):
         assert len(lines) == len(set(lines))
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_long_interval_lets_it_be_remembered_for_longer(kubelet_dir):
     async with watching(kubelet_dir, interval=100) as agent:
-        async with serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))):
+        async with serving(kubelet_dir, ONE):
             await agent.until_held(a=1)
         agent.state.allocated()
         await agent.until(lambda now: not now.state.snapshot.holders.up)
@@ -686,7 +549,6 @@ async def test_a_long_interval_lets_it_be_remembered_for_longer(kubelet_dir):
         await agent.until(lambda now: now.held is None)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_bug_of_ours_is_not_taken_for_a_kubelet_in_trouble(kubelet_dir, monkeypatch):
     def bug(*_):
         raise ZeroDivisionError
@@ -699,21 +561,20 @@ async def test_a_bug_of_ours_is_not_taken_for_a_kubelet_in_trouble(kubelet_dir, 
     assert caught.group_contains(ZeroDivisionError)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
 async def test_a_call_that_grpclib_cancels_does_not_end_the_watch(kubelet_dir, monkeypatch):
     """It does so where a connection ends, and the error that it puts in its place may get lost."""
     call, cancelled = podresources._call, []
 
-    async def cancelling(path):
+    async def cancelling(*args):
         if len(cancelled) < 3:
-            cancelled.append(path)
+            cancelled.append(args)
             asyncio.current_task().cancel()
             await anyio.sleep(10)
-        return await call(path)
+        return await call(*args)
 
     monkeypatch.setattr(podresources, "_call", cancelling)
     async with (
-        serving(kubelet_dir, encoded(a_pod("a", *vgpus(0, 1)))),
+        serving(kubelet_dir, ONE),
         watching(kubelet_dir) as agent,
     ):
         await agent.until_held(a=1)
@@ -723,46 +584,32 @@ async def test_a_call_that_grpclib_cancels_does_not_end_the_watch(kubelet_dir, m
 # The end
 
 
-def sockets() -> int:
-    """How many sockets this process has open."""
-    found = 0
-    for each in Path("/proc/self/fd").iterdir():
-        try:
-            found += str(each.readlink()).startswith("socket:")
-        except OSError:  # that of the listing itself
-            continue
-    return found
-
-
-@pytest.mark.parametrize("serve", [silent, no_http, hanging_up, over_http2(without_end)])
-async def test_cancellation_at_any_moment_leaves_nothing_open(kubelet_dir, serve):
-    async with listening(kubelet_dir, serve):
+@pytest.mark.parametrize("name", ["silent", "no HTTP", "hanging up", "without end"])
+async def test_cancellation_at_any_moment_leaves_nothing_open(kubelet_dir, name):
+    async with listening(socket_of(kubelet_dir), BAD_PEERS[name]):
         await anyio.sleep(0.05)
-        before = sockets()
-        for turns in (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 25, 40):
-            async with watching(kubelet_dir):
-                for _ in range(turns):
-                    await anyio.lowlevel.checkpoint()
-        async with watching(kubelet_dir):
-            await anyio.sleep(0.2)
-        await wait_for(lambda: sockets() <= before, "end of all sockets")
+        async with nothing_left():
+            for turns in (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 25, 40):
+                async with watching(kubelet_dir, timing=AskTiming()):
+                    for _ in range(turns):
+                        await anyio.lowlevel.checkpoint()
+            async with watching(kubelet_dir, timing=AskTiming()):
+                await anyio.sleep(0.2)
 
 
-@pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("serve", [bad_frame, hanging_up, over_http2(broken_off)])
-async def test_bad_peers_leave_no_connection_behind(kubelet_dir, serve):
-    calls = Counter()
+@pytest.mark.parametrize("name", ["bad frame", "hanging up", "broken off"])
+async def test_bad_peers_leave_no_connection_behind(kubelet_dir, name):
+    calls = []
 
     def counted(connection):
-        calls["all"] += 1
-        serve(connection)
+        calls.append(name)
+        BAD_PEERS[name](connection)
 
-    async with listening(kubelet_dir, counted):
+    async with listening(socket_of(kubelet_dir), counted), nothing_left():
         before = sockets()
         async with watching(kubelet_dir, interval=0.01):
-            await wait_for(lambda: calls["all"] >= 30, "calls")
+            await wait_for(lambda: len(calls) >= 30, "calls")
             assert sockets() <= before + 4
-        await wait_for(lambda: sockets() <= before, "end of all sockets")
 
 
 async def test_the_end_does_not_wait_for_an_answer_that_is_being_decoded(kubelet_dir, monkeypatch):

@@ -58,7 +58,10 @@ def test_under_mps_a_container_is_told_its_share(vgpus, share, memory, fraction,
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": limit,
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage,
     }
-    assert got.mounts == (Mount(PIPE, PIPE), Mount(SHM, "/dev/shm"))
+    assert got.mounts == (
+        Mount(PIPE, PIPE, read_only=False),
+        Mount(SHM, "/dev/shm", read_only=False),
+    )
 
 
 def test_under_time_slicing_nothing_of_mps_is_given():
@@ -75,10 +78,6 @@ def test_under_time_slicing_nothing_of_mps_is_given():
 
 def test_without_shared_memory_directory_the_container_keeps_its_own():
     assert grant(ONE_CARD, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(PIPE, PIPE),)
-
-
-def test_the_directories_of_mps_are_writable():
-    assert [mount.read_only for mount in grant(ONE_CARD, ids(L4, 0), MPS).mounts] == [False, False]
 
 
 def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reason():
@@ -142,13 +141,11 @@ def percentage(vgpus: int, of: int, threads: Threads | float) -> str | None:
     return environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
 
 
-def test_without_a_limit_on_threads_none_is_told():
-    assert percentage(1, 10, Threads.NONE) is None
-
-
 @pytest.mark.parametrize(
     ("vgpus", "of", "factor", "expected"),
     [
+        (1, 10, Threads.NONE, None),
+        # A factor multiplies the share, within 1 and 100.
         (1, 10, 1, "10"),
         (1, 10, 1.5, "15"),
         (2, 10, 2.0, "40"),
@@ -158,24 +155,18 @@ def test_without_a_limit_on_threads_none_is_told():
         (10, 10, 0.005, "1"),
         (1, 10, 0.01, "1"),
         (1, 200, 1, "1"),
+        # The share itself, not its rounded percentage.
+        (1, 3, 3, "100"),
+        (1, 60, 6, "10"),
+        (1, 48, 1.5, "3"),
+        # It is as exact as it is written.
+        (10, 10, 0.29, "29"),
+        (10, 10, 0.57, "57"),
+        (10, 10, 0.58, "58"),
     ],
 )
-def test_a_factor_multiplies_the_share_within_1_and_100(vgpus, of, factor, expected):
+def test_threads_are_limited_by_a_factor_of_the_share(vgpus, of, factor, expected):
     assert percentage(vgpus, of, factor) == expected
-
-
-@pytest.mark.parametrize(
-    ("vgpus", "of", "factor", "expected"), [(1, 3, 3, "100"), (1, 60, 6, "10"), (1, 48, 1.5, "3")]
-)
-def test_a_factor_multiplies_the_share_itself_not_its_rounded_percentage(
-    vgpus, of, factor, expected
-):
-    assert percentage(vgpus, of, factor) == expected
-
-
-@pytest.mark.parametrize(("factor", "expected"), [(0.29, "29"), (0.57, "57"), (0.58, "58")])
-def test_a_factor_is_as_exact_as_it_is_written(factor, expected):
-    assert percentage(10, 10, factor) == expected
 
 
 @given(st.integers(1, 300), st.floats(0.001, 1e6))
@@ -195,28 +186,33 @@ ILL = Card(
 NODE = Inventory((Card(LARGE, 10), ILL))
 
 
-def test_a_request_that_names_no_device_is_refused():
-    with pytest.raises(InvalidRequestError, match=r"^the request names no device$"):
-        grant(NODE, [], MPS)
-
-
-@pytest.mark.parametrize("vgpu", ["large::10", "large::01", "large", "elsewhere::0", ""])
-def test_an_unknown_device_is_refused_by_name(vgpu):
-    message = f"device {vgpu!r} is not one of the 12 vGPUs of this node"
-    with pytest.raises(InvalidRequestError, match=f"^{re.escape(message)}$"):
-        grant(NODE, ["large::0", vgpu], MPS)
-
-
-def test_a_device_that_is_named_twice_is_refused_by_name():
-    message = r"^device 'large::4' is requested more than once$"
-    with pytest.raises(InvalidRequestError, match=message):
-        grant(NODE, ["large::0", "large::4", "large::4"], MPS)
-
-
-def test_an_unhealthy_device_is_refused_by_name_and_with_every_reason():
-    message = r"^device 'ill::1' is unhealthy: xid: XID 79; lost: not on the bus$"
-    with pytest.raises(UnavailableDeviceError, match=message):
-        grant(NODE, ["large::0", "ill::1"], MPS)
+@pytest.mark.parametrize(
+    ("vgpus", "error", "message"),
+    [
+        ([], InvalidRequestError, "the request names no device"),
+        *(
+            (
+                ["large::0", unknown],
+                InvalidRequestError,
+                f"device {unknown!r} is not one of the 12 vGPUs of this node",
+            )
+            for unknown in ("large::10", "large::01", "large", "elsewhere::0", "")
+        ),
+        (
+            ["large::0", "large::4", "large::4"],
+            InvalidRequestError,
+            "device 'large::4' is requested more than once",
+        ),
+        (
+            ["large::0", "ill::1"],
+            UnavailableDeviceError,
+            "device 'ill::1' is unhealthy: xid: XID 79; lost: not on the bus",
+        ),
+    ],
+)
+def test_what_cannot_be_given_is_refused_by_name(vgpus, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        grant(NODE, vgpus, MPS)
 
 
 @pytest.mark.parametrize("sharing", [MPS, TIME_SLICING], ids=["mps", "time-slicing"])
@@ -348,24 +344,33 @@ def test_without_limits_a_client_is_told_none_however_many_vgpus_it_has():
     ]
 
 
-def test_cards_are_named_by_mounts_where_the_variable_is_refused():
-    granted = grant(ONE_CARD, ids(L4, 0), Sharing(None, device_list=DeviceList.VOLUME_MOUNTS))
-    folder = "/var/run/nvidia-container-devices"
-    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == folder
-    assert granted.mounts == (Mount("/dev/null", f"{folder}/{L4}"),)
+FOLDER = "/var/run/nvidia-container-devices"
 
 
-def test_cards_are_named_by_cdi_and_then_the_runtime_adds_none():
-    sharing = Sharing(None, device_list=DeviceList.CDI, cdi_kind="example.com/card")
+@pytest.mark.parametrize(
+    ("sharing", "visible", "cdi_devices", "mounts"),
+    [
+        (
+            Sharing(None, device_list=DeviceList.VOLUME_MOUNTS),
+            FOLDER,
+            (),
+            (Mount("/dev/null", f"{FOLDER}/{L4}"),),
+        ),
+        # The runtime adds none then.
+        (
+            Sharing(None, device_list=DeviceList.CDI, cdi_kind="example.com/card"),
+            "void",
+            (f"example.com/card={L4}",),
+            (),
+        ),
+        (Sharing(None, device_list=DeviceList.CDI_ENVVAR), L4, (f"nvidia.com/gpu={L4}",), ()),
+    ],
+    ids=["mounts", "CDI", "CDI and variable"],
+)
+def test_cards_are_named_otherwise_than_by_the_variable(sharing, visible, cdi_devices, mounts):
     granted = grant(ONE_CARD, ids(L4, 0, 1), sharing)
-    assert granted.cdi_devices == (f"example.com/card={L4}",)
-    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == "void"
-
-
-def test_cards_are_named_by_cdi_and_by_variable():
-    granted = grant(ONE_CARD, ids(L4, 0), Sharing(None, device_list=DeviceList.CDI_ENVVAR))
-    assert granted.cdi_devices == (f"nvidia.com/gpu={L4}",)
-    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == L4
+    assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == visible
+    assert (granted.cdi_devices, granted.mounts) == (cdi_devices, mounts)
 
 
 def test_a_vgpu_of_a_size_has_that_size_and_two_have_twice_as_much():
@@ -380,17 +385,20 @@ def test_a_vgpu_of_a_size_has_that_size_and_two_have_twice_as_much():
 # What the daemon was set up for
 
 
+CLIENT, SERVER, NONE = MpsLimits.CLIENT, MpsLimits.SERVER, MpsLimits.NONE
+
+
 @pytest.mark.parametrize(
     ("wanted", "applied", "holds"),
     [
-        (MpsLimits.CLIENT, None, MpsLimits.CLIENT),
-        (MpsLimits.CLIENT, MpsLimits.NONE, MpsLimits.CLIENT),
-        (MpsLimits.NONE, MpsLimits.CLIENT, MpsLimits.NONE),
-        (MpsLimits.SERVER, MpsLimits.SERVER, MpsLimits.SERVER),
-        (MpsLimits.CLIENT, MpsLimits.SERVER, MpsLimits.SERVER),
-        (MpsLimits.NONE, MpsLimits.SERVER, MpsLimits.SERVER),
-        (MpsLimits.SERVER, MpsLimits.CLIENT, MpsLimits.CLIENT),
-        (MpsLimits.SERVER, MpsLimits.NONE, MpsLimits.NONE),
+        (CLIENT, None, CLIENT),
+        (CLIENT, NONE, CLIENT),
+        (NONE, CLIENT, NONE),
+        (SERVER, SERVER, SERVER),
+        (CLIENT, SERVER, SERVER),
+        (NONE, SERVER, SERVER),
+        (SERVER, CLIENT, CLIENT),
+        (SERVER, NONE, NONE),
     ],
 )
 def test_what_the_daemon_was_set_up_for_holds_where_it_has_limits_of_its_own(
@@ -398,8 +406,4 @@ def test_what_the_daemon_was_set_up_for_holds_where_it_has_limits_of_its_own(
 ):
     sharing = Sharing(mps=MpsSharing("/pipe", None, limits=wanted))
     assert sharing.under(applied) == Sharing(mps=MpsSharing("/pipe", None, limits=holds))
-
-
-def test_without_mps_no_daemon_changes_anything():
-    sharing = Sharing(mps=None)
-    assert sharing.under(MpsLimits.SERVER) is sharing
+    assert TIME_SLICING.under(applied) is TIME_SLICING

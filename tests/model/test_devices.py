@@ -98,8 +98,3 @@ def test_a_card_is_healthy_until_it_has_a_fault_and_says_all_of_them():
     ill = Card(card.gpu, 1, (xid, lost))
     assert not ill.healthy
     assert ill.fault_text == "xid: XID 79; lost: not on the bus"
-
-
-def test_an_unhealthy_card_still_owns_its_vgpus():
-    card = Card(a_gpu(0), 1, (Fault(Reason.XID, 0.0, "XID 79"),))
-    assert Inventory((card,)).card_of("gpu-0::0") is card

@@ -54,13 +54,8 @@ def test_the_model_is_found():
     assert {f"vgpu_agent.model.{name}" for name in names} <= set(MODULES)
 
 
-def test_the_bare_interpreter_has_nothing_installed():
-    done = run_bare("import hypothesis")
-    assert done.returncode != 0
-    assert "No module named 'hypothesis'" in done.stderr
-
-
 def test_the_model_imports_with_nothing_but_the_standard_library():
+    assert "No module named 'hypothesis'" in run_bare("import hypothesis").stderr
     done = run_bare(
         f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\n"
         "print('imported', *sorted(n for n in sys.modules if n.startswith('vgpu_agent')))"
@@ -74,21 +69,3 @@ def test_the_model_imports_with_nothing_but_the_standard_library():
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_a_module_of_the_model_imports_only_the_model_and_errors(source):
     assert foreign_imports(source.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    ("source", "foreign"),
-    [
-        ("import anyio.abc", ["anyio.abc"]),
-        ("def late():\n    import pynvml", ["pynvml"]),
-        ("from vgpu_agent.gpu.driver import Driver", ["vgpu_agent.gpu.driver"]),
-        ("from vgpu_agent import gpu, errors", ["vgpu_agent.gpu"]),
-        ("from ..kubelet import plugin", ["vgpu_agent.kubelet"]),
-        ("from .. import observe, model", ["vgpu_agent.observe"]),
-        ("from vgpu_agent.modelling import x", ["vgpu_agent.modelling"]),
-        ("import vgpu_agent", ["vgpu_agent"]),
-        ("from . import share\nfrom .devices import Card\nimport asyncio", []),
-    ],
-)
-def test_the_import_check_sees_every_form_of_import(source, foreign):
-    assert foreign_imports(source) == foreign

@@ -79,16 +79,6 @@ def test_a_card_that_the_driver_no_longer_names_stays_with_its_faults(node):
     assert faults_of(node, "gpu-0") == (LOST,)
 
 
-def test_a_card_that_appears_is_added(node):
-    assert node.driver_answered("580.1", [a_gpu(2), a_gpu(1), a_gpu(0)])
-    assert list(node.snapshot.inventory.device_ids)[-2:] == ids("gpu-2", 0, 1)
-
-
-def test_what_is_new_about_a_card_is_taken_over(node):
-    assert node.driver_answered("580.1", [a_gpu(0, numa_node=1), a_gpu(1)])
-    assert node.snapshot.inventory.find("gpu-0").gpu.numa_node == 1
-
-
 def test_excluded_cards_are_those_of_the_last_answer(node):
     mig = Excluded(a_gpu(2), "mig", "card 2 is in MIG mode")
     assert node.driver_answered("580.1", [a_gpu(0), a_gpu(1)], [mig])
@@ -105,10 +95,6 @@ def test_a_driver_that_fails_keeps_its_version_and_its_cards(node):
     assert node.snapshot.driver == Driver("580.1", "driver not loaded")
     assert not node.snapshot.driver.up
     assert node.snapshot.inventory == inventory
-
-
-def test_a_driver_that_answers_again_is_up(node):
-    node.driver_failed("driver not loaded")
     assert node.driver_answered("580.1", [a_gpu(0), a_gpu(1)])
     assert node.snapshot.driver.up
 
@@ -136,14 +122,10 @@ def test_a_fault_makes_only_its_own_card_unhealthy(node):
     assert [card.healthy for card in node.snapshot.inventory.cards] == [True, False]
 
 
-def test_a_fault_of_no_card_in_particular_concerns_all(node):
+def test_a_fault_of_no_card_in_particular_concerns_all_in_one_update(node):
+    before = node.latest.version
     assert node.fault_found(None, MPS_DOWN) == ("gpu-0", "gpu-1")
     assert faults_of(node, "gpu-0") == faults_of(node, "gpu-1") == (MPS_DOWN,)
-
-
-def test_a_fault_of_all_cards_is_one_update(node):
-    before = node.latest.version
-    node.fault_found(None, MPS_DOWN)
     assert node.latest.version == before + 1
 
 
@@ -160,12 +142,6 @@ def test_a_fault_of_a_card_that_is_not_known_changes_nothing(node, uuids):
     before = node.latest.version
     assert node.fault_found(uuids, XID) == ()
     assert node.latest.version == before
-
-
-def test_a_fault_does_not_hide_another(node):
-    node.fault_found({"gpu-0"}, XID)
-    node.fault_found({"gpu-0"}, LOST)
-    assert faults_of(node, "gpu-0") == (XID, LOST)
 
 
 def test_a_reason_keeps_its_first_time_and_words(node):
@@ -323,7 +299,7 @@ def test_every_attempt_to_register_is_counted_by_its_result(node):
     assert node.snapshot.kubelet == Kubelet(registered=True, error=None)
 
 
-@pytest.mark.parametrize("result", set(RegistrationResult) - {REGISTERED})
+@pytest.mark.parametrize("result", [each for each in RegistrationResult if each is not REGISTERED])
 def test_every_other_result_is_no_registration(node, result):
     node.registration_tried(REGISTERED)
     node.registration_tried(result, "why")
@@ -338,15 +314,6 @@ def test_the_end_of_a_registration_is_told_once(node):
     assert node.snapshot.registrations == {REGISTERED: 1}
 
 
-def test_streams_that_are_open_are_counted(node):
-    node.stream_opened()
-    node.stream_opened()
-    assert node.snapshot.kubelet.streams == 2
-    node.stream_ended()
-    node.stream_ended()
-    assert node.snapshot.kubelet.streams == 0
-
-
 def test_a_kubelet_is_connected_while_it_is_registered_with_and_follows(node):
     node.stream_opened()
     assert not node.snapshot.kubelet.connected
@@ -357,11 +324,15 @@ def test_a_kubelet_is_connected_while_it_is_registered_with_and_follows(node):
     assert node.snapshot.kubelet.registered
 
 
-def test_a_registration_does_not_touch_the_streams_that_are_open(node):
+def test_streams_are_counted_whatever_a_registration_does(node):
+    node.stream_opened()
     node.stream_opened()
     node.registration_tried(RegistrationResult.REFUSED, "not now")
     node.registration_ended(None)
-    assert node.snapshot.kubelet.streams == 1
+    assert node.snapshot.kubelet.streams == 2
+    node.stream_ended()
+    node.stream_ended()
+    assert node.snapshot.kubelet.streams == 0
 
 
 def test_lists_that_went_out_are_counted(node):
@@ -439,17 +410,13 @@ async def played(slowness: list[int], script, *, pause_before_close: int) -> lis
 
 @given(watchers, steps)
 @tried(70)
-async def test_what_a_watcher_sees_grows_and_is_the_newest_value(slowness, script):
+async def test_a_watcher_sees_ever_newer_values_and_if_it_survives_the_final_one_and_the_end(
+    slowness, script
+):
+    final = script.count("publish")
     for watcher in await played(slowness, script, pause_before_close=SETTLED):
         assert all(earlier < later for earlier, later in pairwise(watcher.versions))
         assert watcher.values == watcher.versions
-
-
-@given(watchers, steps)
-@tried(70)
-async def test_every_watcher_that_survives_sees_the_final_value_and_then_the_end(slowness, script):
-    final = script.count("publish")
-    for watcher in await played(slowness, script, pause_before_close=SETTLED):
         if not watcher.scope.cancel_called:
             assert watcher.ended
             assert watcher.values[-1:] == ([final] if final else [])
@@ -471,34 +438,9 @@ async def test_a_fast_watcher_sees_every_value_and_a_slow_one_skips_to_the_newes
     assert len(slow.values) < 9
 
 
-async def test_a_watcher_that_is_cancelled_while_it_waits_leaves_the_others_alone():
-    script = [("pause", 2), "cancel", "publish"]
-    gone, left = await played([0, 0], script, pause_before_close=SETTLED)
-    assert (gone.ended, gone.values) == (False, [])
-    assert (left.ended, left.values) == (True, [1])
-
-
-async def test_a_newer_value_is_told_at_once():
-    latest = Latest("a")
-    latest.publish("b")
-    latest.publish("c")
-    with anyio.fail_after(1):
-        assert await latest.newer_than(0) == 2
-        assert await latest.newer_than(1) == 2
-    assert latest.value == "c"
-
-
 async def test_the_first_value_can_be_waited_for_too():
     with anyio.fail_after(1):
         assert await Latest("a").newer_than(-1) == 0
-
-
-async def test_a_watcher_waits_while_there_is_nothing_newer():
-    latest = Latest("a")
-    latest.publish("b")
-    with anyio.move_on_after(0.02) as waited:
-        await latest.newer_than(1)
-    assert waited.cancelled_caught
 
 
 @pytest.mark.parametrize("version", [-1, 0, 1])
@@ -506,6 +448,7 @@ async def test_a_watcher_that_comes_after_the_end_is_told_so_and_can_read_the_la
     latest = Latest("a")
     latest.publish("b")
     latest.close()
+    latest.close()  # it can be told twice
     with anyio.fail_after(1):
         assert await latest.newer_than(version) is None
     assert latest.closed
@@ -520,14 +463,6 @@ async def test_nothing_that_is_published_after_the_end_is_told():
     latest.publish(2)
     with anyio.fail_after(1):
         assert await latest.newer_than(seen) is None
-
-
-async def test_the_end_can_be_told_twice():
-    latest = Latest(0)
-    latest.close()
-    latest.close()
-    with anyio.fail_after(1):
-        assert await latest.newer_than(0) is None
 
 
 async def test_an_iteration_begins_with_the_current_value_and_skips_to_the_newest():
@@ -569,13 +504,6 @@ async def test_an_iteration_ends_with_the_value_it_follows():
             await turn(2)
             latest.close()
     assert seen == [0, 1, "end"]
-
-
-async def test_iterations_do_not_take_values_from_each_other():
-    latest = Latest("a")
-    one, other = latest.follow(), latest.follow()
-    with anyio.fail_after(1):
-        assert [await anext(one), await anext(other)] == ["a", "a"]
 
 
 async def test_a_watcher_of_the_node_is_woken_by_a_fault(node):

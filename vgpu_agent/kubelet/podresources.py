@@ -47,23 +47,8 @@ SOCKET = Path("pod-resources", "kubelet.sock")
 CHECKPOINT = Path("device-plugins", "kubelet_internal_checkpoint")
 """Where both are in the kubelet's directory."""
 
-LIST_TIMEOUT = 10.0
-"""Seconds for a call of List, from the connection to the answer."""
-
 MAX_BYTES = 16 * 2**20
 """Most bytes of an answer, and of a checkpoint, that are read."""
-
-QUIET = 0.5
-BURST = 2.0
-"""Seconds from the last occasion to ask, and at most from the first, until the kubelet is asked: it
-has to note first what an Allocate gave, and pods often come together."""
-
-RETRY = 1.0
-"""Seconds until the first retry; each takes twice as long as the one before."""
-
-FORGET_INTERVALS = 5
-FORGET_AT_LEAST = 60.0
-"""An answer is believed for so many intervals, and for so many seconds at least."""
 
 GIVE_WAY = 0.0001
 """Seconds after each pod in which the event loop gets its turn: it would wait for it for 5 ms, more
@@ -73,16 +58,39 @@ NAMED = 8
 """So many orphaned vGPUs are named in a log line."""
 
 
+@dataclass(frozen=True, slots=True)
+class AskTiming:
+    """How long a `PodResourcesWatch` waits and believes, in seconds.
+
+    `list_timeout` is for a call of List, from the connection to the answer.
+
+    The kubelet is asked `quiet` after the last occasion to ask, and `burst` after the first at
+    most: it has to note first what an Allocate gave, and pods often come together.
+
+    The first retry comes after `retry`; each takes twice as long as the one before.
+
+    An answer is believed for `forget_intervals` intervals, and for `forget_at_least`.
+    """
+
+    list_timeout: float = 10.0
+    quiet: float = 0.5
+    burst: float = 2.0
+    retry: float = 1.0
+    forget_intervals: int = 5
+    forget_at_least: float = 60.0
+
+
 class _Connection(Connection):
     """A connection with a bound. What it stumbles over is kept from asyncio, which would log it."""
 
     trouble: str | None = None
     received = 0
+    max_bytes = MAX_BYTES
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        if self.received > MAX_BYTES:
-            self._give_up(f"the kubelet's answer is larger than {MAX_BYTES / 2**20:g} MiB")
+        if self.received > self.max_bytes:
+            self._give_up(f"the kubelet's answer is larger than {self.max_bytes / 2**20:g} MiB")
             return
         try:
             super().data_received(data)
@@ -110,12 +118,14 @@ class _Channel(Channel):
     trouble: str | None = None
     ended = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int) -> None:
         super().__init__(path=str(path), codec=_BytesCodec())
+        self._max_bytes = max_bytes
         self._connection: _Connection | None = None
 
     def _protocol_factory(self) -> H2Protocol:
         self._connection = _Connection.like(super()._protocol_factory())
+        self._connection.max_bytes = self._max_bytes
         return self._connection
 
     def abort(self) -> None:
@@ -140,7 +150,8 @@ class Reading:
 class PodResourcesWatch:
     """Keeps the state told of who holds the vGPUs of `resource_name`. Times in seconds.
 
-    `directory` is the kubelet's own; `interval` is how often it is asked without an occasion.
+    `directory` is the kubelet's own; `interval` is how often it is asked without an occasion;
+    `max_bytes` bounds an answer, and a checkpoint.
     """
 
     directory: Path
@@ -148,6 +159,8 @@ class PodResourcesWatch:
     state: NodeState
     interval: float
     clock: Callable[[], float] = time.monotonic
+    timing: AskTiming = AskTiming()
+    max_bytes: int = MAX_BYTES
     _answered: float | None = None
     _retries: int = 0
     _named: frozenset[str] = frozenset()
@@ -180,18 +193,18 @@ class PodResourcesWatch:
         if came is None:
             return
         self._retries = 0
-        with anyio.move_on_after(BURST):
+        with anyio.move_on_after(self.timing.burst):
             quiet = False
             while not quiet:
                 quiet = True
-                with anyio.move_on_after(QUIET):
+                with anyio.move_on_after(self.timing.quiet):
                     came = await self._occasion_after(came)
                     quiet = False
 
     def _delay(self) -> float:
         if not self._retries:
             return self.interval
-        return min(self.interval, RETRY * 2.0 ** min(self._retries - 1, 16))
+        return min(self.interval, self.timing.retry * 2.0 ** min(self._retries - 1, 16))
 
     async def _occasion_after(self, occasions: int) -> int:
         """Waits until there were more occasions than so many; how many there were."""
@@ -216,6 +229,7 @@ class PodResourcesWatch:
                 self._named,
                 # Before the driver's first word every vGPU would be orphaned.
                 None if snapshot.driver.version is None else snapshot.inventory,
+                self.max_bytes,
             ),
             limiter=self._decoding,
             abandon_on_cancel=True,
@@ -228,17 +242,19 @@ class PodResourcesWatch:
 
         async def call() -> None:
             try:
-                outcome.append(await _call(path))
+                outcome.append(await _call(path, self.max_bytes))
             except PodResourcesError as error:
                 outcome.append(error)
 
-        with anyio.move_on_after(LIST_TIMEOUT):
+        with anyio.move_on_after(self.timing.list_timeout):
             # In a task of its own: grpclib cancels the task of a call whose connection ends, which
             # must not be taken for our own end, nor for that of the time.
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(call)
         if not outcome:
-            raise PodResourcesError(f"the kubelet did not answer List within {LIST_TIMEOUT:g} s")
+            raise PodResourcesError(
+                f"the kubelet did not answer List within {self.timing.list_timeout:g} s"
+            )
         if isinstance(outcome[0], PodResourcesError):
             raise outcome[0]
         return outcome[0]
@@ -275,7 +291,7 @@ class PodResourcesWatch:
                 log.info("no vGPU is held any more that the node does not have")
 
     def _failed(self, words: str) -> None:
-        believed = max(FORGET_AT_LEAST, FORGET_INTERVALS * self.interval)
+        believed = max(self.timing.forget_at_least, self.timing.forget_intervals * self.interval)
         forget = self._answered is None or self.clock() - self._answered > believed
         before = self.state.snapshot.holders
         if not self.state.holders_failed(words, forget=forget):
@@ -294,12 +310,12 @@ def _occasions(snapshot: Snapshot) -> int:
     return snapshot.allocates + snapshot.registrations.get(RegistrationResult.REGISTERED, 0)
 
 
-async def _call(path: Path) -> bytes:
+async def _call(path: Path, max_bytes: int) -> bytes:
     """Calls List over a connection of its own, so that any kubelet will do.
 
     Raises PodResourcesError, and nothing else but cancellation.
     """
-    channel = _Channel(path)
+    channel = _Channel(path, max_bytes)
     try:
         try:
             answer = await PodResourcesListerStub(channel).list(ListPodResourcesRequest())
@@ -341,6 +357,7 @@ def read_answer(
     resource_name: str,
     named: frozenset[str],
     inventory: Inventory | None,
+    max_bytes: int,
 ) -> Reading:
     """Decodes an answer of List and checks it by the checkpoint, which is read here and so later.
 
@@ -349,7 +366,7 @@ def read_answer(
     listed = decode_list(answer, resource_name)
     problem = None
     try:
-        recorded = read_checkpoint(checkpoint, resource_name)
+        recorded = read_checkpoint(checkpoint, resource_name, max_bytes)
     except PodResourcesError as error:
         recorded, problem = None, str(error)
     checked = cross_check(listed, recorded, named)
@@ -404,20 +421,22 @@ def _text(value: object) -> str:
     return value
 
 
-def read_checkpoint(path: Path, resource_name: str) -> list[Recorded] | None:
+def read_checkpoint(
+    path: Path, resource_name: str, max_bytes: int = MAX_BYTES
+) -> list[Recorded] | None:
     """What the kubelet's checkpoint has of a resource; None where there is no checkpoint.
 
     Raises PodResourcesError where it cannot be read or understood.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PodResourcesError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(content) > MAX_BYTES:
-        raise PodResourcesError(f"{path} is larger than {MAX_BYTES / 2**20:g} MiB")
+    if len(content) > max_bytes:
+        raise PodResourcesError(f"{path} is larger than {max_bytes / 2**20:g} MiB")
     try:
         return [
             Recorded(

@@ -44,34 +44,38 @@ log = logging.getLogger(__name__)
 API_VERSION = "v1beta1"
 KUBELET_SOCKET = "kubelet.sock"
 
-REGISTER_TIMEOUT = 20.0
-"""Seconds for Register. The kubelet dials back inside it and gives up on that after 10."""
-
-STREAM_TIMEOUT = 10.0
-"""Seconds after Register in which the kubelet has to open its stream."""
-
-OWN_SOCKET_POLL = 1.0
-KUBELET_POLL = 0.02
-KUBELET_POLL_LATER = 1.0
-"""Seconds between two looks at `kubelet.sock`, at first and after `EAGER`."""
-
-EAGER = 10.0
-"""Seconds for which a kubelet that went away is expected back any moment."""
-
-BACK_OFF_MAX = 30.0
-RIVAL_BACK_OFF_MAX = 60.0
-SHORT_LIVED = 5.0
-"""A stream that ends sooner than this, in seconds, with the kubelet still there, is suspicious."""
-
 RIVAL_AFTER = 3
 """So many short-lived streams in a row mean that another agent takes our place each time."""
 
-SETTLE = 0.1
-"""Seconds that a kubelet gets to see the end of a stream that we ended, before we register again:
-taken for the end of the new one, it would drop that."""
 
-CLEAN_END = 0.25
-"""Seconds that open streams get to end cleanly before their connections are cut."""
+@dataclass(frozen=True, slots=True)
+class SessionTiming:
+    """How long a session waits, in seconds.
+
+    `register_timeout` is for Register: the kubelet dials back inside it and gives up on that after
+    10 s. Within `stream_timeout` after Register it has to open its stream.
+
+    `kubelet.sock` is looked at every `kubelet_poll` for as long as a kubelet that went away is
+    expected back any moment, which is `eager`, then every `kubelet_poll_later`.
+
+    A stream that ends sooner than `short_lived`, with the kubelet still there, is suspicious.
+
+    `settle` is what a kubelet gets to see the end of a stream that we ended, before we register
+    again: taken for the end of the new one, it would drop that. Within `clean_end` open streams
+    have to end before their connections are cut.
+    """
+
+    register_timeout: float = 20.0
+    stream_timeout: float = 10.0
+    own_socket_poll: float = 1.0
+    kubelet_poll: float = 0.02
+    kubelet_poll_later: float = 1.0
+    eager: float = 10.0
+    back_off_max: float = 30.0
+    rival_back_off_max: float = 60.0
+    short_lived: float = 5.0
+    settle: float = 0.1
+    clean_end: float = 0.25
 
 
 class Identity(NamedTuple):
@@ -120,6 +124,7 @@ class KubeletSession:
     make_plugin: Callable[[], DevicePlugin]
     stat_file: StatFunction = os.stat
     clock: Callable[[], float] = time.monotonic
+    timing: SessionTiming = SessionTiming()
     _said: str | None = None
     _short_lived: int = 0
     _failures: int = 0
@@ -154,12 +159,12 @@ class KubeletSession:
         """Returns when something listens on the kubelet's socket."""
         away_since = self.clock()
         tried: Identity | None = None
-        tried_at = -KUBELET_POLL_LATER
+        tried_at = -self.timing.kubelet_poll_later
         while True:
             identity = self._identity(self.kubelet_path)
             # A socket that refused stays stale; a new one is tried at once.
             if identity is not None and (
-                identity != tried or self.clock() - tried_at >= KUBELET_POLL_LATER
+                identity != tried or self.clock() - tried_at >= self.timing.kubelet_poll_later
             ):
                 if _listens(self.kubelet_path):
                     return
@@ -169,7 +174,8 @@ class KubeletSession:
             await anyio.sleep(self._poll_interval(away_since))
 
     def _poll_interval(self, since: float) -> float:
-        return KUBELET_POLL if self.clock() - since < EAGER else KUBELET_POLL_LATER
+        eager = self.clock() - since < self.timing.eager
+        return self.timing.kubelet_poll if eager else self.timing.kubelet_poll_later
 
     async def _waited(self, seconds: float, kubelet: Identity | None) -> bool:
         """Waits so long; False, and sooner, where another kubelet is there, or none."""
@@ -183,13 +189,14 @@ class KubeletSession:
     def _delay(self) -> float:
         """Seconds until the next attempt: none at first, more with every failure in a row."""
         if self._failures:
-            seconds = min(BACK_OFF_MAX, 0.1 * 2.0 ** min(self._failures, 16))
+            seconds = min(self.timing.back_off_max, 0.1 * 2.0 ** min(self._failures, 16))
         elif self._short_lived >= RIVAL_AFTER:
-            seconds = min(RIVAL_BACK_OFF_MAX, 2.0 ** min(self._short_lived - RIVAL_AFTER, 16))
+            longest = self.timing.rival_back_off_max
+            seconds = min(longest, 2.0 ** min(self._short_lived - RIVAL_AFTER, 16))
             self._warn(
                 "the kubelet ends the stream soon after each registration: another agent seems to"
                 f" serve {self.resource_name} on this node, and each takes the other's place."
-                f" Remove one. Waiting up to {RIVAL_BACK_OFF_MAX:.0f} s between attempts"
+                f" Remove one. Waiting up to {longest:.0f} s between attempts"
             )
         else:
             return 0.0
@@ -211,8 +218,8 @@ class KubeletSession:
                     lived = self.clock() - opened
                     ended_by_kubelet = plugin.streams.value.ended > 0
                 if not ended_by_kubelet:
-                    await anyio.sleep(SETTLE)
-                self._short_lived = self._short_lived + 1 if lived < SHORT_LIVED else 0
+                    await anyio.sleep(self.timing.settle)
+                self._short_lived = self._short_lived + 1 if lived < self.timing.short_lived else 0
                 if self.state.registration_ended(ended):
                     self._said = None
                     log.warning("registration ended: %s; registering again", ended)
@@ -264,7 +271,7 @@ class KubeletSession:
         for _ in range(2):
             await anyio.lowlevel.checkpoint()
         plugin.end_streams()
-        with anyio.move_on_after(CLEAN_END):
+        with anyio.move_on_after(self.timing.clean_end):
             async for streams in plugin.streams.follow():
                 if streams.ended == streams.opened:
                     break
@@ -314,24 +321,26 @@ class KubeletSession:
         )
         try:
             async with Channel(path=str(self.kubelet_path)) as channel:
-                await RegistrationStub(channel).register(request, timeout=REGISTER_TIMEOUT)
+                await RegistrationStub(channel).register(
+                    request, timeout=self.timing.register_timeout
+                )
         except GRPCError as error:
             raise RegistrationError(
                 f"the kubelet refused with {error.status.name}: {error.message}"
             ) from error
         except TimeoutError as error:  # on 3.11 and newer an OSError too: before those
             raise RegistrationError(
-                f"the kubelet did not answer Register within {REGISTER_TIMEOUT:.0f} s"
+                f"the kubelet did not answer Register within {self.timing.register_timeout:.0f} s"
             ) from error
         except Exception as error:  # grpclib and h2 stumble in many ways over a lost connection
             raise KubeletAwayError(f"no kubelet at {self.kubelet_path}: {error}") from error
-        with anyio.move_on_after(STREAM_TIMEOUT):
+        with anyio.move_on_after(self.timing.stream_timeout):
             async for streams in plugin.streams.follow():
                 if streams.opened:
                     break
         if not plugin.streams.value.opened:
             raise StreamMissingError(
-                f"the kubelet did not open its stream within {STREAM_TIMEOUT:.0f} s"
+                f"the kubelet did not open its stream within {self.timing.stream_timeout:.0f} s"
             )
         self.state.registration_tried(RegistrationResult.REGISTERED)
         self._said = None
@@ -340,7 +349,7 @@ class KubeletSession:
     async def _watch(self, plugin: DevicePlugin, own: Identity) -> str:
         """Returns what ended the registration, in words."""
         while plugin.streams.value.ended == 0:
-            with anyio.move_on_after(OWN_SOCKET_POLL):
+            with anyio.move_on_after(self.timing.own_socket_poll):
                 async for streams in plugin.streams.follow():
                     if streams.ended:
                         break
