@@ -64,7 +64,9 @@ def by_card(devices: list[Any]) -> Counter[str]:
 
 
 @contextmanager
-def node(kubelet_dir: Path, nvml: FakeNvml, *, cards: int = 4, **settings: str) -> Iterator[Node]:
+def node(
+    kubelet_dir: Path, nvml: FakeNvml, *, cards: int = 4, changes: str = "", **settings: str
+) -> Iterator[Node]:
     values = {
         **SETTINGS,
         "VGPU_RECOVERY_SECONDS": "1",
@@ -72,7 +74,7 @@ def node(kubelet_dir: Path, nvml: FakeNvml, *, cards: int = 4, **settings: str) 
     }
     with (
         KubeletPeer(kubelet_dir) as kubelet,
-        running(kubelet_dir, **values, **nvml.environment()) as agent,
+        running(kubelet_dir, changes=changes, **values, **nvml.environment()) as agent,
     ):
         kubelet.wait_list(1)
         assert sum(by_card(kubelet.lists[0].devices).values()) == cards * 10
@@ -257,12 +259,20 @@ def test_when_every_handle_is_dead_all_cards_are_unhealthy_until_they_are_found_
         it.wait_healthy(40)
 
 
+# Where nothing is, nothing is looked for more often than each half a minute: in tests, each second.
+LOOK_SOON = """
+from functools import partial
+from vgpu_agent import agent
+from vgpu_agent.gpu.probe import HealthWatch, WatchTiming
+agent.HealthWatch = partial(HealthWatch, timing=WatchTiming(driver_retry=1.0))
+"""
+
+
 def test_no_card_then_four_then_two_then_four(kubelet_dir: Path, fake_nvml: FakeNvml) -> None:
-    """The first step takes half a minute: nothing is looked for more often where nothing is."""
-    with node(kubelet_dir, fake_nvml, cards=0) as it:
+    with node(kubelet_dir, fake_nvml, cards=0, changes=LOOK_SOON) as it:
         assert it.get("/readyz") == "ready\n"
         fake_nvml.set_cards(*CARDS)
-        it.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40, timeout=40)
+        it.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40)
         fake_nvml.set_cards(*CARDS[:2])
         it.wait(c0=10, c1=10, c2=0, c3=0)
         assert len(it.kubelet.lists[-1].devices) == 40

@@ -177,6 +177,7 @@ async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(temp
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.alone
 async def test_the_story_ends_well_when_somebody_watches(temporary):
     assert in_order(STORY[:-1], await whole_story()) == []
     assert list(temporary.iterdir()) == []

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.agent_process import REPOSITORY
 
 CODE = """
@@ -20,6 +22,7 @@ print(bytes(_response(grant(inventory, wanted, sharing))).hex())
 """
 
 
+@pytest.mark.slow
 def test_the_order_of_a_request_the_process_and_the_hash_seed_change_no_byte():
     answers = {
         subprocess.run(

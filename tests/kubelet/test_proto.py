@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vgpu_agent.kubelet._proto
+from tests.model.strategies import tried
 from tests.protoc import generate
 from tests.wire import dp, dp_grpc, pr, pr_grpc
 from vgpu_agent.kubelet._proto import v1, v1beta1
@@ -150,6 +151,7 @@ def values(field):
 # The tests
 
 
+@pytest.mark.slow
 def test_the_committed_code_is_what_protos_make(tmp_path, monkeypatch):
     # protoc finds its plugins there, also where the virtual environment is not activated.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
@@ -200,7 +202,7 @@ def test_every_field_arrives_in_both_directions(name):
 
 @every_message
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, database=None)
+@settings(tried(15), database=None)
 def test_any_message_arrives_in_both_directions(name, data):
     check_both_ways(data.draw(messages(MESSAGES[name][0])))
 

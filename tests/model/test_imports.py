@@ -54,12 +54,14 @@ def test_the_model_is_found():
     assert {f"vgpu_agent.model.{name}" for name in names} <= set(MODULES)
 
 
+@pytest.mark.slow
 def test_the_bare_interpreter_has_nothing_installed():
     done = run_bare("import hypothesis")
     assert done.returncode != 0
     assert "No module named 'hypothesis'" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_model_imports_with_nothing_but_the_standard_library():
     done = run_bare(
         f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\n"

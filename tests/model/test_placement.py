@@ -271,6 +271,7 @@ for placement in Placement:
 """
 
 
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_the_hash_seed():
     repository = str(Path(vgpu_agent.__file__).parent.parent)
     answers = [
