@@ -11,18 +11,22 @@ SOURCE ?=
 COMPILE = $(BIN)/uv pip compile -q $(ARGS) --universal --python-version 3.11 --no-strip-extras \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
 
-.PHONY: help run test quick bench lint fmt proto lock image dist clean
+.PHONY: help run seconds test quick bench lint fmt proto lock image dist clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-run: .venv/run ## the agent with simulated GPUs and a stand-in kubelet; FOR=25 ends by itself
+run: seconds .venv/run ## the agent with simulated GPUs and a stand-in kubelet; FOR=25 ends by itself
 	@$(BIN)/vgpu-agent dev $(if $(FOR),--for $(FOR))
 
-test: .venv/dev ## all tests; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+# Said before a set-up, not after it.
+seconds:
+	@case '$(FOR)' in *[!0-9.]* | 0) echo "vgpu-agent: FOR=$(FOR): a number of seconds above 0 is needed" >&2; exit 2; esac
+
+test: .venv/dev ## all tests but those that take a minute, which .ci/run runs too; ARGS go to pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not ci' $(ARGS)
 
 quick: .venv/dev ## the tests that are fast enough to run on every save
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n logical -m 'not slow and not ci' --hypothesis-profile=quick $(ARGS)
 
 lint: .venv/dev ## style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -36,7 +36,9 @@ def execute(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 class Agent:
     """A running `vgpu-agent run`, and the lines that it wrote."""
 
-    def __init__(self, python: str, kubelet_dir: Path, variables: dict[str, str]) -> None:
+    def __init__(
+        self, python: str, kubelet_dir: Path, variables: dict[str, str], changes: str
+    ) -> None:
         self.lines: list[str] = []
         self._changed = threading.Condition()
         settings = {
@@ -45,8 +47,10 @@ class Agent:
             "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
             "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
         }
+        code = f"{changes}\nfrom vgpu_agent.__main__ import main\nmain()"
+        program = ["-c", code] if changes else ["-m", "vgpu_agent"]
         self.process = subprocess.Popen(
-            [python, "-W", "default::ResourceWarning", "-m", "vgpu_agent", "run"],
+            [python, "-W", "default::ResourceWarning", *program, "run"],
             env=environment(**(settings | variables)),
             cwd=REPOSITORY,
             stdout=subprocess.DEVNULL,
@@ -110,8 +114,11 @@ class Agent:
 
 
 @contextmanager
-def running(kubelet_dir: Path, python: str = sys.executable, **variables: str) -> Iterator[Agent]:
-    agent = Agent(python, kubelet_dir, variables)
+def running(
+    kubelet_dir: Path, python: str = sys.executable, *, changes: str = "", **variables: str
+) -> Iterator[Agent]:
+    """An agent with those settings; `changes` is Python code that it runs first."""
+    agent = Agent(python, kubelet_dir, variables, changes)
     try:
         yield agent
     finally:

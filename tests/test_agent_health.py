@@ -75,12 +75,14 @@ def node(kubelet_dir: Path, fake_nvml: FakeNvml) -> Start:
     """Starts an agent whose driver names these cards, and which then has so many healthy vGPUs."""
 
     @contextmanager
-    def start(*cards: FakeCard, vgpus: int = 40, **settings: str) -> Iterator[Node]:
+    def start(
+        *cards: FakeCard, vgpus: int = 40, changes: str = "", **settings: str
+    ) -> Iterator[Node]:
         fake_nvml.set_cards(*cards)
         values = SETTINGS | {"VGPU_RECOVERY_SECONDS": "1"} | settings
         with (
             KubeletPeer(kubelet_dir) as kubelet,
-            running(kubelet_dir, **values, **fake_nvml.environment()) as agent,
+            running(kubelet_dir, changes=changes, **values, **fake_nvml.environment()) as agent,
         ):
             kubelet.wait_list(1)
             assert sum(by_card(kubelet.lists[0].devices).values()) == vgpus
@@ -234,12 +236,20 @@ def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_card(
         assert not list((kubelet_dir / "device-plugins").glob("vgpu-*.sock"))
 
 
+# Where nothing is, nothing is looked for more often than each half a minute: in tests, each second.
+LOOK_SOON = """
+from functools import partial
+from vgpu_agent import agent
+from vgpu_agent.gpu.probe import HealthWatch, WatchTiming
+agent.HealthWatch = partial(HealthWatch, timing=WatchTiming(driver_retry=1.0))
+"""
+
+
 def test_no_card_then_four_then_two_then_four(node: Start) -> None:
-    """The first step takes half a minute: nothing is looked for more often where nothing is."""
-    with node(vgpus=0) as it:
+    with node(vgpus=0, changes=LOOK_SOON) as it:
         assert it.get("/readyz") == "ready\n"
         it.nvml.set_cards(*CARDS)
-        it.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40, timeout=40)
+        it.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40)
         it.nvml.set_cards(*CARDS[:2])
         it.wait(c0=10, c1=10, c2=0, c3=0)
         assert len(it.ids()) == 40

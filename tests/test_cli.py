@@ -250,6 +250,7 @@ def test_the_agent_registers_lists_and_is_ready(kubelet_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_without_a_kubelet_it_waits_is_not_ready_and_ends_at_once(kubelet_dir):
     with running(kubelet_dir) as agent:
         agent.wait_line("no kubelet at .*kubelet.sock: there is no such socket; waiting for it")

@@ -179,6 +179,7 @@ async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(monk
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("below", ["", "d" * 60], ids=["near", "far down"])
 async def test_the_story_ends_well_when_somebody_watches(monkeypatch, temporary, below):

@@ -201,6 +201,7 @@ def test_all_limits_of_time_together_are_below_ten_seconds():
     assert Timeouts().whole < 10
 
 
+@pytest.mark.slow
 async def test_of_a_running_agent_the_endpoint_and_the_port_are_its_own(kubelet_dir):
     with KubeletPeer(kubelet_dir) as kubelet, running(kubelet_dir) as agent:
         await off_loop(kubelet.wait_list, 1)
@@ -323,6 +324,7 @@ def card(number: int, **values) -> FakeCard:
     return FakeCard(f"GPU-{number}", bus=f"00000000:{number + 1:02X}:00.0", **values)
 
 
+@pytest.mark.slow
 def test_cards_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
     fake_nvml.set_cards(
         card(0),
@@ -352,6 +354,7 @@ def test_cards_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
         expect(checks, name, verdict, words)
 
 
+@pytest.mark.slow
 def test_under_mps_old_cards_are_left_out_and_the_mode_is_the_pods(kubelet_dir, fake_nvml):
     fake_nvml.set_cards(card(0, cc=(6, 1)), card(1), card(2, compute_mode=3))
     checks = examined_with(fake_nvml, kubelet_dir, VGPU_SHARING="mps")
@@ -360,6 +363,7 @@ def test_under_mps_old_cards_are_left_out_and_the_mode_is_the_pods(kubelet_dir, 
     assert told(checks, "card 2 compute mode") == (OK, "EXCLUSIVE_PROCESS ")
 
 
+@pytest.mark.slow
 def test_without_a_library_it_is_said_where_it_comes_from(kubelet_dir):
     expect(examined_with(None, kubelet_dir), "driver", FAIL, "libnvidia-ml.so.1")
 

@@ -425,9 +425,9 @@ def test_an_agent_is_found_while_it_holds_its_file(tmp_path):
     assert not (directory / agent.PID_FILE).exists()
 
 
-@pytest.mark.parametrize("left", [f"{os.getpid()}\n127.0.0.1:9\n", "", "x\n", "0\n", "-1\n"])
+@pytest.mark.parametrize("left", ["PID\n127.0.0.1:9\n", "", "x\n", "0\n", "-1\n"])
 def test_a_file_that_nobody_holds_names_nobody_and_is_taken_over(tmp_path, left):
-    (tmp_path / agent.PID_FILE).write_text(left)
+    (tmp_path / agent.PID_FILE).write_text(left.replace("PID", str(os.getpid())))
     assert agent.find(tmp_path) is None
     with agent.findable(tmp_path):
         assert agent.find(tmp_path) == agent.Found(os.getpid(), None)
@@ -670,7 +670,9 @@ class Watching:
         return self.process.wait(10)
 
     def _drain(self) -> None:
-        while select.select([self._read], [], [], 10)[0]:
+        deadline = time.monotonic() + 10
+        while select.select([self._read], [], [], max(0, deadline - time.monotonic()))[0]:
+            assert time.monotonic() < deadline, "it goes on writing after the signal"
             try:
                 data = os.read(self._read, 65536)
             except OSError:  # a terminal that nobody holds open any more

@@ -204,6 +204,7 @@ def run_shell(name: str, tmp_path: Path) -> list[str]:
     return ran.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option"),
     [

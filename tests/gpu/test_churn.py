@@ -16,7 +16,7 @@ from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import NodeState
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 GPUS = simulated_gpus(4, "card", 2**34, (0,))
 

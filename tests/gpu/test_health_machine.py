@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -312,7 +313,7 @@ class _Nobody:
         """Nobody asks."""
 
 
-TestNode = Node.TestCase
+TestNode = pytest.mark.slow(Node.TestCase)
 TestNode.settings = settings(
     max_examples=40,
     stateful_step_count=25,

@@ -21,7 +21,11 @@ from tests.kubelet_peer import KubeletPeer
 from tools.sbom import locked
 from vgpu_agent import __version__
 
-pytestmark = pytest.mark.slow
+# Built once: by one worker.
+pytestmark = [
+    *(pytest.mark.slow, pytest.mark.ci, pytest.mark.timeout(600)),
+    pytest.mark.xdist_group("image"),
+]
 
 MEGABYTE = 1_000_000
 UNCHECKED_HASH = 1

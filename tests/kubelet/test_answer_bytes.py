@@ -33,6 +33,7 @@ for placement in Placement:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [ALLOCATE, PREFER], ids=["Allocate", "GetPreferredAllocation"])
 def test_the_order_of_a_request_the_process_and_the_hash_seed_change_nothing(code):
     answers = {

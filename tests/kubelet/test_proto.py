@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vgpu_agent.kubelet._proto
+from tests.model.strategies import tried
 from tests.protoc import generate
 from tests.wire import dp, pr
 from vgpu_agent.kubelet._proto import v1, v1beta1
@@ -163,6 +164,7 @@ def values(field, *, full):
 # The tests
 
 
+@pytest.mark.slow
 def test_the_committed_code_is_what_protos_make(tmp_path, monkeypatch):
     # protoc finds its plugins there, also where the virtual environment is not activated.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
@@ -191,7 +193,7 @@ def test_an_empty_message_is_no_bytes_and_no_bytes_are_an_empty_message(name):
 @every_message
 @pytest.mark.parametrize("full", [False, True], ids=["any", "full"])
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, database=None)
+@settings(tried(15), database=None)
 def test_any_message_arrives_in_both_directions(name, full, data):
     descriptor, _ = MESSAGES[name]
     theirs = data.draw(messages(descriptor, full=full))

@@ -54,6 +54,7 @@ def test_the_model_is_found():
     assert {f"vgpu_agent.model.{name}" for name in names} <= set(MODULES)
 
 
+@pytest.mark.slow
 def test_the_model_imports_with_nothing_but_the_standard_library():
     assert "No module named 'hypothesis'" in run_bare("import hypothesis").stderr
     done = run_bare(

@@ -299,7 +299,7 @@ def test_every_attempt_to_register_is_counted_by_its_result(node):
     assert node.snapshot.kubelet == Kubelet(registered=True, error=None)
 
 
-@pytest.mark.parametrize("result", [each for each in RegistrationResult if each is not REGISTERED])
+@pytest.mark.parametrize("result", [each for each in RegistrationResult if each != REGISTERED])
 def test_every_other_result_is_no_registration(node, result):
     node.registration_tried(REGISTERED)
     node.registration_tried(result, "why")

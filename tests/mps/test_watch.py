@@ -213,8 +213,9 @@ async def test_a_new_daemon_is_told_within_two_seconds(fake_mps):
 async def test_a_daemon_that_hangs_is_told_once_and_waited_for(fake_mps, caplog):
     fake_mps.start()
     fake_mps.behave(hang=True)
-    async with watching(fake_mps, CLIENT, fake_mps.control(timeout=0.2)):
-        await anyio.sleep(1.0)
+    async with watching(fake_mps, CLIENT, fake_mps.control(timeout=0.5)):
+        await becomes(lambda: "does not answer" in caplog.text)
+        await anyio.sleep(1.2)
         assert state(fake_mps) is None
         assert caplog.text.count("does not answer") == 1
         fake_mps.behave()

@@ -49,6 +49,7 @@ def run(*command: str) -> str:
 # Alerts
 
 
+@pytest.mark.slow
 def test_promtool_takes_the_rules(promtool):
     assert f"SUCCESS: {len(NAMES)} rules found" in run(promtool, "check", "rules", str(ALERTS))
 

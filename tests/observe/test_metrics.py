@@ -206,6 +206,7 @@ def test_openmetrics_is_told_to_whoever_accepts_it(metrics, accept):
     assert {family.name for family in parse_openmetrics(body.decode())} == as_text
 
 
+@pytest.mark.slow
 def test_promtool_finds_nothing_to_criticise(metrics):
     promtool = shutil.which("promtool")
     if promtool is None:

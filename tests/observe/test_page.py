@@ -16,7 +16,7 @@ from vgpu_agent.model.share import Division
 from vgpu_agent.model.state import Mps, NodeState
 from vgpu_agent.settings import Address
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chromium")]
 
 RESNET = Holder("vision", "resnet-0", "server")
 LLAMA = Holder("language", "llama-0", "vllm")

@@ -40,7 +40,7 @@ from tests.observe.rules import (
     variable_queries,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prometheus")]
 
 AGENT = {
     "namespace": "gpu-system",

@@ -320,10 +320,7 @@ class KubeletSession:
             options=plugin.options,
         )
         try:
-            async with Channel(path=str(self.kubelet_path)) as channel:
-                await RegistrationStub(channel).register(
-                    request, timeout=self.timing.register_timeout
-                )
+            await self._call(request)
         except GRPCError as error:
             raise RegistrationError(
                 f"the kubelet refused with {error.status.name}: {error.message}"
@@ -345,6 +342,29 @@ class KubeletSession:
         self.state.registration_tried(RegistrationResult.REGISTERED)
         self._said = None
         log.info("registered %s with the kubelet; it follows the list", self.resource_name)
+
+    async def _call(self, request: RegisterRequest) -> None:
+        """Calls Register. Raises what grpclib and h2 raise; only our own end cancels it."""
+        outcome: list[Exception | None] = []
+
+        async def call() -> None:
+            try:
+                async with Channel(path=str(self.kubelet_path)) as channel:
+                    await RegistrationStub(channel).register(
+                        request, timeout=self.timing.register_timeout
+                    )
+            except Exception as error:  # noqa: BLE001 - raised again below
+                outcome.append(error)
+            else:
+                outcome.append(None)
+
+        # In a task of its own: grpclib cancels the task of a call whose connection ends. Where the
+        # kubelet has refused it at the same moment, that would end us later, without a word.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+        error = outcome[0] if outcome else ConnectionResetError("the connection was lost")
+        if error is not None:
+            raise error
 
     async def _watch(self, plugin: DevicePlugin, own: Identity) -> str:
         """Returns what ended the registration, in words."""
