@@ -1,6 +1,6 @@
 """Prints what the agent costs and how fast it is: `make bench`. Nothing here is a test.
 
-The agent is the real process with simulated cards; the kubelet is the grpcio one of the tests.
+The agent is the real process with simulated GPUs; the kubelet is the grpcio one of the tests.
 The machine is noisy: compare figures of one run.
 """
 
@@ -68,7 +68,7 @@ def node() -> Iterator[tuple[KubeletPeer, Path]]:
 
 @contextmanager
 def agent(directory: Path, cards: int, replicas: int, **variables: str) -> Iterator[int]:
-    """The agent on that node, with simulated cards unless the variables say otherwise; its PID."""
+    """The agent on that node, with simulated GPUs unless the variables say otherwise; its PID."""
     environment = os.environ | {
         "VGPU_GPU_DRIVER": "simulated",
         "VGPU_SIMULATED_GPUS": str(cards),
@@ -92,7 +92,7 @@ def main() -> None:
         started = time.monotonic()
         with agent(directory, CARDS, REPLICAS) as pid:
             kubelet.wait_list(1)
-            print(f"{CARDS} cards x {REPLICAS}, Python {sys.version.split()[0]}")
+            print(f"{CARDS} GPUs x {REPLICAS}, Python {sys.version.split()[0]}")
             first = kubelet.registrations[0].time
             print(f"process start to Register      {ms(first - started)}")
             print(f"Register to first list         {ms(kubelet.lists[0].time - first)}")
@@ -161,7 +161,7 @@ def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
             answer = encoded(
                 *(a_pod(f"pod-{n}", *ids[n * each : (n + 1) * each]) for n in range(pods))
             )
-            print(f"{cards} cards x {replicas}, {pods} pods with {each} vGPUs each")
+            print(f"{cards} GPUs x {replicas}, {pods} pods with {each} vGPUs each")
 
             def allocate(until: Callable[[], bool]) -> list[float]:
                 times = []

@@ -1,36 +1,45 @@
-"""Puts the generated tables into the documents: `python -m tests.readme`.
+"""Writes what is generated of docs and chart: `python -m tests.readme`.
 
-Each goes between the lines `<!-- name -->` and `<!-- /name -->`, which its document has once.
+A table goes between the lines `<!-- name -->` and `<!-- /name -->`, which its document has once.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import metrics_table
+from tests import metrics_table, policy_table, report_table, settings_files
 from tests.chart import values_table
-from vgpu_agent.gpu import health
 
 ROOT = Path(__file__).parents[1]
+CHART = ROOT / "charts/vgpu-agent"
 
-TABLES: dict[Path, tuple[str, Callable[[], str]]] = {
-    ROOT / "docs/settings.md": ("settings", values_table.settings_table),
-    ROOT / "docs/metrics.md": ("metrics", metrics_table.markdown_table),
-    ROOT / "docs/health.md": ("policy", health.markdown_table),
-    ROOT / "charts/vgpu-agent/README.md": ("values", values_table.markdown_table),
+
+def table(name: str, make: Callable[[], str]) -> Callable[[str], str]:
+    """Puts it into its document's text. Raises ValueError where its markers are wrong."""
+
+    def put(text: str) -> str:
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"needs {begin} and then {end}, once each")
+        before, _, rest = text.partition(begin)
+        return f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
+
+    return put
+
+
+FILES: dict[Path, Callable[[str], str]] = {
+    ROOT / "docs/settings.md": table("settings", settings_files.docs_table),
+    ROOT / "docs/metrics.md": table("metrics", metrics_table.markdown_table),
+    ROOT / "docs/status.md": table("report", report_table.markdown),
+    ROOT / "docs/health.md": table("policy", policy_table.markdown_table),
+    CHART / "values.yaml": settings_files.values_yaml,
+    CHART / "values.schema.json": settings_files.values_schema,
+    CHART / "templates/_settings.tpl": settings_files.settings_template,
+    # After values.yaml, which it is made of.
+    CHART / "README.md": table("values", values_table.markdown_table),
 }
-
-
-def with_table(document: Path) -> str:
-    """The document with its table as it is now. Raises ValueError where its markers are wrong."""
-    text = document.read_text("utf-8")
-    name, table = TABLES[document]
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{document.name} needs {begin} and then {end}, once each")
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
+"""What each file is to say, from what it says."""
 
 
 if __name__ == "__main__":
-    for each in TABLES:
-        each.write_text(with_table(each), "utf-8")
+    for path, write in FILES.items():
+        path.write_text(write(path.read_text("utf-8")), "utf-8")

@@ -10,19 +10,20 @@ from types import MappingProxyType
 import anyio
 from playwright.async_api import Browser, async_playwright
 
+from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.model.container import MpsSharing, Sharing
-from vgpu_agent.model.devices import Fault, Reason, device_id
+from vgpu_agent.model.devices import Effect, Fault, Gpu, Reason, device_id
+from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading, Scan
+from vgpu_agent.model.health import ActiveFault, GpuHealth, Moment, Probed
 from vgpu_agent.model.holders import Assignment, Holder, Usage, Used
-from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import Mps, NodeState, RegistrationResult
-from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.status import Status
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
+from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.report import Identity, make_report, to_json
 from vgpu_agent.observe.web import Web, listen
-from vgpu_agent.settings import Address
 
 GIB = 2**30
-MPS = Sharing(MpsSharing(pipe_directory="/mps/pipe", shm_directory=None), GIB // 2)
 LOOPBACK = Address("127.0.0.1", 0)
 PICTURE = Path(__file__).parents[1] / "docs/page.png"
 
@@ -34,7 +35,7 @@ PODS = (
     (1, Holder("language", "llama-0", "vllm"), range(5), 11.2),
     (1, Holder("vision", "detector-1", "triton"), range(6, 8), 3.9),
 )
-"""Index of the card, who, which vGPUs, GiB in use."""
+"""Index of the GPU, who, which vGPUs, GiB in use."""
 
 
 def chromium() -> str | None:
@@ -56,64 +57,97 @@ async def browsing() -> AsyncIterator[Browser]:
                 await browser.close()
 
 
-def node(state: NodeState, *, cards: int = 2) -> None:
-    """A node where all is well: cards, a driver, MPS and a kubelet that follows."""
-    gpus = simulated_gpus(cards, "NVIDIA L4", 24 * GIB, (0, 1))
-    state.driver_answered("550.90.07", gpus)
-    state.mps_seen(Mps(wanted=True, up=True, limits_in_force=True), (), {})
-    state.registration_tried(RegistrationResult.REGISTERED)
-    state.stream_opened()
-    state.holders_told(())
+class ShownNode(Node):
+    """A node where all is well, and what can happen to its GPUs."""
 
-
-def hold(state: NodeState, *holders: tuple[int, Holder, range]) -> None:
-    """Says that these and no others hold vGPUs of the cards of that index."""
-    cards = state.snapshot.inventory.cards
-    state.holders_told(
-        tuple(
-            Assignment(holder, tuple(device_id(cards[index].gpu.uuid, n) for n in numbers))
-            for index, holder, numbers in holders
+    def __init__(self, vgpus: int = 10, *, health_checks: bool = True) -> None:
+        super().__init__(
+            Rules(SharingRules(replicas=vgpus), HealthRules(health_checks=health_checks)),
+            clock=lambda: Moment(time.monotonic(), time.time()),
         )
-    )
+        self.gpus = simulated_gpus(2, "NVIDIA L4", 24 * GIB, (0, 1))
+        self.memory: dict[str, int] = {}
 
+    def start(self) -> None:
+        """Its GPUs, a driver, MPS and a kubelet that follows the list."""
+        self.look()
+        self.daemon()
+        self.registration_tried(RegistrationResult.REGISTERED)
+        self.stream_opened()
+        self.set_assignments(())
 
-def busy(state: NodeState) -> None:
-    """The node of the picture: pods on both cards, one over its share, one card with a fault."""
-    node(state)
-    hold(state, *(pod[:3] for pod in PODS))
-    uuids = [card.gpu.uuid for card in state.snapshot.inventory.cards]
-    used = {
-        (uuids[index], holder): Used(1, int(gib * GIB)) for index, holder, _numbers, gib in PODS
-    }
-    state.usage_told(Usage(MappingProxyType(used), MappingProxyType(dict.fromkeys(uuids, 0))))
-    state.memory_used(
-        {
+    def look(self, *others: Gpu) -> None:
+        """The driver shows its GPUs, which are well, and `others`."""
+        self.driver_looked(
+            Driver("550.90.07", None),
+            Scan("550.90.07", (*self.gpus, *others)),
+            {gpu.uuid: (Probed(Reading()),) for gpu in self.gpus},
+            memory_used=self.memory,
+        )
+
+    def daemon(self, problem: str | None = None) -> None:
+        """MPS serves these GPUs, or has this problem."""
+        replicas = self.rules.sharing.replicas
+        gpus = tuple(AppliedGpu(gpu.uuid, gpu.index, replicas, None) for gpu in self.gpus)
+        applied = Applied("1", MpsLimits.CLIENT, None, gpus, problem, "1.2.3")
+        self.set_daemon(DaemonLook(generation="1", applied=applied))
+
+    def hold(self, *holders: tuple[int, Holder, range]) -> None:
+        """These and no others hold vGPUs of the GPUs of that index."""
+        self.set_assignments(
+            tuple(
+                Assignment(holder, tuple(device_id(self.gpus[index].uuid, n) for n in numbers))
+                for index, holder, numbers in holders
+            )
+        )
+
+    def busy(self) -> None:
+        """As in the picture: pods on both GPUs, one over its share, one GPU with a fault."""
+        self.start()
+        self.hold(*(pod[:3] for pod in PODS))
+        uuids = [gpu.uuid for gpu in self.gpus]
+        used = {
+            (uuids[index], holder): Used(1, int(gib * GIB)) for index, holder, _numbers, gib in PODS
+        }
+        self.set_usage(Usage(MappingProxyType(used), MappingProxyType(dict.fromkeys(uuids, 0))))
+        self.memory = {
             uuid: int(sum(pod[3] for pod in PODS if pod[0] == index) * GIB) + GIB // 2
             for index, uuid in enumerate(uuids)
         }
-    )
-    fault = Fault(
-        Reason.ECC,
-        time.time() - 600,
-        "2 uncorrectable memory errors",
-        until_reset=True,
-        advice="drain the card's pods, let go of it (`vgpu-agent release`), reset it",
-    )
-    state.fault_found([uuids[1]], fault)
+        self.look()
+        self.fail(1)
+
+    def fail(self, index: int, fault: Fault | None = None) -> None:
+        """The GPU of that index has this fault, or one that waits for a reset; until `heal`."""
+        fault = fault or Fault(
+            Reason.ECC,
+            time.time() - 600,
+            "2 uncorrectable memory errors",
+            Effect.UNTIL_RESET,
+            "drain the GPU's pods, release it (`vgpu-agent release`), reset it",
+        )
+        self._set_health(index, GpuHealth(active=(ActiveFault(fault, time.monotonic()),)))
+
+    def heal(self, index: int) -> None:
+        """The GPU of that index is well."""
+        self._set_health(index, GpuHealth())
+
+    def _set_health(self, index: int, health: GpuHealth) -> None:
+        known = self.snapshot
+        self.recalled(known.first_seen, {**known.health, self.gpus[index].uuid: health})
 
 
 @asynccontextmanager
-async def site(
-    state: NodeState, address: Address = LOOPBACK, *, health_checks: bool = True
-) -> AsyncIterator[Address]:
-    """Serves that state; where it does."""
+async def site(node: Node, address: Address = LOOPBACK) -> AsyncIterator[Address]:
+    """Serves that node; where it does."""
     resource = "k8s.amazonaws.com/vgpu"
-    web = Web(
-        listener=listen(address),
-        state=state,
-        metrics=Metrics(version="1.2.3", resource_name=resource, sharing=MPS),
-        status=Status("1.2.3", resource, health_checks, sharing=MPS, host="gpu-node-1"),
-    )
+
+    def report(snapshot: Snapshot) -> bytes:
+        identity = Identity("1.2.3", "gpu-node-1", resource)
+        return to_json(make_report(snapshot, node.rules, identity, time.time()))
+
+    metrics = Metrics("1.2.3", resource, node.rules)
+    web = Web(listener=listen(address), node=node, metrics=metrics, report=report)
     async with anyio.create_task_group() as tasks:
         await tasks.start(web.run)
         yield web.address
@@ -122,9 +156,9 @@ async def site(
 
 async def main(picture: Path = PICTURE, **options: str) -> None:
     """Makes the picture. `options` are those of the browser's page, such as its color_scheme."""
-    state = NodeState(Division(10))
-    busy(state)
-    async with site(state) as address, browsing() as browser:
+    node = ShownNode()
+    node.busy()
+    async with site(node) as address, browsing() as browser:
         page = await browser.new_page(viewport={"width": 1200, "height": 700}, **options)
         await page.goto(f"http://{address}/")
         await page.get_by_text("whisper-1").first.wait_for()

@@ -53,7 +53,7 @@ class Node:
         return self.agent.get(path)[1]
 
     def faults(self, card: int) -> set[str]:
-        (found,) = [each for each in self.status()["cards"] if each["uuid"] == UUIDS[card]]
+        (found,) = [each for each in self.status()["gpus"] if each["uuid"] == UUIDS[card]]
         return {fault["reason"] for fault in found["faults"]}
 
     def updates(self) -> int:
@@ -240,8 +240,8 @@ def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_card(
 LOOK_SOON = """
 from functools import partial
 from vgpu_agent import agent
-from vgpu_agent.gpu.probe import HealthWatch, WatchTiming
-agent.HealthWatch = partial(HealthWatch, timing=WatchTiming(driver_retry=1.0))
+from vgpu_agent.gpu.watch import GpuWatch, Intervals
+agent.GpuWatch = partial(GpuWatch, intervals=Intervals(driver_retry=1.0))
 """
 
 
@@ -264,9 +264,9 @@ def test_a_card_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
         it.nvml.xid(UUIDS[0], RESET)
         it.nvml.xid(UUIDS[1], UNPROVEN)
         it.kubelet.wait_list(lambda devices: by_card(devices)[UUIDS[0]] == 0)
-        state = kubelet_dir / "state" / "waiting-for-reset.json"
+        state = kubelet_dir / "state" / "gpus.json"
         deadline = time.monotonic() + 5
-        while not state.exists() or UUIDS[0] not in state.read_text():
+        while not state.exists() or "xid" not in state.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         it.agent.end(signal.SIGKILL)
@@ -291,13 +291,13 @@ def test_release_lets_go_of_the_driver_and_nothing_else_stops(
         done = execute("release", **settings)
         assert done.returncode == 0, done.stderr
         assert "reset them now" in done.stdout
-        it.agent.wait_line("they can be reset now")
+        it.agent.wait_line("released all GPUs; reset them now")
         assert it.status()["driver"]["released_until"] is not None
         assert "vgpu_nvml_up 0.0" in it.get("/metrics")
         assert it.kubelet.allocate([f"{UUIDS[1]}::0"])
     without = execute("release", **settings | {"VGPU_STATE_DIRECTORY": str(kubelet_dir)})
     assert without.returncode == 1
-    assert f"no running agent is named in {kubelet_dir}/agent.pid" in without.stderr
+    assert f"no agent answers at {kubelet_dir}/control.sock" in without.stderr
 
 
 def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_return(
@@ -305,7 +305,7 @@ def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_r
 ) -> None:
     with node(*CARDS[:3], dataclasses.replace(CARDS[3], mig=1), vgpus=30) as it:
         assert [left["reason"] for left in it.status()["excluded"]] == ["mig"]
-        assert "MIG mode" in it.agent.wait_line("left out").string
+        assert "MIG mode" in it.agent.wait_line("GPU excluded").string
         assert re.search(r'vgpu_gpu_excluded{.*reason="mig"} 1.0', it.get("/metrics"))
         it.nvml.update(UUIDS[1], mig=1)
         it.kubelet.wait_list(lambda devices: len(devices) == 20)
@@ -316,7 +316,7 @@ def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_r
 
 def test_without_health_checks_nothing_is_marked_and_that_is_said_loudly(node: Start) -> None:
     with node(*CARDS, VGPU_HEALTH_CHECKS="off") as it:
-        it.agent.wait_line("no fault of any card will be noticed")
+        it.agent.wait_line("no fault of any GPU will be noticed")
         it.nvml.xid(UUIDS[0], RESET)
         it.nvml.update(UUIDS[1], lost=True)
         time.sleep(2.5)

@@ -239,7 +239,7 @@ def test_the_agent_registers_lists_and_is_ready(kubelet_dir):
         devices = peer.wait_list(1).devices
         assert len(devices) == 2 * 4
         assert {device.health for device in devices} == {"Healthy"}
-        agent.wait_line(r"registered k8s\.amazonaws\.com/vgpu with the kubelet")
+        agent.wait_line(r"registered with the kubelet.* resource=k8s\.amazonaws\.com/vgpu")
         assert agent.get("/readyz") == (200, "ready\n")
         assert agent.get("/healthz") == (200, "ok\n")
         status, metrics = agent.get("/metrics")
@@ -277,8 +277,8 @@ def test_every_line_is_a_json_object_where_json_is_asked_for(kubelet_dir):
     assert all({"time", "level", "logger", "message"} <= set(line) for line in told)
     holders = kubelet_dir / "pod-resources" / "kubelet.sock"
     assert [line["message"] for line in told if line["level"] == "warning"] == [
-        "VGPU_REPLICA is no setting of vgpu-agent and does nothing; did you mean VGPU_REPLICAS?",
-        "VGPU_XYZZY is no setting of vgpu-agent and does nothing",
+        "VGPU_REPLICA: unknown setting, ignored; did you mean VGPU_REPLICAS?",
+        "VGPU_XYZZY: unknown setting, ignored",
         f"cannot ask the kubelet who holds which vGPU: there is no {holders}",
     ]
     assert told[-1]["message"] == "SIGTERM: ending"

@@ -16,9 +16,10 @@ import anyio
 import pytest
 
 from tests.agent_process import environment
-from vgpu_agent import dev
+from vgpu_agent.address import Address
+from vgpu_agent.commands import dev
 from vgpu_agent.errors import StoryError
-from vgpu_agent.settings import Address, GpuDriverKind
+from vgpu_agent.settings import GpuDriverKind
 
 STRAY = {
     "VGPU_REPLICAS": "99",
@@ -173,7 +174,7 @@ async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(monk
         flatten_subgroups=True,
         allow_unwrapped=True,
     ):
-        await dev.run_dev(told.append, watch_health=False, timing=QUICK)
+        await dev.run_dev(told.append, watch_gpus=False, timing=QUICK)
     assert told[-1] == "(card 0 reports XID 79 and falls off the bus)"
     assert list(temporary.iterdir()) == []
 

@@ -13,8 +13,9 @@ import yaml
 from tests import metrics_table
 from vgpu_agent import __version__, cli
 from vgpu_agent import settings as configuration
-from vgpu_agent.model.container import MpsSharing, Sharing, grant
+from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +170,7 @@ def test_the_first_screen_of_the_readme_has_the_two_commands():
 def variables() -> set[str]:
     """Settings, what containers get, and the switch of the tests."""
     gpu = Gpu("GPU-0", 0, "Model", 2**34, "00000000:01:00.0")
-    given = grant(Inventory((Card(gpu, 1),)), ["GPU-0::0"], Sharing(MpsSharing("/pipe", None)))
+    given = grant(Inventory((Card(gpu, 1, usable_bytes=2**34),)), ["GPU-0::0"], SharingRules())
     settings = {configuration.variable(name) for name in Settings.model_fields}
     return settings | given.environment.keys() | {"VGPU_TEST_NO_SKIP"}
 
@@ -181,16 +182,14 @@ def test_every_variable_that_is_named_exists(name):
 
 
 def metric_names() -> set[str]:
-    names = set()
-    for name, family in metrics_table.metrics().items():
-        names |= {name, *(sample.name for sample in family.samples)}
-    return names | {"vgpu_memory_used_ratio"}  # made by an example's rule of prometheus-adapter
+    # One is made by an example's rule of prometheus-adapter.
+    return metrics_table.names() | {"vgpu_memory_used_ratio"}
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_metric_that_is_named_exists(name):
     named = set(re.findall(r"\bvgpu_[a-z0-9_]*[a-z0-9]\b", TEXTS[name].read_text("utf-8")))
-    assert named - metric_names() - {"vgpu_agent"} == set()
+    assert named - metric_names() - {"vgpu_agent", "vgpu_bytes"} == set()
 
 
 def has_key(values: object, dotted: str) -> bool:

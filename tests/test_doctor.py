@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -18,63 +19,69 @@ import pytest
 from tests.agent_process import environment, running
 from tests.fake_nvml import FakeCard, FakeNvml
 from tests.kubelet_peer import KubeletPeer, off_loop
+from tests.test_status import FAULT, MPS, controlled, gpu, report
 from tests.web_peer import answering, http
+from vgpu_agent import control, store
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import make_driver
-from vgpu_agent.doctor import (
+from vgpu_agent.address import Address
+from vgpu_agent.agent import make_daemon, make_driver, make_watch
+from vgpu_agent.commands.doctor import (
     Check,
     Timeouts,
     Verdict,
-    cards,
     check_settings,
+    checks,
     examine,
-    files,
-    mps,
-    node,
+    look_once,
+    preflight,
     render_json,
     render_text,
-    report,
     worst,
 )
+from vgpu_agent.commands.doctor.judge import checks_of, checks_of_look
 from vgpu_agent.errors import DriverError, SettingsError
-from vgpu_agent.gpu.driver import ComputeMode, Reading
-from vgpu_agent.gpu.health import Counters
-from vgpu_agent.gpu.memory import FILE, FaultMemory, Remembered
+from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
-from vgpu_agent.model.devices import Excluded, Fault, Reason
-from vgpu_agent.model.share import MIB, Division, MpsLimits
-from vgpu_agent.mps.applied import Applied, AppliedCard
-from vgpu_agent.mps.daemon import DaemonLook
-from vgpu_agent.running import findable
-from vgpu_agent.settings import Address, EmbeddedSettings, Settings
+from vgpu_agent.model.devices import Effect, Fault, Reason
+from vgpu_agent.model.facts import Applied, AppliedGpu, ComputeMode, DaemonLook, Reading
+from vgpu_agent.model.health import Counters
+from vgpu_agent.model.rules import MIB, MpsLimits
+from vgpu_agent.model.snapshot import FirstSeen
+from vgpu_agent.observe.report import (
+    Counts,
+    DriverReport,
+    ExcludedReport,
+    KubeletReport,
+    MpsReport,
+    PodResourcesReport,
+    to_json,
+)
+from vgpu_agent.settings import EmbeddedSettings, Settings
+from vgpu_agent.unixsocket import refusal
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
-GPUS = simulated_gpus(2, "card", 24 * 1024 * MIB, (0,))
+GPUS = simulated_gpus(2, "model", 24 * 1024 * MIB, (0,))
 UUID = GPUS[0].uuid
-TIME_SLICING = cards.Plan(Division(10), by_mps=False, exclusive=True)
-BY_MPS = cards.Plan(Division(10, max_clients=48), by_mps=True, exclusive=True)
-SOON = Timeouts(scan=0.1, probe=0.1, daemon=0.1, look=0.1)
-LATE = "no answer within 0.1 s"
+SOON = Timeouts(ask=0.1, call=0.1, look=0.4, leave=0.1)
 
 
-def told(checks: Iterable[Check], name: str) -> tuple[Verdict, str]:
+def said(checks, name: str) -> tuple[Verdict, str]:
     """The verdict and the words, advice included, of the one check of that name."""
     (check,) = [check for check in checks if check.name == name]
     assert check.advice or check.verdict is OK, f"{check} does not say what to do"
     return check.verdict, f"{check.detail} {check.advice}"
 
 
+def only(checks) -> tuple[Verdict, str]:
+    (check,) = checks
+    return said([check], check.name)
+
+
 def expect(checks: Iterable[Check], name: str, verdict: Verdict, words: str = "") -> None:
     """That the one check of that name has this verdict and, among others, these words."""
-    found, text = told(checks, name)
+    found, text = said(checks, name)
     assert (found, words in text) == (verdict, True), text
-
-
-def expect_one(checks: Iterable[Check], verdict: Verdict, words: str = "") -> None:
-    """The same of the only check."""
-    (check,) = checks
-    expect([check], check.name, verdict, words)
 
 
 @contextmanager
@@ -124,41 +131,55 @@ async def examined(settings: Settings | SettingsError, **changes):
     options = {
         "environment": {},
         "make_driver": make_driver,
-        "make_daemon": lambda _: FakeDaemon(DaemonLook(error="away")),
+        "make_daemon": lambda _: FakeDaemon(WELL),
+        "make_watch": make_watch,
     }
     return await examine(settings, **(options | changes))
+
+
+APPLIED = Applied(
+    generation="g",
+    limits=MpsLimits.CLIENT,
+    thread_percentage=None,
+    gpus=tuple(AppliedGpu(gpu.uuid, gpu.index, 10, None) for gpu in GPUS),
+    problem=None,
+    version="1",
+)
+WELL = DaemonLook(generation="g", applied=APPLIED, clients={UUID: 3})
 
 
 # The whole
 
 
-async def test_with_simulated_cards_and_a_kubelet_all_is_well(kubelet_dir):
+async def test_with_simulated_gpus_and_a_kubelet_all_is_well(kubelet_dir):
     settings = settings_in(kubelet_dir)
     with listening(settings.plugin_directory / "kubelet.sock"):
-        checks = await examined(settings)
-    assert worst(checks) is OK, render_text(checks)
-    assert told(checks, "cards") == (OK, "2 of 2 cards make 20 vGPUs ")
-    assert not [check for check in checks if "mps" in check.name]
+        found = await examined(settings)
+    assert worst(found) is OK, render_text(found)
+    assert said(found, "GPUs") == (OK, "2 of 2 GPUs are shared, as 20 vGPUs ")
+    assert "none serves" in said(found, "agent")[1]
+    assert [each.name for each in found if "mps" in each.name] == ["mps"]
 
 
 async def test_without_a_kubelet_something_would_stop_the_agent(kubelet_dir):
-    checks = await examined(settings_in(kubelet_dir))
-    assert [check.name for check in checks if check.verdict is FAIL] == ["kubelet socket"]
-    assert worst(checks) is FAIL
+    found = await examined(settings_in(kubelet_dir))
+    assert [each.name for each in found if each.verdict is FAIL] == ["kubelet socket"]
+    assert worst(found) is FAIL
 
 
-async def test_wrong_settings_are_told_and_the_rest_is_checked_with_what_is_right(kubelet_dir):
+async def test_wrong_settings_are_said_and_the_rest_is_checked_with_what_is_right(kubelet_dir):
     error = SettingsError("2 settings are wrong:\n  VGPU_A='1' is wrong\n  VGPU_B='2' is wrong")
     given = {
         "VGPU_GPU_DRIVER": "simulated",
         "VGPU_SIMULATED_GPUS": "3",
         "VGPU_REPLICAS": "many",
         "VGPU_KUBELET_DIR": str(kubelet_dir),
+        "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
     }
-    checks = await examined(error, environment=given)
-    assert [check.detail for check in checks[:2]] == ["VGPU_A='1' is wrong", "VGPU_B='2' is wrong"]
-    assert told(checks, "cards") == (OK, "3 of 3 cards make 30 vGPUs ")
-    assert str(kubelet_dir) in told(checks, "kubelet directory")[1]
+    found = await examined(error, environment=given)
+    assert [each.detail for each in found[:2]] == ["VGPU_A='1' is wrong", "VGPU_B='2' is wrong"]
+    assert said(found, "GPUs")[1].startswith("3 of 3 GPUs are shared, as 30 vGPUs")
+    assert str(kubelet_dir) in said(found, "kubelet directory")[1]
 
 
 async def test_a_check_that_stumbles_is_a_failed_check_and_the_others_go_on(
@@ -167,38 +188,89 @@ async def test_a_check_that_stumbles_is_a_failed_check_and_the_others_go_on(
     def stumble(*_: object) -> None:
         raise RuntimeError("stumbled")
 
-    monkeypatch.setattr(node, "check_kubelet", stumble)
-    monkeypatch.setattr(mps, "check_daemon", stumble)
-    checks = await examined(
-        settings_in(kubelet_dir, gpu_driver="nvml", sharing="mps"), make_driver=stumble
+    monkeypatch.setattr(preflight, "check_kubelet", stumble)
+    found = await examined(
+        settings_in(kubelet_dir), make_driver=stumble, make_daemon=lambda _: stumble()
     )
-    for name in ("kubelet", "driver", "mps daemon"):
-        expect(checks, name, FAIL, "RuntimeError: stumbled")
-    expect(checks, "metrics address", OK)
+    for name in ("kubelet", "driver", "mps"):
+        verdict, text = said(found, name)
+        assert verdict is FAIL
+        assert "RuntimeError: stumbled" in text
+    assert said(found, "metrics address")[0] is OK
 
 
 async def test_what_hangs_does_not_hold_up_the_rest(kubelet_dir, monkeypatch):
     going_on = threading.Event()
-    monkeypatch.setattr(node, "check_metrics", lambda _: going_on.wait(10) and ())
+    monkeypatch.setattr(preflight, "check_metrics", lambda _: going_on.wait(10))
     driver = SimulatedDriver(GPUS)
     driver.hang(UUID, hangs=True)
+    settings = settings_in(kubelet_dir)
+    settings.state_directory.mkdir()
     start = time.monotonic()
-    checks = await examined(
-        settings_in(kubelet_dir, gpu_driver="nvml", sharing="mps"),
-        make_driver=lambda _: driver,
-        make_daemon=lambda _: FakeDaemon(None),
-        timeouts=SOON,
-    )
+    with listening(settings.state_directory / control.SOCKET):
+        found = await examined(
+            settings,
+            make_driver=lambda _: driver,
+            make_daemon=lambda _: FakeDaemon(None),
+            timeouts=SOON,
+        )
     took = time.monotonic() - start
     going_on.set()
     assert took < 3
-    for name in ("driver", "mps daemon", "metrics address"):
-        assert told(checks, name)[1].startswith(LATE)
-    expect(checks, "remembered faults", OK)
+    expect(found, "driver", FAIL, "the driver did not answer within 0.1 s")
+    for name in ("agent", "mps", "metrics address"):
+        expect(found, name, FAIL, "no answer within 0.")
+    expect(found, "kept faults", OK)
+
+
+async def test_a_look_that_never_ends_is_cut_off(kubelet_dir):
+    class Stuck(SimulatedDriver):
+        async def __aexit__(self, *_: object) -> None:
+            await anyio.sleep_forever()
+
+    driver = Stuck(GPUS)
+    driver.hang(UUID, hangs=True)
+    with anyio.fail_after(3):
+        found = await examined(
+            settings_in(kubelet_dir),
+            make_driver=lambda _: driver,
+            timeouts=replace(SOON, call=5.0, look=0.2),
+        )
+    expect(found, "driver", FAIL, "no answer within 0.2 s")
 
 
 def test_all_limits_of_time_together_are_below_ten_seconds():
     assert Timeouts().whole < 10
+    assert 2 * Timeouts().call < Timeouts().look  # a scan and a probe
+
+
+# The running agent
+
+
+async def test_what_a_running_agent_says_is_what_doctor_says(kubelet_dir):
+    """Its driver is not opened again, and nothing is ok where it says otherwise."""
+
+    def opened(_: Settings) -> SimulatedDriver:
+        raise AssertionError("the agent was to be asked")
+
+    settings = settings_in(kubelet_dir)
+    words = "another process serves /x/vgpu.sock: another agent for it? Remove one"
+    rivals = report(kubelet=KubeletReport(False, False, 0, words), schedulable=False)
+    async with controlled(settings.state_directory, to_json(rivals).decode()):
+        with listening(settings.plugin_directory / "kubelet.sock"):
+            found = await examined(settings, make_driver=opened)
+    assert said(found, "agent")[0] is OK
+    expect(found, "kubelet", FAIL, words)
+    assert worst(found) is FAIL
+    assert not [each for each in found if each.name == "kept faults"]
+
+
+async def test_an_agent_of_another_format_is_a_warning_and_the_node_is_looked_at(kubelet_dir):
+    settings = settings_in(kubelet_dir)
+    async with controlled(settings.state_directory, '{"format": 77}'):
+        found = await examined(settings)
+    expect(found, "agent", WARN, "a report of format 77")
+    assert said(found, "GPUs")[0] is OK
 
 
 @pytest.mark.slow
@@ -206,15 +278,103 @@ async def test_of_a_running_agent_the_endpoint_and_the_port_are_its_own(kubelet_
     with KubeletPeer(kubelet_dir) as kubelet, running(kubelet_dir) as agent:
         await off_loop(kubelet.wait_list, 1)
         settings = settings_in(kubelet_dir, metrics_address=f"127.0.0.1:{agent.port}")
-        checks = await examined(settings)
-        assert worst(checks) is OK, render_text(checks)
-        pid = agent.process.pid
-        assert told(checks, "endpoint") == (OK, f"served by the running agent, process {pid} ")
-        expect(checks, "metrics address", OK, "is served by the running agent")
-        # Also from where its PID file is not seen.
-        elsewhere = settings.model_copy(update={"state_directory": kubelet_dir / "other"})
-        (check,) = node.check_endpoint(elsewhere)
-        assert (check.verdict, check.detail) == (OK, "served by the running agent")
+        found = await examined(settings)
+        bad = [each.name for each in found if each.verdict is not OK]
+        assert bad == ["podresources"], render_text(found)  # that kubelet has none
+        assert "served by the running agent" in said(found, "endpoint")[1]
+        assert said(found, "kubelet")[0] is OK
+        assert "is served by the running agent" in said(found, "metrics address")[1]
+        # Not of the agent of another state directory.
+        elsewhere = settings_in(kubelet_dir, state_directory=kubelet_dir / "other")
+        assert said(await examined(elsewhere), "endpoint")[0] is FAIL
+
+
+@pytest.mark.slow
+async def test_two_agents_for_one_resource_fail(kubelet_dir):
+    """What the agent's log says, doctor says too."""
+    with KubeletPeer(kubelet_dir) as kubelet, running(kubelet_dir) as first:
+        await off_loop(kubelet.wait_list, 1)
+        with running(kubelet_dir, VGPU_STATE_DIRECTORY=str(kubelet_dir / "second")) as second:
+            await off_loop(second.wait_line, "another process serves")
+            settings = settings_in(kubelet_dir, state_directory=kubelet_dir / "second")
+            found = await examined(settings)
+            expect(found, "kubelet", FAIL, "another process serves")
+            expect(found, "endpoint", FAIL, str(first.process.pid))
+
+
+# A report
+
+
+def judged(**changes: object) -> list[Check]:
+    return checks_of(report(**changes))
+
+
+def test_a_report_where_all_is_well_is_all_ok():
+    found = judged()
+    assert worst(found) is OK, render_text(found)
+    names = ["driver", "mps", "GPUs", "GPU 0", "GPU 1", "kubelet", "podresources"]
+    assert [each.name for each in found] == names
+    assert "NVIDIA A10G GPU-2b6f0a3e-1c2d-4e5f-8a9b-0c1d2e3f4a5b, 24576 MiB" in found[3].detail
+    assert "10 vGPUs of 2048 MiB; healthy" in found[3].detail
+
+
+ILL = gpu(0, healthy=False, faults=(FAULT,), vgpus=Counts(10, 0, 4, 6, 4))
+MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "verdict", "words"),
+    [
+        ({"driver": DriverReport(False, None, "no library", None)}, "driver", FAIL, "no library"),
+        (
+            {"driver": DriverReport(False, "5", "released", "2026-03-04T05:07:00+00:00")},
+            "driver",
+            WARN,
+            "released for a reset until 2026-03-04T05:07:00",
+        ),
+        ({"health_checks": False}, "health checks", WARN, "VGPU_HEALTH_CHECKS=on"),
+        ({"gpus": ()}, "GPUs", FAIL, "lists no GPU"),
+        ({"gpus": (), "excluded": (MIG,)}, "GPUs", FAIL, "0 of 1 GPUs are shared"),
+        ({"excluded": (MIG,)}, "GPUs", OK, "2 of 3 GPUs are shared"),
+        ({"excluded": (MIG,)}, "GPU 2", WARN, "is excluded (mig): MIG is on: turn it off"),
+        ({"excluded": (replace(MIG, reason="replicas"),)}, "GPU 2", OK, "is excluded (replicas)"),
+        ({"gpus": (ILL,)}, "GPU 0", FAIL, "no vGPU can be given"),
+        (
+            {"gpus": (ILL,)},
+            "GPU 0 health",
+            FAIL,
+            "fallen off the bus (until a reset) reset the GPU",
+        ),
+        ({"gpus": (gpu(0, notes=("a row waits",)),)}, "GPU 0 note", WARN, "a row waits"),
+        ({"gpus": (gpu(0, vgpu_bytes=MIB - 1),)}, "GPU 0", FAIL, "too little for any container"),
+        ({"gpus": (gpu(0, unattributed_processes=2),)}, "GPU 0 processes", WARN, "2 processes"),
+        ({"kubelet": KubeletReport(False, False, 0, "gone")}, "kubelet", FAIL, "registered: gone"),
+        ({"kubelet": KubeletReport(False, False, 0, None)}, "kubelet", FAIL, "not registered yet"),
+        ({"kubelet": KubeletReport(False, True, 0, None)}, "kubelet", FAIL, "follow the list"),
+        ({"kubelet": KubeletReport(True, True, 1, "odd")}, "kubelet", WARN, "odd"),
+        ({"podresources": PodResourcesReport(False, "no dir")}, "podresources", WARN, "no dir"),
+        ({"orphaned": ("GPU-x::3",)}, "orphaned", WARN, "GPU-x::3"),
+        ({"problems": ("cannot write /x",)}, "agent", WARN, "cannot write /x"),
+        ({"mps": MPS}, "mps", OK, "3 clients"),
+        ({"mps": MpsReport(False, False, "nobody", None, {}, 0)}, "mps", FAIL, "given: nobody"),
+        ({"mps": replace(MPS, limits_in_effect=False)}, "mps", FAIL, "not in effect"),
+        ({"mps": replace(MPS, replacement="5 instead of 10")}, "mps settings", WARN, "5 instead"),
+        ({"mps": replace(MPS, waiting_clients=2)}, "mps clients", WARN, "as one user"),
+    ],
+)
+def test_what_a_report_says_is_what_is_said(changes, name, verdict, words):
+    expect(judged(**changes), name, verdict, words)
+
+
+def test_gpus_and_excluded_ones_are_in_the_order_of_their_index():
+    found = judged(gpus=(gpu(1),), excluded=(replace(MIG, index=0),))
+    names = [each.name for each in found]
+    assert names.index("GPU 0") < names.index("GPU 1")
+
+
+def test_of_a_single_look_nothing_is_said_that_only_an_agent_knows():
+    found = checks_of_look(report(kubelet=KubeletReport(False, False, 0, None)))
+    assert not {"kubelet", "podresources"} & {each.name for each in found}
 
 
 # The report
@@ -247,7 +407,7 @@ def test_the_json_says_the_same():
 
 def test_the_worst_verdict_counts():
     assert [worst(REPORT[:n]) for n in range(4)] == [OK, OK, WARN, FAIL]
-    assert report.unexpected("x", ValueError("y")).verdict is FAIL
+    assert checks.unexpected("x", ValueError("y")).verdict is FAIL
 
 
 # Settings
@@ -255,8 +415,8 @@ def test_the_worst_verdict_counts():
 
 def test_right_settings_are_counted():
     given = {"VGPU_REPLICAS": "3", "vgpu_sharing": "mps", "PATH": "/bin"}
-    (check,) = check_settings(EmbeddedSettings(), given)
-    assert (check.verdict, check.detail) == (OK, "2 VGPU_* variables are set, and right")
+    found = check_settings(EmbeddedSettings(), given)
+    assert only(found) == (OK, "2 VGPU_* variables are set, and right ")
 
 
 def test_unknown_settings_are_warned_about_with_the_nearest_name():
@@ -278,18 +438,18 @@ def test_what_is_assumed_keeps_what_is_right():
     assert found.mps_max_clients is None
 
 
-# Driver and cards, as the real pynvml tells them
+# Driver and GPUs, as the real pynvml shows them
 
 CHILD = """
 import os, sys, anyio
 from vgpu_agent import settings
-from vgpu_agent.agent import make_driver
-from vgpu_agent.doctor import examine, render_json
+from vgpu_agent.agent import make_driver, make_watch
+from vgpu_agent.commands.doctor import examine, render_json
 
 async def main():
     checks = await examine(
         settings.load(), environment=os.environ, make_driver=make_driver,
-        make_daemon=lambda _: None,
+        make_daemon=lambda _: None, make_watch=make_watch,
     )
     sys.stdout.write(render_json(checks))
     sys.stdout.flush()
@@ -305,6 +465,7 @@ def examined_with(nvml: FakeNvml | None, kubelet_dir: Path, **variables: str) ->
         "VGPU_SHARING": "time-slicing",
         "VGPU_KUBELET_DIR": str(kubelet_dir),
         "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
+        "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
         **(nvml.environment() if nvml else {}),
         **variables,
     }
@@ -325,7 +486,7 @@ def card(number: int, **values) -> FakeCard:
 
 
 @pytest.mark.slow
-def test_cards_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
+def test_gpus_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
     fake_nvml.set_cards(
         card(0),
         card(1, mig=1),
@@ -334,314 +495,315 @@ def test_cards_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
         card(4, compute_mode=2, action=1),
         card(5, error=999),
     )
-    checks = examined_with(fake_nvml, kubelet_dir)
-    assert told(checks, "driver") == (OK, "version 570.1 ")
-    assert told(checks, "card 0 capability") == (OK, "8.9 ")
-    assert told(checks, "card 0 compute mode") == (OK, "DEFAULT ")
-    assert told(checks, "card 3 capability") == (OK, "6.1 ")
-    for name, verdict, words in (
-        ("cards", OK, ""),
-        ("card 0", OK, "NVIDIA L4 GPU-0, 23034 MiB; 10 vGPUs of 2252 MiB"),
-        ("card 0 health", OK, ""),
-        ("card 1", WARN, "nvidia-smi -i 1 -mig 0"),
-        ("card 2 compute mode", FAIL, "EXCLUSIVE_PROCESS"),
-        ("card 2 compute mode", FAIL, "nvidia-smi -i 2 -c DEFAULT"),
-        ("card 3 health", WARN, ""),
-        ("card 4 health", FAIL, "a reset of the GPU"),
-        ("card 4 compute mode", FAIL, ""),
-        ("card 5", WARN, ""),
-    ):
-        expect(checks, name, verdict, words)
+    found = examined_with(fake_nvml, kubelet_dir)
+    assert said(found, "driver") == (OK, "version 570.1 ")
+    assert said(found, "GPUs")[0] is OK
+    verdict, text = said(found, "GPU 0")
+    assert verdict is OK
+    assert "NVIDIA L4 GPU-0, 23034 MiB; 10 vGPUs of 2252 MiB" in text
+    verdict, text = said(found, "GPU 1")
+    assert verdict is WARN
+    assert "nvidia-smi -i 1 -mig 0" in text
+    verdict, text = said(found, "GPU 2 health")
+    assert verdict is FAIL
+    assert "EXCLUSIVE_PROCESS" in text
+    assert "-c DEFAULT" in text
+    assert said(found, "GPU 3")[0] is OK
+    assert said(found, "GPU 3 note")[0] is WARN
+    four = {each.detail for each in found if each.name == "GPU 4 health"}
+    assert len(four) == 2
+    assert any("a reset of the GPU" in each for each in four)
+    assert any("PROHIBITED" in each for each in four)
+    assert said(found, "GPU 5")[0] is WARN
 
 
 @pytest.mark.slow
-def test_under_mps_old_cards_are_left_out_and_the_mode_is_the_pods(kubelet_dir, fake_nvml):
-    fake_nvml.set_cards(card(0, cc=(6, 1)), card(1), card(2, compute_mode=3))
-    checks = examined_with(fake_nvml, kubelet_dir, VGPU_SHARING="mps")
-    expect(checks, "card 0", WARN, "VGPU_SHARING=time-slicing")
-    expect(checks, "card 1 compute mode", WARN, "VGPU_MPS_COMPUTE_MODE=keep")
-    assert told(checks, "card 2 compute mode") == (OK, "EXCLUSIVE_PROCESS ")
+def test_under_mps_old_gpus_are_excluded_and_the_mode_is_the_pods(kubelet_dir, fake_nvml):
+    fake_nvml.set_cards(card(0, cc=(6, 1)), card(1, compute_mode=3))
+    found = examined_with(fake_nvml, kubelet_dir, VGPU_SHARING="mps")
+    verdict, text = said(found, "GPU 0")
+    assert verdict is WARN
+    assert "VGPU_SHARING=time-slicing" in text
+    # Without a daemon, nothing else is wrong with it.
+    assert "mps since" in said(found, "GPU 1 health")[1]
 
 
 @pytest.mark.slow
 def test_without_a_library_it_is_said_where_it_comes_from(kubelet_dir):
-    expect(examined_with(None, kubelet_dir), "driver", FAIL, "libnvidia-ml.so.1")
+    verdict, text = said(examined_with(None, kubelet_dir), "driver")
+    assert verdict is FAIL
+    assert "libnvidia-ml.so.1" in text
 
 
 @pytest.mark.slow
-def test_a_card_that_hangs_the_driver_is_told_in_time(kubelet_dir, fake_nvml):
+def test_a_gpu_that_hangs_the_driver_is_said_in_time(kubelet_dir, fake_nvml):
     fake_nvml.set_cards(card(0, hang=60))
     start = time.monotonic()
-    expect(examined_with(fake_nvml, kubelet_dir), "driver", FAIL, "a reboot")
+    verdict, text = said(examined_with(fake_nvml, kubelet_dir), "driver")
     assert time.monotonic() - start < 10
+    assert verdict is FAIL
+    assert "did not answer" in text
+    assert "a reboot" in text
 
 
-# Cards, as simulated ones show them
+# One look at simulated GPUs
 
 
-async def asked(driver: SimulatedDriver, plan: cards.Plan = TIME_SLICING, **options):
-    return (await cards.ask_driver(lambda: driver, plan, **options)).checks
+async def looked(driver: SimulatedDriver, kubelet_dir: Path, look=WELL, **changes: object):
+    """What one look says; where `look` is None, with the daemon of such settings."""
+    settings = settings_in(kubelet_dir, **changes)
+    daemon = make_daemon(settings, driver) if look is None else FakeDaemon(look)
+    return await look_once(
+        settings, lambda: driver, lambda: daemon, partial(make_watch, settings), timeouts=SOON
+    )
 
 
 @pytest.mark.parametrize(
-    ("reading", "verdict", "words"),
+    ("reading", "name", "verdict", "words"),
     [
-        (Reading(), OK, "passes"),
-        (Reading(lost=True), FAIL, "no longer answers"),
-        (Reading(error="nvml says no"), FAIL, "nvml says no"),
-        (Reading(remap_failed=True), FAIL, "replace it"),
-        (Reading(remap_pending=True), WARN, "reset the card when it suits"),
-        (Reading(recovery_action=2), FAIL, "a reboot of the node"),
-        (Reading(uncorrectable_ecc=7), OK, "passes"),
+        (Reading(), "GPU 0", OK, "healthy"),
+        (Reading(lost=True), "GPU 0 health", FAIL, "no longer answers"),
+        (Reading(error="nvml says no"), "GPU 0 health", FAIL, "nvml says no"),
+        (Reading(remap_failed=True), "GPU 0 health", FAIL, "replace it"),
+        (Reading(remap_pending=True), "GPU 0 note", WARN, "waits for the next reset"),
+        (Reading(recovery_action=2), "GPU 0 health", FAIL, "a reboot of the node"),
+        (Reading(uncorrectable_ecc=7), "GPU 0", OK, "healthy"),
+        (Reading(compute_mode=ComputeMode.EXCLUSIVE_PROCESS), "GPU 0", OK, "healthy"),
+        (Reading(compute_mode=ComputeMode.PROHIBITED), "GPU 0 health", FAIL, "PROHIBITED"),
     ],
 )
-async def test_one_probe_of_a_card_tells_its_health(reading, verdict, words):
+async def test_one_probe_of_a_gpu_shows_its_health(kubelet_dir, reading, name, verdict, words):
     driver = SimulatedDriver(GPUS)
     driver.show(UUID, reading)
-    checks = await asked(driver)
-    expect(checks, "card 0 health", verdict, words)
-    expect(checks, "card 1 health", OK)
+    found = await looked(driver, kubelet_dir)
+    expect(found, name, verdict, words)
+    assert said(found, "GPU 1")[0] is OK
 
 
 @pytest.mark.parametrize(
-    ("plan", "mode", "verdict"),
+    ("changes", "name", "verdict", "words"),
     [
-        (TIME_SLICING, None, OK),
-        (TIME_SLICING, ComputeMode.DEFAULT, OK),
-        (TIME_SLICING, ComputeMode.EXCLUSIVE_THREAD, FAIL),
-        (TIME_SLICING, ComputeMode.EXCLUSIVE_PROCESS, FAIL),
-        (TIME_SLICING, ComputeMode.PROHIBITED, FAIL),
-        (BY_MPS, ComputeMode.DEFAULT, WARN),
-        (replace(BY_MPS, exclusive=False), ComputeMode.DEFAULT, OK),
-        (BY_MPS, ComputeMode.EXCLUSIVE_PROCESS, OK),
-        (BY_MPS, ComputeMode.PROHIBITED, FAIL),
+        ({}, "GPU 0", OK, "10 vGPUs of 2406 MiB"),
+        ({"replicas": 30}, "GPU 0 note", WARN, "a CUDA context takes hundreds"),
+        ({"memory_reserved": "24Gi"}, "GPU 0", FAIL, "too little"),
+        ({"device_memory": "2Gi"}, "GPU 0", OK, "11 vGPUs of 2048 MiB"),
+        ({"device_memory": "1Ti"}, "GPU 0", WARN, "VGPU_DEVICE_MEMORY"),
+        ({"replicas_by_gpu": '{"0": 0}'}, "GPU 0", OK, "is excluded"),
     ],
 )
-async def test_a_compute_mode_is_judged_by_how_cards_are_shared(plan, mode, verdict):
+async def test_what_a_gpu_is_divided_into_is_said(kubelet_dir, changes, name, verdict, words):
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir, None, **changes)
+    expect(found, name, verdict, words)
+
+
+async def test_no_gpu_at_all_and_a_driver_that_fails_are_said(kubelet_dir):
+    expect(await looked(SimulatedDriver(()), kubelet_dir), "GPUs", FAIL, "lists no GPU")
     driver = SimulatedDriver(GPUS)
-    driver.show(UUID, Reading(compute_mode=mode))
-    checks = await asked(driver, plan)
-    expect(checks, "card 0 compute mode", verdict)
-    expect(checks, "card 0 health", OK)
+    driver.fail(DriverError("no driver"))
+    expect(await looked(driver, kubelet_dir), "driver", FAIL, "no driver")
 
 
-@pytest.mark.parametrize(
-    ("division", "name", "verdict", "words"),
-    [
-        (Division(10), "card 0", OK, "10 vGPUs of 2457 MiB"),
-        (Division(48), "card 0", WARN, "a CUDA context alone"),
-        (Division(10, held_back=24 * 1024 * MIB), "card 0", FAIL, "too little"),
-        (Division(10, device_memory=2048 * MIB), "card 0", OK, "12 vGPUs of 2048 MiB"),
-        (Division(10, device_memory=512 * MIB, max_clients=20), "card 0", WARN, "20"),
-        (Division(10, device_memory=2**40), "card 0", WARN, "VGPU_DEVICE_MEMORY"),
-        (Division(10, device_memory=2**40), "cards", FAIL, "0 of 2 cards"),
-        (Division(10, by_gpu={"0": 0}), "card 0", OK, "left out"),
-    ],
-)
-async def test_what_cards_are_divided_into_is_said(division, name, verdict, words):
-    plan = replace(TIME_SLICING, division=division)
-    expect(await asked(SimulatedDriver(GPUS), plan), name, verdict, words)
-
-
-async def test_a_driver_without_cards_one_that_fails_and_one_that_does_not_tell_all():
-    expect(await asked(SimulatedDriver(())), "cards", FAIL, "lists no card")
-    failing = SimulatedDriver(GPUS)
-    failing.fail(DriverError("no driver"))
-    expect(await asked(failing), "driver", FAIL, "no driver")
-    silent = SimulatedDriver([replace(GPUS[0], compute_capability=None)])
-    expect(await asked(silent), "card 0 capability", OK)
-    expect(await asked(silent, BY_MPS), "card 0 capability", WARN)
-
-
-async def test_a_probe_that_fails_or_hangs_is_the_cards_own():
+async def test_a_probe_that_hangs_is_the_gpus_own(kubelet_dir):
     class Odd(SimulatedDriver):
         async def probe(self, uuid: str) -> Reading:
             if uuid == UUID:
-                raise RuntimeError("odd")
-            await anyio.sleep_forever()
-            raise AssertionError
+                await anyio.sleep_forever()
+            return await super().probe(uuid)
 
-    checks = await asked(Odd(GPUS), timeouts=SOON)
-    assert told(checks, "card 0 health")[1].startswith("this could not be checked: RuntimeError")
-    assert told(checks, "card 1 health")[1].startswith(LATE)
-
-
-def test_a_card_that_is_left_out_is_listed_where_its_index_is():
-    left = Excluded(GPUS[0], "mig", "MIG is on: turn it off")
-    scan = cards.Scan("1", (GPUS[1],), (left,))
-    names = [check.name for check in cards._judge(scan, {GPUS[1].uuid: Reading()}, TIME_SLICING)]
-    assert names[:4] == ["driver", "cards", "card 0", "card 1"]
-
-
-# MPS
-
-APPLIED = Applied(
-    generation="g",
-    limits=MpsLimits.CLIENT,
-    thread_percentage=None,
-    cards=tuple(AppliedCard(gpu.uuid, gpu.index, 10, None) for gpu in GPUS),
-    problem=None,
-    version="1",
-)
-WELL = DaemonLook(generation="g", applied=APPLIED, clients={UUID: 3})
+    found = await looked(Odd(GPUS), kubelet_dir)
+    assert "did not answer within 0.1 s" in said(found, "GPU 0 health")[1]
+    assert said(found, "GPU 1")[0] is OK
 
 
 @pytest.mark.parametrize(
     ("look", "name", "verdict", "words"),
     [
-        (WELL, "mps daemon", OK, "3 clients"),
-        (WELL, "mps limits", OK, "in force"),
-        (replace(WELL, error="nobody answers"), "mps daemon", FAIL, "nobody answers"),
-        (replace(WELL, faulty=(7,)), "mps servers", FAIL, "MPS server 7"),
+        (WELL, "mps", OK, "in effect, and it has 3 clients"),
+        (replace(WELL, error="nobody answers"), "mps", FAIL, "nobody answers"),
+        (replace(WELL, faulty=(7,)), "GPU 1 health", FAIL, "MPS server 7"),
         (replace(WELL, waiting=2), "mps clients", WARN, "as one user"),
-        (replace(WELL, applied=None), "mps limits", FAIL, "nobody has applied"),
-        (replace(WELL, generation="h"), "mps limits", FAIL, "a new one"),
+        (replace(WELL, applied=None), "mps", FAIL, "nobody has applied"),
+        (replace(WELL, generation="h"), "mps", FAIL, "a new one"),
         (
             replace(WELL, applied=replace(APPLIED, problem="server 7 is older")),
-            "mps limits",
+            "mps",
             FAIL,
             "server 7 is older",
         ),
         (
-            replace(WELL, applied=replace(APPLIED, cards=(AppliedCard(UUID, 0, 5, None),))),
-            "mps limits",
+            replace(
+                WELL,
+                applied=replace(APPLIED, gpus=(AppliedGpu(UUID, 0, 5, None), APPLIED.gpus[1])),
+            ),
+            "mps settings",
             WARN,
             "5 vGPUs instead of 10",
         ),
+        (RuntimeError("odd"), "mps", FAIL, "RuntimeError: odd"),
     ],
 )
-def test_the_daemon_is_judged_as_the_agent_judges_it(look, name, verdict, words):
-    checks = tuple(mps.check_daemon(look, GPUS, Division(10), MpsLimits.CLIENT))
-    expect(checks, name, verdict, words)
+async def test_the_daemon_is_judged_as_the_agent_judges_it(kubelet_dir, look, name, verdict, words):
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir, look)
+    expect(found, name, verdict, words)
 
 
-async def test_a_daemon_that_hangs_stumbles_or_is_not_needed():
-    for make, verdict, words in (
-        (lambda: FakeDaemon(None), FAIL, LATE),
-        (lambda: FakeDaemon(RuntimeError("odd")), FAIL, "RuntimeError: odd"),
-        (lambda: None, OK, "none is needed"),
-    ):
-        look = await mps.ask_daemon(make, timeouts=SOON)
-        checks = mps.check_daemon(look, GPUS, Division(10), MpsLimits.CLIENT)
-        expect_one(checks, verdict, words)
+def keep(directory: Path, uuid: str) -> None:
+    fault = Fault(Reason.ECC, 1.0, "3 memory errors", Effect.UNTIL_RESET, "reset it")
+    first = {uuid: FirstSeen(0, 24 * 1024 * MIB, 0)}
+    kept = memory.Kept(store.boot_id(), first, {uuid: (fault,)}, {uuid: Counters()})
+    store.write(directory / memory.FILE, asdict(kept))
+
+
+async def test_gpus_that_wait_for_a_reset_are_shown_as_the_next_agent_will(kubelet_dir):
+    state = kubelet_dir / "state"
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+    assert said(found, "kept faults") == (OK, "none ")
+    keep(state, UUID)
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+    verdict, text = said(found, "GPU 0 health")
+    assert (verdict, "3 memory errors" in text, "reset it" in text) == (FAIL, True, True)
+    assert said(found, "GPU 1")[0] is OK
+    # Of a GPU that is not there.
+    keep(state, "GPU-gone")
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+    (gone,) = [each for each in found if each.name == "kept faults" and each.verdict is FAIL]
+    assert "GPU-gone is not listed, and waits for a reset: 3 memory errors" in gone.detail
+    # Of another boot.
+    data = dict(store.read(state / memory.FILE) or {})
+    store.write(state / memory.FILE, data | {"boot_id": "other"})
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+    assert said(found, "kept faults") == (OK, "none ")
+    for damaged in ("{", "[]"):
+        (state / memory.FILE).write_text(damaged)
+        found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+        assert said(found, "kept faults")[0] is WARN
+
+
+# MPS on the node
 
 
 def test_the_control_program_is_looked_for_on_the_path(tmp_path):
-    expect_one(mps.check_binary({"PATH": str(tmp_path)}), FAIL)
-    program = tmp_path / mps.BINARY
+    assert only([preflight.check_binary({"PATH": str(tmp_path)})])[0] is FAIL
+    program = tmp_path / preflight.BINARY
     program.touch(mode=0o755)
-    expect_one(mps.check_binary({"PATH": str(tmp_path)}), OK, f"{program} ")
+    assert only([preflight.check_binary({"PATH": str(tmp_path)})]) == (OK, f"{program} ")
 
 
 def test_another_mps_on_the_node_is_warned_about(kubelet_dir):
     path = kubelet_dir / "nvidia-mps"
-    expect_one(mps.check_other(path), OK)
+    assert only([preflight.check_other_mps(path)])[0] is OK
     path.mkdir()
-    expect_one(mps.check_other(path), WARN, "left behind")
+    verdict, text = only([preflight.check_other_mps(path)])
+    assert (verdict, "left behind" in text) == (WARN, True)
     with listening(path / "control"):
-        expect_one(mps.check_other(path), WARN, "end that daemon")
+        verdict, text = only([preflight.check_other_mps(path)])
+    assert (verdict, "end that daemon" in text) == (WARN, True)
 
 
 def test_the_daemons_directories_must_be_there_and_open(tmp_path, monkeypatch):
     root, shm = tmp_path / "mps", tmp_path / "shm"
-    checks = tuple(mps.check_directories(root, shm))
-    for name, verdict in (("mps pipe", FAIL), ("mps log", WARN), ("mps shm", WARN)):
-        expect(checks, name, verdict)
+    found = tuple(preflight.check_mps_directories(root, shm))
+    assert [said(found, name)[0] for name in ("mps pipe", "mps log", "mps shm")] == [FAIL] * 3
     for path, mode in ((root / "pipe", 0o755), (root / "log", 0o700), (shm, 0o1777)):
         path.mkdir(parents=True)
         path.chmod(mode)
-    checks = tuple(mps.check_directories(root, shm))
-    assert worst(checks) is OK
-    expect(checks, "mps shm", OK, "owner")
-    expect(checks, "mps shm", OK, "mode 1777, writable")
-    assert len(tuple(mps.check_directories(root, None))) == 2
+    found = tuple(preflight.check_mps_directories(root, shm))
+    assert worst(found) is OK
+    assert "owner" in said(found, "mps shm")[1]
+    assert "mode 1777, writable" in said(found, "mps shm")[1]
+    assert len(tuple(preflight.check_mps_directories(root, None))) == 2
 
     (root / "pipe").chmod(0o700)
-    expect(mps.check_directories(root, None), "mps pipe", WARN, "`chmod 705 ")
+    expect(preflight.check_mps_directories(root, None), "mps pipe", WARN, "`chmod 705 ")
+
     (root / "pipe").chmod(0o755)
-    for kind, verdict in (("container_file_t", OK), ("var_run_t", WARN)):
+    for kind, expected in (("container_file_t", OK), ("var_run_t", WARN)):
         label = f"system_u:object_r:{kind}:s0\0".encode()
         monkeypatch.setattr(os, "getxattr", lambda *_, label=label: label)
-        expect(mps.check_directories(root, None), "mps pipe", verdict, kind)
+        verdict, text = said(preflight.check_mps_directories(root, None), "mps pipe")
+        assert (verdict, kind in text) == (expected, True)
     (root / "log").rmdir()
     (root / "log").touch()
-    expect(mps.check_directories(root, None), "mps log", FAIL)
+    assert said(preflight.check_mps_directories(root, None), "mps log")[0] is FAIL
 
 
-async def test_mps_is_checked_for_real_cards_only(kubelet_dir, tmp_path):
+def test_what_the_agents_container_does_not_mount_is_no_warning(tmp_path):
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe").chmod(0o755)
+    found = tuple(preflight.check_mps_directories(tmp_path, tmp_path / "shm"))
+    assert worst(found) is OK
+    for name in ("mps log", "mps shm"):
+        assert "is not mounted here" in said(found, name)[1]
+
+
+async def test_mps_is_checked_for_real_gpus_only(kubelet_dir, tmp_path):
     async def names(**changes: object) -> set[str]:
-        checks = await examined(
+        found = await examined(
             settings_in(kubelet_dir, **changes),
             make_driver=lambda _: SimulatedDriver(GPUS),
             other_mps=tmp_path / "none",
         )
-        return {check.name for check in checks if "mps" in check.name}
+        return {each.name for each in found if "mps" in each.name}
 
-    every = {"mps binary", "mps pipe", "mps log", "mps shm", "other mps", "mps daemon"}
+    every = {"mps binary", "mps pipe", "mps log", "mps shm", "other mps", "mps"}
     assert await names(gpu_driver="nvml", sharing="mps") == every
     assert await names(gpu_driver="nvml", sharing="time-slicing") == {"other mps"}
-    assert await names(gpu_driver="simulated", sharing="mps") == set()
+    assert await names(gpu_driver="simulated", sharing="mps") == {"mps"}
+    assert await names(gpu_driver="simulated", sharing="time-slicing") == set()
 
 
 # The node
 
 
 def test_the_paths_of_sockets_must_fit():
-    expect_one(node.check_socket_paths(Path("/" + "a" * 106)), OK)
-    expect_one(node.check_socket_paths(Path("/" + "a" * 107)), FAIL, "108 of 107 bytes")
-    assert files.connects(Path("/" + "a" * 107)) is not None
+    assert only(preflight.check_socket_paths(Path("/" + "a" * 106)))[0] is OK
+    verdict, text = only(preflight.check_socket_paths(Path("/" + "a" * 107)))
+    assert (verdict, "108 of 107 bytes" in text) == (FAIL, True)
+    assert refusal(Path("/" + "a" * 107)) is not None
 
 
 def test_the_kubelet_must_have_its_directory_and_listen(kubelet_dir, monkeypatch):
     directory = kubelet_dir / "device-plugins"
-    expect_one(node.check_kubelet(directory), FAIL)
+    assert only(preflight.check_kubelet(directory))[0] is FAIL
     directory.mkdir()
-    expect(node.check_kubelet(directory), "kubelet socket", FAIL)
+    assert said(preflight.check_kubelet(directory), "kubelet socket")[0] is FAIL
     stale(directory / "kubelet.sock")
-    expect(node.check_kubelet(directory), "kubelet socket", FAIL, "Connection refused")
+    expect(preflight.check_kubelet(directory), "kubelet socket", FAIL, "Connection refused")
     (directory / "kubelet.sock").unlink()
     with listening(directory / "kubelet.sock"):
-        assert worst(node.check_kubelet(directory)) is OK
+        assert worst(preflight.check_kubelet(directory)) is OK
         monkeypatch.setattr(os, "access", lambda *_: False)
-        checks = node.check_kubelet(directory)
-        expect(checks, "kubelet directory", FAIL, "not writable from here")
+        expect(
+            preflight.check_kubelet(directory), "kubelet directory", FAIL, "not writable from here"
+        )
 
 
-def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir):
-    settings = settings_in(kubelet_dir)
-    path = settings.plugin_directory / settings.endpoint
-    expect_one(node.check_endpoint(settings), OK, "is free")
+def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):
+    path, control_path = kubelet_dir / "vgpu.sock", kubelet_dir / "control.sock"
+
+    def check(agent=None) -> tuple[Verdict, str]:
+        return only([preflight.check_endpoint(path, control_path, agent, "a/b")])
+
+    verdict, text = check()
+    assert (verdict, "is free" in text) == (OK, True)
     path.mkdir()
-    expect_one(node.check_endpoint(settings), FAIL)
+    assert check()[0] is FAIL
     path.rmdir()
     stale(path)
-    expect_one(node.check_endpoint(settings), OK, "stale")
+    verdict, text = check()
+    assert (verdict, "stale" in text) == (OK, True)
     path.unlink()
     with listening(path):
-        expect_one(node.check_endpoint(settings), FAIL, "another agent for")
-        settings.state_directory.mkdir()
-        (settings.state_directory / "agent.pid").write_text(f"{os.getpid()}\n")
-        expect_one(node.check_endpoint(settings), FAIL)  # left behind: nobody holds it
-        with findable(settings.state_directory):
-            expect_one(node.check_endpoint(settings), OK)
-
-
-@pytest.mark.parametrize(
-    ("page", "verdict", "words"),
-    [
-        ('{"resource": "k8s.amazonaws.com/vgpu", "cards": []}', OK, "served by the running agent "),
-        ('{"resource": "other/one", "cards": []}', FAIL, "another agent for"),
-        ("[]", FAIL, "another agent for"),
-        ("{", FAIL, "another agent for"),
-    ],
-)
-def test_an_endpoint_is_our_agents_also_where_only_its_web_side_says_so(
-    kubelet_dir, page, verdict, words
-):
-    with answering(http(page)) as address:
-        settings = settings_in(kubelet_dir, metrics_address=str(address))
-        with listening(settings.plugin_directory / settings.endpoint):
-            expect_one(node.check_endpoint(settings), verdict, words)
+        verdict, text = check()
+        assert (verdict, "another agent for a/b" in text) == (FAIL, True)
+        assert f"another process, {os.getpid()}, serves" in text
+        assert check(report())[0] is FAIL  # it is not that agent's
+        with listening(control_path):
+            assert check(report())[0] is OK
+            # In containers of different PID namespaces nobody has a PID: the agent's word counts.
+            monkeypatch.setattr(preflight, "listener_pid", lambda _: None)
+            assert check(report())[0] is OK
+            assert check(report(kubelet=KubeletReport(False, False, 0, "taken")))[0] is FAIL
 
 
 @pytest.mark.parametrize(
@@ -652,36 +814,26 @@ def test_an_endpoint_is_our_agents_also_where_only_its_web_side_says_so(
         (http("<html>"), FAIL, "VGPU_METRICS_ADDRESS"),
     ],
 )
-def test_the_metrics_address_is_free_the_agents_or_taken(answer, verdict, words):
+def test_the_metrics_address_is_the_agents_or_taken(answer, verdict, words):
     with answering(answer) as address:
-        expect_one(node.check_metrics(address), verdict, words)
-    expect_one(node.check_metrics(address), OK, "is free")
-    expect_one(node.check_metrics(Address("127.0.0.1", 0)), OK)
+        expect([preflight.check_metrics(address)], "metrics address", verdict, words)
+    expect([preflight.check_metrics(address)], "metrics address", OK, "is free")
+
+
+def test_any_port_is_free():
+    address = Address("127.0.0.1", 0)
+    expect([preflight.check_metrics(address)], "metrics address", OK, "is free")
 
 
 def test_the_state_directory_should_be_writable(tmp_path, monkeypatch):
+    assert only([preflight.check_state_directory(tmp_path)])[0] is OK
+    verdict, text = only([preflight.check_state_directory(tmp_path / "a" / "b")])
+    assert (verdict, "the agent makes it" in text) == (OK, True)
     file = tmp_path / "file"
     file.touch()
-    for path, verdict, words in (
-        (tmp_path, OK, ""),
-        (tmp_path / "a" / "b", OK, "the agent makes it"),
-        (file, WARN, ""),
-        (file / "below", WARN, ""),
-    ):
-        expect_one(node.check_state_directory(path), verdict, words)
+    assert only([preflight.check_state_directory(file)])[0] is WARN
+    assert only([preflight.check_state_directory(file / "below")])[0] is WARN
     monkeypatch.setattr(os, "access", lambda *_: False)
     for path in (tmp_path, tmp_path / "a"):
-        expect_one(node.check_state_directory(path), WARN, "would forget")
-
-
-def test_cards_that_wait_for_a_reset_are_told(tmp_path):
-    expect_one(node.check_faults(tmp_path), OK, "none ")
-    fault = Fault(Reason.ECC, 1.0, "3 uncorrectable memory errors", True, "reset it")
-    FaultMemory(tmp_path).save([Remembered(UUID, fault, Counters())])
-    expect_one(node.check_faults(tmp_path), FAIL, UUID)
-    expect_one(node.check_faults(tmp_path), FAIL, "reset it")
-    FaultMemory(tmp_path).save([])
-    expect_one(node.check_faults(tmp_path), OK)
-    for damaged in ("{", "[]", "{}"):
-        (tmp_path / FILE).write_text(damaged)
-        expect_one(node.check_faults(tmp_path), WARN)
+        verdict, text = only([preflight.check_state_directory(path)])
+        assert (verdict, "would forget" in text) == (WARN, True)

@@ -1,31 +1,38 @@
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jsonschema
 import pydantic
 import pytest
+import yaml
 
 import vgpu_agent
-from tests import readme
+from tests import readme, settings_files
 from vgpu_agent import settings as configuration
+from vgpu_agent.address import Address, parse_address
 from vgpu_agent.errors import SettingsError
-from vgpu_agent.model.container import DeviceList, MpsSharing, Sharing, Threads
-from vgpu_agent.model.placement import Placement
-from vgpu_agent.model.share import Division, MpsLimits
+from vgpu_agent.model.rules import (
+    DeviceList,
+    HealthRules,
+    MpsLimits,
+    Placement,
+    SharingRules,
+    Threads,
+)
+from vgpu_agent.observe.logs import LogFormat, LogLevel
 from vgpu_agent.settings import (
-    Address,
     EmbeddedSettings,
     GpuDriverKind,
-    LogFormat,
-    LogLevel,
     MpsComputeMode,
     Settings,
     SharingKind,
     load,
-    unknown_variables,
     variable,
 )
+from vgpu_agent.settings_unknown import unknown_setting_warnings, unknown_variables
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -228,9 +235,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> list[str]
 
 
 def test_every_setting_has_its_documented_default():
-    assert {name: field.default for name, field in Settings.model_fields.items()} == DEFAULTS
-    settings = load()
-    assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
+    assert load().model_dump() == DEFAULTS
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -255,6 +260,14 @@ def test_a_value_that_is_no_text_is_told_without_a_failure_of_its_own(monkeypatc
     assert line.isascii()
 
 
+def test_a_value_too_deep_to_read_and_a_name_in_small_letters_are_wrong_like_others(monkeypatch):
+    deep = '{"0":' * 10_000
+    (line,) = refused(monkeypatch, {"VGPU_REPLICAS_BY_GPU": deep})
+    assert line.startswith(wrong("VGPU_REPLICAS_BY_GPU", deep))
+    (line,) = refused(monkeypatch, {"vgpu_replicas": "many"})
+    assert line.startswith(wrong("VGPU_REPLICAS", "many"))
+
+
 def test_all_wrong_settings_are_reported_at_once_each_on_a_line_of_its_own(monkeypatch):
     # VGPU_MPS_THREADS is wrong in two ways: neither a word nor a number.
     bad = {variable(name): TABLE[name].bad.split("|")[0] for name in Settings.model_fields}
@@ -269,9 +282,7 @@ def test_all_wrong_settings_are_reported_at_once_each_on_a_line_of_its_own(monke
 
 def test_a_size_and_a_number_of_vgpus_exclude_each_other(monkeypatch):
     monkeypatch.setenv("VGPU_DEVICE_MEMORY", "8Gi")
-    assert load().division() == Division(
-        10, device_memory=8 << 30, max_clients=48, held_back=512 << 20, measured=True
-    )
+    assert load().sharing_rules() == SharingRules(device_memory=8 * GIB)
     ten = {"VGPU_REPLICAS": "10"}  # set is set, also to its default
     assert "'10' and VGPU_DEVICE_MEMORY='8Gi': only one" in refused(monkeypatch, ten)[0]
     assert len(refused(monkeypatch, ten | {"VGPU_PLACEMENT": "x"})) == 2
@@ -352,7 +363,7 @@ def test_the_socket_is_named_after_the_resource():
 )
 def test_an_address_is_written_as_it_is_read(address, text):
     assert str(address) == text
-    assert configuration.parse_address(text) == address
+    assert parse_address(text) == address
 
 
 # What the model is told
@@ -361,30 +372,43 @@ def test_an_address_is_written_as_it_is_read(address, text):
 @pytest.mark.parametrize(
     ("given", "rules"),
     [
-        (
-            {},
-            Sharing(
-                MpsSharing("/run/vgpu-agent/mps/pipe", "/dev/shm/vgpu-mps", threads=Threads.SHARE),
-                memory_held_back=512 * MIB,
-            ),
-        ),
+        ({}, SharingRules()),
         (
             {
                 "VGPU_MPS_DIRECTORY": "/mps",
                 "VGPU_MPS_SHM": "off",
                 "VGPU_MPS_THREADS": "1.5",
+                "VGPU_MPS_COMPUTE_MODE": "keep",
                 "VGPU_MEMORY_RESERVED": "0",
+                "VGPU_REPLICAS_BY_GPU": '{"0": 4}',
+                "VGPU_PLACEMENT": "pack",
             },
-            Sharing(MpsSharing("/mps/pipe", None, threads=1.5), memory_held_back=0),
+            SharingRules(
+                mps_pipe_directory="/mps/pipe",
+                mps_shm_directory=None,
+                mps_threads=1.5,
+                mps_exclusive=False,
+                memory_reserved=0,
+                replicas_by_gpu={"0": 4},
+                placement=Placement.PACK,
+            ),
         ),
-        (TIME_SLICING, Sharing(mps=None, memory_held_back=0)),
-        (TIME_SLICING | {"VGPU_MEMORY_RESERVED": "1Gi"}, Sharing(mps=None, memory_held_back=GIB)),
+        (TIME_SLICING | {"VGPU_REPLICAS": "60"}, SharingRules(mps=False, replicas=60)),
     ],
 )
-def test_cards_are_shared_as_the_settings_say(monkeypatch, given, rules):
+def test_gpus_are_shared_as_the_settings_say(monkeypatch, given, rules):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert load().sharing_rules() == rules
+
+
+def test_health_is_judged_as_the_settings_say(monkeypatch):
+    assert load().health_rules() == HealthRules()
+    monkeypatch.setenv("VGPU_HEALTH_CHECKS", "off")
+    monkeypatch.setenv("VGPU_RECOVERY_SECONDS", "7.5")
+    monkeypatch.setenv("VGPU_CRITICAL_XIDS", "13")
+    expected = HealthRules(health_checks=False, recovery_seconds=7.5, critical_xids=frozenset({13}))
+    assert load().health_rules() == expected
 
 
 # Where they come from
@@ -438,6 +462,13 @@ def test_known_variables_in_any_case_and_those_of_others_are_not_reported():
     assert unknown_variables(dict.fromkeys([*known, *map(str.lower, known), *others], "")) == {}
 
 
+def test_unknown_variables_are_named_in_words():
+    assert list(unknown_setting_warnings({"VGPU_REPLICA": "1", "VGPU_QQQQQQQQQQ": "1"})) == [
+        "VGPU_QQQQQQQQQQ: unknown setting, ignored",
+        "VGPU_REPLICA: unknown setting, ignored; did you mean VGPU_REPLICAS?",
+    ]
+
+
 def test_the_variables_of_a_kubernetes_service_are_neither_wrong_nor_unknown(monkeypatch):
     variables = {
         "VGPU_SERVICE_HOST": "10.0.0.7",
@@ -464,24 +495,84 @@ def test_the_variables_of_a_kubernetes_service_are_neither_wrong_nor_unknown(mon
 
 
 def test_a_default_of_the_table_of_every_setting_is_a_value_that_can_be_set(monkeypatch):
-    head, rule, *lines = configuration.markdown_table().splitlines()
-    assert [head, rule] == [
-        "| variable | default | allowed | what it is |",
-        "| --- | --- | --- | --- |",
-    ]
+    _, _, *lines = settings_files.docs_table().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines]
-    assert all(len(row) == 4 and all(row) for row in cells)
+    assert all(len(row) == 5 and all(row) for row in cells)
     defaults = {row[0].strip("`"): row[1].strip("`").replace("(empty)", "") for row in cells}
     assert list(defaults) == sorted(variable(name) for name in Settings.model_fields)
     for name, value in defaults.items():
         monkeypatch.setenv(name, value)
-    settings = load()
-    assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
+    assert load().model_dump() == DEFAULTS
 
 
-@pytest.mark.parametrize("document", readme.TABLES, ids=lambda path: path.name)
-def test_the_generated_table_of_a_document_is_up_to_date(document):
-    assert document.read_text("utf-8") == readme.with_table(document), "run: python -m tests.readme"
+CHART_IS_LOOSER = {
+    "replicas": {"1e2"},  # a number in YAML, and whole
+    # Rules that templates/validate.yaml has.
+    "resource_name": {
+        "kubernetes.io/vgpu",
+        "sub.kubernetes.io/vgpu",
+        "requests.example.com/vgpu",
+        f"{'x' * 245}/vgpu",
+    },
+    # Sizes that no GPU has.
+    "simulated_memory": {"9" * 400, "0.5"},
+}
+
+
+def in_chart(text: str, schema: Any) -> object:
+    """A variable's text as a value of the chart."""
+    kinds = [each.get("type") for each in schema.get("anyOf", [schema])]
+    if "array" in kinds:
+        return [in_chart(word.strip(), schema["items"]) for word in text.split(",") if text]
+    if "boolean" in kinds:
+        return {"on": True, "off": False}.get(text, text)
+    try:
+        return text if "string" in kinds or "enum" in schema else json.loads(text)
+    except ValueError:
+        return text or None
+
+
+@pytest.mark.parametrize("value", [*settings_files.values()], ids=lambda value: value.variable)
+def test_the_chart_allows_what_the_agent_allows(value):
+    name = value.variable.removeprefix(configuration.PREFIX).lower()
+    valid = jsonschema.Draft7Validator(value.schema).is_valid
+    assert valid(yaml.safe_load(value.yaml))
+    unset = {""} if value.nullable or name == "replicas_by_gpu" else set()
+    for text in set(TABLE[name].good) - unset:
+        assert valid(in_chart(text.rstrip(" ,"), value.schema)), text
+    wrong = {text for text in TABLE[name].bad.split("|") if valid(in_chart(text, value.schema))}
+    assert wrong - unset == CHART_IS_LOOSER.get(name, set())
+
+
+@pytest.mark.parametrize("path", readme.FILES, ids=lambda path: path.name)
+def test_a_generated_file_is_up_to_date(path):
+    text = path.read_text("utf-8")
+    assert text == readme.FILES[path](text), "run: python -m tests.readme"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("values.yaml", "  interval: 5\n"),
+        ("values.yaml", "  # -- Seconds between two probes of every GPU.\n  interval: 5\n"),
+        ("values.schema.json", '"$comment": "VGPU_HEALTH_INTERVAL", '),
+        ("_settings.tpl", '  "VGPU_HEALTH_INTERVAL" .health.interval\n'),
+        ("settings.md", "| `VGPU_HEALTH_INTERVAL` | `5` |"),
+    ],
+)
+def test_what_is_lost_from_a_generated_file_is_written_again(name, found):
+    (path,) = (path for path in readme.FILES if path.name == name)
+    whole = path.read_text("utf-8")
+    assert whole.count(found) == 1
+    written = readme.FILES[path](whole.replace(found, ""))
+    assert written.count(found) == 1
+
+
+def test_a_new_map_of_the_chart_is_written_whole():
+    text = (readme.CHART / "values.yaml").read_text("utf-8")
+    before, _, rest = text.partition("log:\n")
+    written = settings_files.values_yaml(before + rest[rest.index("# -- The kubelet's") :])
+    assert yaml.safe_load(written) == yaml.safe_load(text)
 
 
 # Edges: who may use what
@@ -493,13 +584,14 @@ SOURCES = {
     if "_proto" not in source.parts
 }
 EDGES = {
-    "pydantic": ("settings.py",),
+    "pydantic": ("settings.py", "settings_kinds.py"),
+    "pydantic_core": ("settings_kinds.py",),
     "pydantic_settings": ("settings.py",),
-    "pynvml": ("gpu/nvml.py",),
+    "pynvml": ("gpu/nvml/",),
     "betterproto": ("kubelet/",),
     "grpclib": ("kubelet/",),
     "prometheus_client": ("observe/",),
-    "rich": ("status/",),
+    "rich": ("commands/status.py", "commands/tables.py"),
     "uvicorn": ("observe/",),
 }
 

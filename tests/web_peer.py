@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vgpu_agent.settings import Address
+from vgpu_agent.address import Address
 
 
 def http(body: str, status: str = "200 OK") -> bytes:

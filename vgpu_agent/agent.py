@@ -1,45 +1,46 @@
 """The wiring: builds the parts, opens the one task group, starts them in order.
 
 Order of the start: the web side, so that probes are answered while the driver takes its time; the
-MPS daemon, where there is one; the cards, until the first list is known; the session with the
+MPS daemon, where there is one; the GPUs, until the first list is known; the session with the
 kubelet. The end is the other way round by nature: everything is cancelled, and each part cleans up
 after itself.
 """
 
 import logging
 import socket
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import anyio
 from anyio.abc import TaskStatus
 
-from vgpu_agent import __version__
+from vgpu_agent import __version__, control
+from vgpu_agent.address import Address
+from vgpu_agent.errors import ControlError
 from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.gpu.memory import FaultMemory
-from vgpu_agent.gpu.probe import HealthWatch
+from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.gpu.watch import GpuWatch
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
 from vgpu_agent.kubelet.podresources import PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
-from vgpu_agent.model.container import DeviceList
+from vgpu_agent.model.health import Moment
+from vgpu_agent.model.node import Node
 from vgpu_agent.model.share import Divided, divide
-from vgpu_agent.model.state import Latest, NodeState
+from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemon, RealDaemon, SimulatedDaemon
 from vgpu_agent.mps.guard import MpsGuard
-from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.status import Status
+from vgpu_agent.observe import changes, report
+from vgpu_agent.observe.exposition import Metrics
 from vgpu_agent.observe.web import Web, listen
-from vgpu_agent.settings import Address, GpuDriverKind, Settings, SharingKind
+from vgpu_agent.settings import GpuDriverKind, Settings
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A started agent, as those who started it see it."""
-
-    state: NodeState
-    metrics_address: Address
+MAX_RELEASE = 3600.0
+"""Seconds for which NVML may be closed on request: faults are not noticed meanwhile."""
 
 
 def make_driver(settings: Settings) -> GpuDriver:
@@ -53,116 +54,147 @@ def make_driver(settings: Settings) -> GpuDriver:
                 settings.simulated_numa_nodes,
             )
         )
-    # Imported where it is used: simulated cards need no NVML, nor its memory.
+    # Imported where it is used: simulated GPUs need no NVML, nor its memory.
     from vgpu_agent.gpu.nvml import NvmlDriver
 
-    # Volta is the first with limits for each client and an address space of its own.
-    volta = (7, 0) if settings.sharing is SharingKind.MPS else None
-    return NvmlDriver(min_compute_capability=volta)
-
-
-def only_named(driver: GpuDriver, settings: Settings) -> GpuDriver:
-    """The driver without the cards that the host's CDI specs do not name, where CDI is used."""
-    if settings.device_list not in (DeviceList.CDI, DeviceList.CDI_ENVVAR):
-        return driver
-    from vgpu_agent.gpu.cdi import NamedByCdi  # imported where it is used
-
-    return NamedByCdi(driver, settings.cdi_kind)
+    return NvmlDriver()
 
 
 def make_daemon(settings: Settings, driver: GpuDriver) -> Daemon | None:
-    """The MPS daemon that the settings name; None where cards are not shared by MPS."""
-    if settings.sharing is not SharingKind.MPS:
+    """The MPS daemon that the settings name; None where GPUs are not shared by MPS."""
+    rules = settings.sharing_rules()
+    if not rules.mps:
         return None
     if isinstance(driver, SimulatedDriver):
-        divided = {gpu.uuid: divide(gpu, settings.division()) for gpu in driver.gpus}
-        told = {uuid: each.replicas for uuid, each in divided.items() if isinstance(each, Divided)}
-        return SimulatedDaemon(told, settings.mps_limits)
+        divided = {gpu.uuid: divide(gpu, rules) for gpu in driver.gpus}
+        known = {uuid: each.replicas for uuid, each in divided.items() if isinstance(each, Divided)}
+        return SimulatedDaemon(known, rules.mps_limits)
     from vgpu_agent.mps.control import Control  # as above
+    from vgpu_agent.mps.directories import Directories
 
-    pipe, logs = settings.mps_directory / "pipe", settings.mps_directory / "log"
-    return RealDaemon(Control(pipe, logs), settings.mps_directory)
+    return RealDaemon(Control(Directories(settings.mps_directory)))
 
 
-async def run_agent(
-    settings: Settings,
-    driver: GpuDriver,
-    daemon: Daemon | None,
-    *,
-    watch_health: bool = True,
-    release_requests: Latest[int] | None = None,
-    task_status: TaskStatus[Running] = anyio.TASK_STATUS_IGNORED,
-) -> None:
-    """Runs the agent until cancelled. Raises ListenError where it cannot serve its metrics.
+def make_node(settings: Settings) -> Node:
+    """A node that knows nothing yet, and whose changes are logged."""
+    rules = Rules(settings.sharing_rules(), settings.health_rules(), settings.resource_name)
 
-    Without `watch_health` the cards are looked at once and never again, which is for tests that
-    want to see that this is noticed. Every new value of `release_requests` makes the agent let go
-    of the cards for a while.
-    """
-    state = NodeState(settings.division())
-    metrics = Metrics(
-        version=__version__,
-        resource_name=settings.resource_name,
-        sharing=settings.sharing_rules(),
-        max_clients=settings.division().max_clients or 0,
-    )
-    web = Web(
-        listener=listen(settings.metrics_address),
-        state=state,
-        metrics=metrics,
-        status=Status(
-            version=__version__,
+    def published(before: Snapshot, after: Snapshot) -> None:
+        changes.write(changes.changes(before, after, rules))
+
+    return Node(rules, clock=lambda: Moment(time.monotonic(), time.time()), published=published)
+
+
+def make_watch(settings: Settings, driver: GpuDriver, node: Node) -> GpuWatch:
+    """What watches the GPUs of the driver."""
+    if not node.rules.sharing.device_list.by_cdi:
+        return GpuWatch(driver, node)
+    from vgpu_agent.gpu.cdi import CdiSpecs  # as above
+
+    return GpuWatch(driver, node, cdi_names=CdiSpecs(settings.cdi_kind).names)
+
+
+class Agent:
+    """The running agent: its parts, made from the settings, and what it can be asked."""
+
+    def __init__(self, settings: Settings, driver: GpuDriver, daemon: Daemon | None) -> None:
+        self._settings = settings
+        self._driver = driver
+        self._daemon = daemon
+        self.node = make_node(settings)
+        self.watch = make_watch(settings, driver, self.node)
+        self._identity = report.Identity(
+            __version__, socket.gethostname(), settings.resource_name, names_pods=True
+        )
+        self.metrics_address: Address | None = None
+
+    async def run(
+        self,
+        *,
+        watch_gpus: bool = True,
+        task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Runs until cancelled. Raises ListenError where it cannot serve its metrics.
+
+        Without `watch_gpus` the GPUs are looked at once and never again, which is for tests that
+        want to see that this is noticed.
+        """
+        settings, node = self._settings, self.node
+        metrics = Metrics(__version__, settings.resource_name, node.rules)
+        web = Web(
+            listener=listen(settings.metrics_address),
+            node=node,
+            metrics=metrics,
+            report=partial(self.report, names_pods=settings.status_page),
+            page=settings.status_page,
+        )
+        self.metrics_address = web.address
+        keeper = Keeper(settings.state_directory, node)
+        encoder = ListEncoder()
+        session = KubeletSession(
+            directory=settings.plugin_directory,
+            endpoint=settings.endpoint,
             resource_name=settings.resource_name,
-            health_checks=settings.health_checks,
-            sharing=settings.sharing_rules(),
-            host=socket.gethostname(),
-            names_pods=settings.status_page,
-        ),
-        page=settings.status_page,
-    )
-    memory = FaultMemory(settings.state_directory)
-    health = HealthWatch(only_named(driver, settings), state, settings.health_policy(), memory)
-    encoder = ListEncoder()
-    session = KubeletSession(
-        directory=settings.plugin_directory,
-        endpoint=settings.endpoint,
-        resource_name=settings.resource_name,
-        state=state,
-        make_plugin=lambda: DevicePlugin(
-            state=state,
-            sharing=settings.sharing_rules(),
-            placement=settings.placement,
-            encoder=encoder,
-            observer=metrics,
-        ),
-    )
-    podresources = PodResourcesWatch(
-        directory=settings.kubelet_dir,
-        resource_name=settings.resource_name,
-        state=state,
-        interval=settings.podresources_interval,
-    )
-    async with driver, anyio.create_task_group() as tasks:
-        await tasks.start(web.run)
-        log.info("metrics at http://%s/metrics", web.address)
-        if daemon is not None:
-            guard = MpsGuard(daemon, state, settings.division(), settings.mps_limits)
-            await tasks.start(guard.run)
-        if watch_health:
-            await tasks.start(health.run)
-        else:
-            await health.look()
-        tasks.start_soon(podresources.run)
-        tasks.start_soon(session.run)
-        if settings.process_metrics:
-            from vgpu_agent.usage.watch import UsageWatch  # imported where it is used
+            node=node,
+            make_plugin=lambda: DevicePlugin(node=node, encoder=encoder, observer=metrics),
+        )
+        podresources = PodResourcesWatch(
+            directory=settings.kubelet_dir,
+            resource_name=settings.resource_name,
+            node=node,
+            interval=settings.podresources_interval,
+        )
+        async with self._driver, anyio.create_task_group() as tasks:
+            await tasks.start(web.run)
+            log.info("metrics at http://%s/metrics", web.address)
+            tasks.start_soon(control.serve, settings.state_directory, self._control)
+            if self._daemon is not None:
+                await tasks.start(MpsGuard(self._daemon, node).run)
+            await keeper.recall()
+            tasks.start_soon(keeper.run)
+            if watch_gpus:
+                await tasks.start(self.watch.run)
+            else:
+                await self.watch.look()
+            tasks.start_soon(podresources.run)
+            tasks.start_soon(session.run)
+            if settings.process_metrics:
+                from vgpu_agent.usage.watch import UsageWatch  # as above
 
-            tasks.start_soon(UsageWatch(driver, state).run)
-        if release_requests is not None:
-            tasks.start_soon(_release_on_request, health, release_requests)
-        task_status.started(Running(state, web.address))
+                tasks.start_soon(UsageWatch(self._driver, node).run)
+            task_status.started()
 
+    def report(self, snapshot: Snapshot, *, names_pods: bool = True) -> bytes:
+        """The report of a snapshot, as JSON."""
+        identity = self._identity if names_pods else replace(self._identity, names_pods=False)
+        made = report.make_report(snapshot, self.node.rules, identity, time.time())
+        return report.to_json(made)
 
-async def _release_on_request(health: HealthWatch, requests: Latest[int]) -> None:
-    async for _ in requests.follow(requests.version):
-        health.release()
+    async def _control(self, request: Mapping[str, object]) -> bytes:
+        """Answers a request of the control socket. Raises ControlError."""
+        match request:
+            case {"command": "report"}:
+                return self.report(self.node.snapshot)
+            case {"command": "release", "seconds": int() | float() as seconds} if (
+                0 < seconds <= MAX_RELEASE
+            ):
+                return await self._released(seconds)
+            case {"command": "release"}:
+                raise ControlError(
+                    f"seconds={request.get('seconds')!r}: allowed is a number above 0, up to"
+                    f" {MAX_RELEASE:.0f}"
+                )
+            case {"command": "reset-done"}:
+                self.watch.reset_done()
+                return b""
+            case _:
+                raise ControlError(f"unknown command {request.get('command')!r}")
+
+    async def _released(self, seconds: float) -> bytes:
+        """Releases NVML; the report that says so."""
+        before = self.node.snapshot.driver.released_until
+        self.watch.release(seconds)
+        async for snapshot in self.node.latest.follow():
+            if snapshot.driver.released_until not in (None, before):
+                return self.report(snapshot)
+        raise ControlError("the agent is ending")

@@ -8,28 +8,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
 import anyio
 
-from vgpu_agent import __version__
+from vgpu_agent import __version__, control
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import Running, make_daemon, make_driver, run_agent
+from vgpu_agent.address import Address, parse_address
+from vgpu_agent.agent import Agent, make_daemon, make_driver, make_watch
 from vgpu_agent.errors import MpsSetupError, SettingsError
-from vgpu_agent.model.state import Latest
 from vgpu_agent.observe import logs
-from vgpu_agent.release import release
-from vgpu_agent.running import Told, address_of, ask, findable
-from vgpu_agent.settings import (
-    Address,
-    LogFormat,
-    LogLevel,
-    Settings,
-    SharingKind,
-    parse_address,
-)
+from vgpu_agent.observe.logs import LogFormat, LogLevel
+from vgpu_agent.observe.report import from_json
+from vgpu_agent.settings import Settings, SharingKind
+from vgpu_agent.settings_unknown import unknown_setting_warnings
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +54,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--address",
         type=_address,
         metavar="HOST:PORT",
-        help="where the agent answers, if not at VGPU_METRICS_ADDRESS",
+        help="ask an agent over HTTP instead of the one whose VGPU_STATE_DIRECTORY this is",
     )
-    commands.add_parser(
-        "release", help="make the running agent let go of the GPUs, so that they can be reset"
+    release = commands.add_parser(
+        "release", help="make the running agent close NVML, so that GPUs can be reset"
+    )
+    release.add_argument(
+        "--for",
+        dest="seconds",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="for how long (60)",
+    )
+    release.add_argument(
+        "--reset-done",
+        action="store_true",
+        help="end a release: the GPUs that wait for a reset were reset",
     )
     mps = commands.add_parser("mps", help="set up and watch MPS, in the MPS pod of a node")
     steps = mps.add_subparsers(dest="step", required=True)
@@ -110,42 +117,48 @@ def _address(text: str) -> Address:
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-THREAD_TURN = 0.0005
+GIL_SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread that renders or decodes may keep the event loop waiting. By default it
 is 5 ms, several times in each call of the kubelet."""
 
 
 async def run(settings: Settings) -> None:
-    """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 lets go of the cards for a while."""
-    sys.setswitchinterval(THREAD_TURN)
-    release_requests = Latest(0)
-    with (
-        anyio.open_signal_receiver(*_SIGNALS) as signals,
-        findable(settings.state_directory) as tell_address,
-    ):
+    """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 is `vgpu-agent release`."""
+    sys.setswitchinterval(GIL_SWITCH_INTERVAL)
+    with anyio.open_signal_receiver(*_SIGNALS) as signals:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, release_requests)
             driver = make_driver(settings)
-            daemon = make_daemon(settings, driver)
-            agent = partial(run_agent, settings, driver, daemon, release_requests=release_requests)
-            running: Running = await tasks.start(agent)
-            tell_address(running.metrics_address)
+            agent = Agent(settings, driver, make_daemon(settings, driver))
+            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, agent.watch.release)
+            await agent.run()
+            # Nothing of the agent ends by itself, unless something is very wrong.
+            raise RuntimeError("the agent ended, though nobody asked it to")
 
 
-async def dev(seconds: float | None, *, watch_health: bool = True) -> None:
+async def dev(seconds: float | None, *, watch_gpus: bool = True) -> None:
     """`vgpu-agent dev`: until SIGTERM or SIGINT, or for so many seconds."""
-    from vgpu_agent.dev import run_dev
+    from vgpu_agent.commands.dev import run_dev
 
     with anyio.open_signal_receiver(*_SIGNALS) as signals:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, Latest(0))
-            await run_dev(_tell, seconds=seconds, watch_health=watch_health)
+            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, lambda: None)
+            await run_dev(_say, seconds=seconds, watch_gpus=watch_gpus)
             tasks.cancel_scope.cancel()
+
+
+def release(settings: Settings, seconds: float) -> None:
+    """`vgpu-agent release`. Raises NoAgentError and ControlError."""
+    answer = control.call(settings.state_directory, "release", seconds=seconds)
+    until = from_json(answer).driver.released_until
+    _say(f"released all GPUs until {until}; reset them now:")
+    _say("    nvidia-smi --gpu-reset -i <index>")
+    _say("and then, where the driver does not show that they were reset:")
+    _say("    vgpu-agent release --reset-done")
 
 
 async def doctor(*, as_json: bool) -> int:
     """`vgpu-agent doctor`: its exit code. Works with wrong settings too."""
-    from vgpu_agent.doctor import Verdict, examine, render_json, render_text, worst
+    from vgpu_agent.commands.doctor import Verdict, examine, render_json, render_text, worst
 
     settings: Settings | SettingsError
     try:
@@ -157,6 +170,7 @@ async def doctor(*, as_json: bool) -> int:
         environment=os.environ,
         make_driver=make_driver,
         make_daemon=lambda chosen: make_daemon(chosen, make_driver(chosen)),
+        make_watch=make_watch,
     )
     sys.stdout.write(render_json(checks) if as_json else render_text(checks))
     sys.stdout.flush()
@@ -165,20 +179,16 @@ async def doctor(*, as_json: bool) -> int:
 
 def status(options: argparse.Namespace) -> None:
     """`vgpu-agent status`. Works where other settings are wrong. Raises NoAgentError."""
-    from vgpu_agent.status import show, watch
+    from vgpu_agent.commands import ask
+    from vgpu_agent.commands.status import show, watch
 
-    needed = () if options.address else ("metrics_address", "state_directory")
-    settings = configuration.read(os.environ, *needed)
-
-    def look() -> Told:
-        # An agent that was started anew may listen elsewhere.
-        return ask(options.address or address_of(settings))
-
-    if options.json:
-        sys.stdout.write(look().text)
-        sys.stdout.flush()
-    elif options.watch is None:
-        show(look(), sys.stdout)
+    if options.address:
+        look = partial(ask.by_http, options.address)
+    else:
+        directory = configuration.read(os.environ, "state_directory").state_directory
+        look = partial(ask.by_socket, directory)
+    if options.watch is None:
+        show(look, sys.stdout, as_json=options.json)
     else:
         watch(look, sys.stdout, options.watch)
 
@@ -186,17 +196,17 @@ def status(options: argparse.Namespace) -> None:
 async def _follow_signals(
     signals: AsyncIterator[signal.Signals],
     scope: anyio.CancelScope,
-    release_requests: Latest[int],
+    release: Callable[[], None],
 ) -> None:
     async for number in signals:
         if number == signal.SIGUSR1:
-            release_requests.publish(release_requests.value + 1)
+            release()
         else:
             log.info("%s: ending", number.name)
             scope.cancel()
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -220,12 +230,15 @@ def execute(arguments: Sequence[str]) -> int:
     settings = configuration.load()
     logs.configure(settings.log_level, settings.log_format)
     if options.command == "release":
-        release(settings, _tell)
+        if options.reset_done:
+            control.call(settings.state_directory, "reset-done")
+        else:
+            release(settings, options.seconds)
         return 0
-    for words in configuration.unknown_in_words(os.environ):
+    for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)
     if options.command == "mps":
-        from vgpu_agent.mps.commands import mps_daemon, mps_prepare, mps_restore, mps_watch
+        from vgpu_agent.commands.mps import mps_daemon, mps_prepare, mps_restore, mps_watch
 
         if settings.sharing is not SharingKind.MPS and options.step != "restore":
             raise MpsSetupError(

@@ -16,7 +16,11 @@ class ListenError(VgpuAgentError):
     """The metrics address cannot be listened on."""
 
 
-# Cards
+class StoreError(VgpuAgentError):
+    """A file of ours cannot be read or written; the message names it and says why."""
+
+
+# GPUs
 
 
 class DriverError(VgpuAgentError):
@@ -37,15 +41,15 @@ class NoAgentError(VgpuAgentError):
     """No running agent answers where it was asked; the message says what does instead."""
 
 
-class ReleaseError(VgpuAgentError):
-    """The running agent could not be made to let go of the cards."""
+class ControlError(VgpuAgentError):
+    """The running agent cannot do what it was asked; the message says why."""
 
 
 # MPS
 
 
 class MpsError(VgpuAgentError):
-    """The MPS control daemon could not be asked or told something."""
+    """The MPS control daemon could not be asked or set up."""
 
 
 class MpsBinaryError(MpsError):
@@ -76,27 +80,19 @@ class MpsSetupError(MpsError):
 
 
 class KubeletError(VgpuAgentError):
-    """The session with the kubelet could not be opened; it is tried again."""
+    """The kubelet was asked in vain, or was not understood; it is tried again."""
+
+
+class KubeletAwayError(KubeletError):
+    """No kubelet listens on its socket, or what does speaks no gRPC or hangs up."""
 
 
 class EndpointError(KubeletError):
     """Our own socket cannot be bound where the kubelet looks for it."""
 
 
-class RegistrationError(KubeletError):
-    """The kubelet refused the registration, or did not answer."""
-
-
-class StreamMissingError(RegistrationError):
+class StreamMissingError(KubeletError):
     """The kubelet took the registration and did not open its stream."""
-
-
-class KubeletAwayError(KubeletError):
-    """No kubelet listens on its socket."""
-
-
-class PodResourcesError(VgpuAgentError):
-    """The kubelet did not say who holds which vGPU; it is asked again."""
 
 
 # Rehearsal

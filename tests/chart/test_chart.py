@@ -16,15 +16,16 @@ from tests.agent_process import execute
 from tests.chart import helm, values_table
 from tests.chart.helm import CHART, CI, Object, containers, environment, mounts, of_kind, pod
 from vgpu_agent import settings as configuration
+from vgpu_agent.address import parse_address
 from vgpu_agent.gpu import cdi
 from vgpu_agent.model.container import DEVICES_DIRECTORY
-from vgpu_agent.settings import MPS_MAX_CLIENTS, EmbeddedSettings, Settings
+from vgpu_agent.model.rules import MPS_MAX_CLIENTS
+from vgpu_agent.settings import EmbeddedSettings, Settings
 from vgpu_agent.usage.containers import LINKS
 
 pytestmark = pytest.mark.slow
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
-KEYS = values_table.keys()
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 
 
@@ -168,71 +169,6 @@ def test_what_is_set_arrives_as_it_was_meant() -> None:
     assert simulated["VGPU_DEVICE_MEMORY"] == "8Gi"
     assert simulated["VGPU_SIMULATED_NUMA_NODES"] == "none,0,1"
     assert "VGPU_REPLICAS" not in simulated
-
-
-def resolved(schema: Any, definitions: dict[str, Any]) -> Any:
-    """Without references."""
-    if isinstance(schema, list):
-        return [resolved(each, definitions) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return resolved(definitions[schema["$ref"].split("/")[-1]], definitions)
-    return {key: resolved(each, definitions) for key, each in schema.items()}
-
-
-def rules(schema: Any) -> dict[str, set[Any]]:
-    """Words that are allowed, and bounds, wherever they are in a schema."""
-    found: dict[str, set[Any]] = {}
-    within = schema.values() if isinstance(schema, dict) else schema
-    parts = [rules(each) for each in within] if isinstance(schema, dict | list) else []
-    if isinstance(schema, dict):
-        bounds = ("minimum", "maximum", "exclusiveMinimum", "minItems", "minLength")
-        parts += [{key: {schema[key]}} for key in bounds if key in schema]
-        words = {*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])}
-        parts.append({"enum": words} if words else {})
-    for part in parts:
-        for key, values in part.items():
-            found[key] = found.get(key, set()) | values
-    return found
-
-
-def value_schema(key: str) -> Any:
-    """The definition of a value; a pool has the same."""
-    first, *rest = key.split(".")
-    schema = resolved(SCHEMA["definitions"][first], SCHEMA["definitions"])
-    for part in rest:
-        schema = schema["properties"][part]
-    return schema
-
-
-OWN_RULES = {
-    # A size is text in the chart: how small it may be is the agent's to say.
-    "device_memory": {"minimum"},
-    "simulated_memory": {"minimum"},
-    "memory_reserved": {"minimum"},
-    # The kubelet probes the pod's address, so that only all addresses will do.
-    "metrics_address": {"enum", "minItems"},
-}
-WORDS = {"mps_max_clients": {"auto"}, "memory_reserved": {"auto"}, "simulated_numa_nodes": {"none"}}
-"""Words beside a number, which the agent's parsers take before pydantic sees a value."""
-
-
-@pytest.mark.parametrize(("name", "key"), KEYS.items())
-def test_enums_and_ranges_of_the_schema_are_those_of_the_settings(name: str, key: str) -> None:
-    own = Settings.model_json_schema()
-    expected = rules(resolved(own["properties"][name], own["$defs"]))
-    expected.setdefault("enum", set()).update(WORDS.get(name, set()))
-    actual = {"enum": set(), **rules(value_schema(key))}
-    for rule in {*expected, *actual} - OWN_RULES.get(name, set()) - {"exclusiveMaximum"}:
-        assert actual.get(rule) == expected.get(rule), f"{key}: {rule}"
-
-
-def test_patterns_of_the_schema_are_those_of_the_settings() -> None:
-    own = Settings.model_json_schema()["properties"]
-    assert value_schema("cdiKind")["pattern"] == own["cdi_kind"]["pattern"]
-    # The others are really compared.
-    assert rules(value_schema("replicas")) == {"minimum": {1}, "maximum": {1024}}
 
 
 def test_a_pool_may_have_every_key_from_node_selector_on_and_no_other() -> None:
@@ -512,7 +448,7 @@ def test_an_agent_is_probed_where_it_listens(objects: list[Object]) -> None:
         (container,) = containers(workload).values()
         assert container["args"] == ["run"]
         (port,) = container["ports"]
-        address = configuration.parse_address(environment(container)["VGPU_METRICS_ADDRESS"])
+        address = parse_address(environment(container)["VGPU_METRICS_ADDRESS"])
         assert (port["name"], port["containerPort"]) == ("metrics", address.port)
         for probe, path in (("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
             assert container[probe]["httpGet"] == {"path": path, "port": "metrics"}

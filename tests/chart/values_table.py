@@ -7,29 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vgpu_agent import settings
-
 VALUES = Path(__file__).parents[2] / "charts/vgpu-agent/values.yaml"
-
-
-def keys() -> dict[str, str]:
-    """The value of each setting, such as mps.threads and health.driverWait, by its field."""
-    paths = [path for path, _ in documented(VALUES.read_text("utf-8"))]
-    whole = {"".join(path).lower(): ".".join(path) for path in paths}
-    last = {path[-1].lower(): ".".join(path) for path in paths}
-    plain = {name: name.replace("_", "") for name in settings.Settings.model_fields}
-    return {name: whole.get(words) or last[words] for name, words in sorted(plain.items())}
-
-
-def settings_table() -> str:
-    """The table of settings, with the value of the chart that sets each."""
-    rows = settings.markdown_table().splitlines()
-    reached = {settings.variable(name): value for name, value in keys().items()}
-    for number, row in enumerate(rows):
-        setting = row.split("`")[1] if number > 1 else ""
-        extra = ("value of the chart", "---")[number] if number < 2 else f"`{reached[setting]}`"
-        rows[number] = f"{row} {extra} |"
-    return "\n".join(rows)
 
 
 def markdown_table() -> str:

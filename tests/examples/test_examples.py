@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +15,10 @@ from kubernetes_validate import utils
 
 from tests import metrics_table
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.model.container import Grant, MpsSharing, Sharing, grant
+from vgpu_agent.model.container import Grant, grant
 from vgpu_agent.model.devices import Card, Gpu, Inventory
-from vgpu_agent.model.share import MIB
+from vgpu_agent.model.rules import MIB, SharingRules
+from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind
 
 ROOT = Path(__file__).parents[2]
@@ -81,8 +82,22 @@ def merge(spec: Mapping[str, Any], container: Mapping[str, Any], given: Grant) -
 
 PIPE, SHM = "/run/vgpu-agent/mps/pipe", "/dev/shm/vgpu-mps"
 CARD = Gpu("GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10", 0, "NVIDIA L4", 24576 * MIB, "0:1:0.0")
-NODE = Inventory((Card(CARD, 10),))
-MPS = Sharing(MpsSharing(PIPE, SHM), memory_held_back=512 * MIB)
+MPS = SharingRules(mps_pipe_directory=PIPE, mps_shm_directory=SHM, memory_reserved=512 * MIB)
+
+
+def node_of(gpus: Iterable[Gpu], rules: SharingRules) -> Inventory:
+    """These GPUs, divided as the rules say."""
+    made = [(gpu, divide(gpu, rules)) for gpu in gpus]
+    return Inventory(
+        tuple(
+            Card(gpu, each.replicas, usable_bytes=each.usable_bytes)
+            for gpu, each in made
+            if isinstance(each, Divided)
+        )
+    )
+
+
+NODE = node_of([CARD], MPS)
 
 
 def started(name: str) -> Started:
@@ -289,11 +304,11 @@ def test_the_autoscaler_scales_an_example_by_the_metric_that_the_adapter_makes()
     (metric,) = [each["pods"]["metric"]["name"] for each in scaler["spec"]["metrics"]]
     assert metric == rule["name"]["as"]
     used = set(re.findall(r"vgpu_\w+", rule["seriesQuery"] + rule["metricsQuery"]))
-    assert used <= metrics_table.metrics().keys()
+    labels = metrics_table.labels()
+    assert used <= labels.keys()
     assert len(used) == 2
     for label in rule["resources"]["overrides"]:
-        for name in used:
-            assert all(label in each.labels for each in metrics_table.metrics()[name].samples)
+        assert all(label in labels[name] for name in used)
 
 
 def test_the_quota_bounds_our_resource():
@@ -320,7 +335,7 @@ def test_the_trial_prints_what_its_readme_shows():
         settings.simulated_memory,
         settings.simulated_numa_nodes,
     )
-    node = Inventory(tuple(Card(gpu, settings.replicas) for gpu in gpus))
+    node = node_of(gpus, settings.sharing_rules())
     ((_, container),) = containers("trial/pod.yaml")
     ids = list(node.device_ids)[: vgpus(container)]
     given = grant(node, ids, settings.sharing_rules())

@@ -33,7 +33,8 @@ class FakeCard:
 
     `error` is the NVML error that its memory call answers; a new `epoch` makes older handles lost;
     every call takes `hang` seconds, or until that is 0 again. `set_mode_error` is what setting its
-    compute mode answers. `compute` and `mps` are its two lists of processes, `compute_error` and
+    compute mode answers, `handle_error` what asking for a handle of it does. `compute` and `mps`
+    are its two lists of processes, `compute_error` and
     `mps_error` what asking for them answers instead; that takes `list_hang` seconds.
     """
 
@@ -48,6 +49,7 @@ class FakeCard:
     mig: int | None = None
     compute_mode: int | None = 0
     set_mode_error: int = 0
+    handle_error: int = 0
     lost: bool = False
     error: int = 0
     ecc: int | None = 0
@@ -84,7 +86,7 @@ class FakeNvml:
 
     library: Path
     directory: Path
-    cards: dict[str, FakeCard] = field(default_factory=dict)
+    cards: list[FakeCard] = field(default_factory=list)
     driver: str = "570.1"
     init_code: int = 0
     wait_code: int = 0
@@ -125,10 +127,10 @@ class FakeNvml:
 
     def set_cards(self, *cards: FakeCard) -> None:
         """Makes these the cards of the machine. NVML sees new ones when it is opened anew."""
-        self.cards = {card.uuid: card for card in cards}
+        self.cards = list(cards)
         for card in cards:
             domain, _, rest = card.bus.lower().partition(":")
-            bus_id = f"{domain[-4:]}:{rest}"
+            bus_id = f"{domain[-4:]}:{rest}".replace("/", "_")
             (self.proc_root / bus_id).mkdir(exist_ok=True)
             (self.numa_root / bus_id).mkdir(exist_ok=True)
             if card.numa is not None:
@@ -137,7 +139,10 @@ class FakeNvml:
 
     def update(self, uuid: str, **changes: object) -> None:
         """Changes fields of one card."""
-        self.cards[uuid] = dataclasses.replace(self.cards[uuid], **changes)  # type: ignore[arg-type]
+        self.cards = [
+            dataclasses.replace(card, **changes) if card.uuid == uuid else card  # type: ignore[arg-type]
+            for card in self.cards
+        ]
         self._write()
 
     def xid(self, uuid: str | None, xid: int) -> None:
@@ -165,11 +170,11 @@ class FakeNvml:
             f"driver {self.driver}",
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
-            *(card.line() for card in self.cards.values()),
+            *(card.line() for card in self.cards),
             *self._events,
         ]
         new = self.control.with_name("control.new")
-        new.write_text("\n".join(lines) + "\n")
+        new.write_text("\n".join(lines) + "\n", "utf-8", errors="surrogateescape")
         new.replace(self.control)
 
 

@@ -106,9 +106,8 @@ offset = 0.0
 
 
 async def main() -> None:
-    numa_root, proc_root, min_compute_capability = json.loads(sys.argv[1])
+    numa_root, proc_root = json.loads(sys.argv[1])
     async with NvmlDriver(
-        min_compute_capability=tuple(min_compute_capability) if min_compute_capability else None,
         numa_root=Path(numa_root),
         proc_root=Path(proc_root),
         monotonic=lambda: time.monotonic() + offset,

@@ -82,6 +82,7 @@ struct card {
     long long mig;           /* 0, 1 */
     long long compute_mode;
     long long set_mode_error; /* what setting it answers */
+    long long handle_error;  /* what asking for a handle answers */
     long long lost;          /* every call answers GPU_IS_LOST */
     long long error;         /* what the memory calls answer */
     long long ecc;           /* uncorrectable errors */
@@ -253,7 +254,7 @@ static void set_field(struct card *card, const char *key, const char *value)
     } numbers[] = {
 #define FIELD(name) {#name, &card->name}
         FIELD(memory), FIELD(reserved), FIELD(used), FIELD(mig), FIELD(compute_mode),
-        FIELD(set_mode_error), FIELD(lost), FIELD(error), FIELD(ecc), FIELD(remap_failed),
+        FIELD(set_mode_error), FIELD(handle_error), FIELD(lost), FIELD(error), FIELD(ecc), FIELD(remap_failed),
         FIELD(remap_pending), FIELD(action), FIELD(energy), FIELD(compute_error), FIELD(mps_error),
         FIELD(process_v3), FIELD(events), FIELD(memory_v2), FIELD(epoch),
     };
@@ -446,9 +447,10 @@ static nvmlReturn_t take_handle(const char *uuid, nvmlDevice_t *device)
 {
     struct card *card = find_card(uuid), ignored;
 
-    if (card == NULL || card->lost > 0) {
+    if (card == NULL || card->lost > 0 || card->handle_error > 0) {
+        nvmlReturn_t result = card == NULL || card->lost > 0 ? GPU_IS_LOST : card->handle_error;
         pthread_mutex_unlock(&mutex);
-        return GPU_IS_LOST;
+        return result;
     }
     *device = handle_of(card);
     pthread_mutex_unlock(&mutex);

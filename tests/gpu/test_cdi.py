@@ -1,7 +1,8 @@
 import json
 
-from vgpu_agent.gpu.cdi import NamedByCdi, named_devices
-from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from tests.test_store import damage
+from vgpu_agent.gpu.cdi import CdiSpecs
+from vgpu_agent.gpu.simulated import simulated_gpus
 
 GPUS = simulated_gpus(2, "card", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)
@@ -27,30 +28,31 @@ def test_devices_of_a_kind_are_named_by_specs_in_yaml_and_json(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(other))
     (tmp_path / "c.yaml").write_text("kind: example.com/nic\ndevices: [{name: eth}]\n")
     (tmp_path / "d.txt").write_text("no spec")
-    names = named_devices("nvidia.com/gpu", (tmp_path / "a", tmp_path, tmp_path / "none"))
+    names = CdiSpecs("nvidia.com/gpu", (tmp_path / "a", tmp_path, tmp_path / "none")).names()
     assert names == {"0", ONE, TWO}
-    assert named_devices("example.com/nic", (tmp_path,)) == {"eth"}
+    assert CdiSpecs("example.com/nic", (tmp_path,)).names() == {"eth"}
 
 
-def test_a_spec_that_cannot_be_read_names_nothing_and_is_told(tmp_path, caplog):
-    (tmp_path / "a.yaml").write_text("{")
-    (tmp_path / "b.json").write_text("[]")
-    (tmp_path / "c.json").write_text('{"kind": "nvidia.com/gpu"}')
-    assert named_devices("nvidia.com/gpu", (tmp_path,)) == frozenset()
-    assert caplog.text.count("cannot be read") == 3
+def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, caplog):
+    """Whatever lies there: it is not waited for, nor read without a bound."""
+    (kubelet_dir / "a.yaml").write_text("{")
+    (kubelet_dir / "b.json").write_text("[]")
+    (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu"}')
+    (kubelet_dir / "d.yaml").write_bytes(b"\xff\xfe\x00")
+    (kubelet_dir / "e.yaml").write_text("[" * 5000)
+    for n, how in enumerate(["pipe", "directory", "socket", "device", "loop", "nested"]):
+        damage(kubelet_dir / f"{n}.yaml", how)
+    specs = CdiSpecs("nvidia.com/gpu", (kubelet_dir,))
+    for _ in range(3):  # once for as long as the same is wrong
+        assert specs.names() == frozenset()
+        assert caplog.text.count("cannot be read") == 11
+    (kubelet_dir / "b.json").write_text("7")
+    (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu", "devices": [{"name": "x"}]}')
+    assert specs.names() == {"x"}
+    assert caplog.text.count("cannot be read") == 12
 
 
-async def test_a_card_that_no_spec_names_is_left_out_until_one_does(tmp_path):
+def test_what_the_specs_name_now_counts(tmp_path):
+    assert CdiSpecs("nvidia.com/gpu", (tmp_path,)).names() == frozenset()
     (tmp_path / "nvidia.yaml").write_text(SPEC)
-    async with NamedByCdi(SimulatedDriver(GPUS), "nvidia.com/gpu", (tmp_path,)) as driver:
-        scan = await driver.scan()
-        assert [gpu.uuid for gpu in scan.gpus] == [ONE]
-        (left,) = scan.excluded
-        assert (left.gpu.uuid, left.reason) == (TWO, "cdi")
-        assert f"nvidia.com/gpu={TWO}" in left.detail
-        assert not (await driver.probe(ONE)).lost
-        more = {"kind": "nvidia.com/gpu", "devices": [{"name": TWO}]}
-        (tmp_path / "more.json").write_text(json.dumps(more))
-        assert len((await driver.scan()).gpus) == 2
-        await driver.release()
-        assert (await driver.probe(ONE)).lost
+    assert CdiSpecs("nvidia.com/gpu", (tmp_path,)).names() == {"0", ONE}

@@ -8,46 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from vgpu_agent.gpu.driver import Reading
-from vgpu_agent.gpu.health import HealthPolicy
-from vgpu_agent.gpu.memory import FaultMemory
-from vgpu_agent.gpu.probe import HealthWatch
+from tests.gpu.watched import Watched
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
-from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import NodeState
+from vgpu_agent.model.facts import Reading
+from vgpu_agent.model.rules import HealthRules
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 GPUS = simulated_gpus(4, "card", 2**34, (0,))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def test_ten_thousand_faults_and_heals_leave_nothing_behind(tmp_path, caplog):
-    caplog.set_level("CRITICAL", "vgpu_agent")
-    chance, clock = random.Random(7), Clock()
-    driver, state = SimulatedDriver(GPUS), NodeState(Division(10))
-    watch = HealthWatch(
-        driver, state, HealthPolicy(), FaultMemory(tmp_path), clock, wall_clock=clock
-    )
-    await watch.look()
+async def test_ten_thousand_faults_and_heals_leave_nothing_behind():
+    chance, driver = random.Random(7), SimulatedDriver(GPUS)
+    node = Watched(driver, health=HealthRules(driver_wait=1e9))
+    await node.look()
 
     async def churn(events: int) -> None:
         for _ in range(events):
             uuid = chance.choice(GPUS).uuid
             match chance.randrange(5):
                 case 0:
-                    driver.xid(uuid, chance.choice([13, 31, 48, 62, 74, 79, 999]))
-                    await watch.take_events()
+                    await node.xid(uuid, chance.choice([13, 31, 48, 62, 74, 79, 999]))
                 case 1:
                     driver.fail_probes(uuid, chance.choice([None, "failing"]))
                 case 2:
@@ -56,8 +41,9 @@ async def test_ten_thousand_faults_and_heals_leave_nothing_behind(tmp_path, capl
                     driver.fall_off(uuid)
                 case 4:
                     driver.enumerate_again(uuid)
-            clock.now += chance.choice([1, 100])
-            await watch.look()
+            await node.look(after=chance.choice([1, 100]))
+            node.published.clear()
+            node.lines.clear()
 
     await churn(1000)  # what is made once is made
     threads, files = threading.active_count(), descriptors()
@@ -73,8 +59,5 @@ async def test_ten_thousand_faults_and_heals_leave_nothing_behind(tmp_path, capl
 
     for gpu in GPUS:
         driver.enumerate_again(gpu.uuid)
-    for _ in range(3):
-        clock.now += 4000
-        await watch.look()
-    assert all(card.healthy for card in state.snapshot.inventory.cards)
-    assert len(state.snapshot.inventory.cards) == 4
+    await node.prove(7200)
+    assert node.healthy == [0, 1, 2, 3]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fake_nvml import XID_EVENTS, FakeCard, FakeNvml
+from vgpu_agent.gpu.nvml.calls import bus_id
 
 pytestmark = pytest.mark.slow
 
@@ -73,12 +74,11 @@ def start(fake_nvml: FakeNvml) -> Iterator[Start]:
 
     def start(
         *cards: FakeCard,
-        min_compute_capability: tuple[int, int] | None = None,
         library: bool = True,
     ) -> Child:
         """With cards they are all there are, and were scanned once."""
         roots = (str(fake_nvml.numa_root), str(fake_nvml.proc_root))
-        argument = json.dumps([*roots, min_compute_capability])
+        argument = json.dumps(roots)
         environment = {**os.environ, **(fake_nvml.environment() if library else {})}
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "tests.fake_nvml.child", argument],
@@ -132,7 +132,7 @@ def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
 
 def test_no_cards_then_cards(start, fake_nvml):
     child = start()
-    assert child.ask("scan") == {"driver_version": "570.1", "gpus": [], "excluded": []}
+    assert child.ask("scan") == {"driver_version": "570.1", "gpus": [], "undescribed": []}
     fake_nvml.set_cards(L4)
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
@@ -154,6 +154,7 @@ def test_describes_cards_with_their_numa_nodes(start, fake_nvml):
         "reserved_bytes": 512 * MIB,
         "numa_node": 0,
         "compute_capability": [8, 9],
+        "mig": False,
     }
     assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
     assert [gpu["numa_node"] for gpu in gpus] == [0, 1, None, None]
@@ -162,21 +163,56 @@ def test_describes_cards_with_their_numa_nodes(start, fake_nvml):
     assert gpus[3]["compute_capability"] == [9, 0]
 
 
-def test_leaves_out_mig_and_old_cards(start, fake_nvml):
-    fake_nvml.set_cards(
-        L4,
-        FakeCard("GPU-mig", mig=1),
-        FakeCard("GPU-old", cc=(6, 1)),
-        FakeCard("GPU-whole", mig=0),
-    )
-    scan = start(min_compute_capability=(7, 0)).ask("scan")
-    assert uuids(scan) == ["GPU-a", "GPU-whole"]
-    mig, old = scan["excluded"]
-    assert (mig["gpu"]["uuid"], mig["reason"]) == ("GPU-mig", "mig")
-    assert "nvidia-smi -i 1 -mig 0" in mig["detail"]
-    assert (old["gpu"]["uuid"], old["reason"]) == ("GPU-old", "compute-capability")
-    assert "6.1 is below 7.0" in old["detail"]
-    assert "GPU-old" in uuids(start().ask("scan"))
+def test_a_card_in_mig_mode_says_so(start, fake_nvml):
+    fake_nvml.set_cards(L4, FakeCard("GPU-mig", mig=1), FakeCard("GPU-whole", mig=0))
+    scan = start().ask("scan")
+    assert [gpu["mig"] for gpu in scan["gpus"]] == [False, True, False]
+    assert scan["undescribed"] == []
+
+
+@pytest.mark.parametrize("code", [4, 8, 11, 15, 999])
+def test_a_gpu_without_a_handle_is_shown_and_joins_when_it_answers(start, fake_nvml, code):
+    fake_nvml.set_cards(L4, FakeCard("GPU-b", handle_error=code))
+    child = start()
+    scan = child.ask("scan")
+    assert uuids(scan) == ["GPU-a"]
+    (silent,) = scan["undescribed"]
+    assert (silent["gpu"]["uuid"], silent["gpu"]["index"], silent["reason"]) == ("", 1, "error")
+    assert "index 1" in silent["detail"]
+    fake_nvml.update("GPU-b", handle_error=0)
+    assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b"]
+    # One that is known is not shown twice.
+    fake_nvml.update("GPU-b", handle_error=code)
+    assert child.ask("scan")["undescribed"] == []
+
+
+def test_odd_text_and_two_of_one_uuid_cost_no_other_gpu(start, fake_nvml):
+    odd = b"NVIDIA \xf8\x95\x8f\x8d".decode(errors="surrogateescape")
+    cards = [
+        FakeCard("GPU-b", name=odd),
+        FakeCard("GPU-d", name="x" * 95),
+        FakeCard("GPU-e"),
+        FakeCard("GPU-e"),
+    ]
+    fake_nvml.set_cards(L4, *cards)
+    scan = start().ask("scan")
+    assert uuids(scan) == ["GPU-a", "GPU-b", "GPU-d"]
+    assert scan["gpus"][1]["model"] == "NVIDIA " + "\ufffd" * 4
+    assert [each["reason"] for each in scan["undescribed"]] == ["duplicate"] * 2
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("00000000:3B:00.0", "0000:3b:00.0"),
+        ("03F8CFDD:00:00.0", "3f8cfdd:00:00.0"),
+        ("", ""),
+        ("N/A", "N/A"),
+        ("::", "::"),
+    ],
+)
+def test_a_bus_id_is_as_sysfs_has_it_and_what_is_none_stays(written, expected):
+    assert bus_id(written) == expected
 
 
 def test_reads_a_card(start, fake_nvml):
@@ -184,6 +220,7 @@ def test_reads_a_card(start, fake_nvml):
     healthy = {
         "lost": False,
         "error": None,
+        "hung": False,
         "uncorrectable_ecc": 0,
         "remap_failed": False,
         "remap_pending": False,
@@ -219,6 +256,7 @@ def test_what_a_card_does_not_offer_is_no_fault(start, fake_nvml):
     assert child.ask("probe", "GPU-a") == {
         "lost": False,
         "error": None,
+        "hung": False,
         "uncorrectable_ecc": None,
         "remap_failed": None,
         "remap_pending": None,
@@ -238,7 +276,7 @@ def test_an_error_is_told_in_the_words_of_nvml(start, fake_nvml):
     # A card that was described once stays what it is; one that never was is left out, and told.
     assert child.ask("scan") == scan
     assert uuids(scan) == ["GPU-a"]
-    assert [(card["gpu"]["uuid"], card["reason"]) for card in scan["excluded"]] == [
+    assert [(card["gpu"]["uuid"], card["reason"]) for card in scan["undescribed"]] == [
         ("GPU-new", "error")
     ]
 

@@ -3,9 +3,9 @@ import time
 import anyio
 import pytest
 
-from vgpu_agent.gpu.driver import Reading, Scan, XidEvent
 from vgpu_agent.gpu.simulated import DRIVER_VERSION, SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import MAX_DEVICE_ID, device_id
+from vgpu_agent.model.facts import Reading, Scan, XidEvent
 from vgpu_agent.model.holders import GpuProcess
 
 GIB = 1 << 30

@@ -17,7 +17,8 @@ import h2.exceptions
 import pytest
 
 from tests.kubelet_peer import off_loop
-from vgpu_agent.model.state import NodeState, Snapshot
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import Snapshot
 
 
 class Peer(Protocol):
@@ -48,15 +49,13 @@ async def wait_for(condition: Callable[[], Any], what: str, within: float = 10.0
     return found
 
 
-async def until(
-    state: NodeState, condition: Callable[[Snapshot], Any], within: float = 10.0
-) -> Snapshot:
+async def until(node: Node, condition: Callable[[Snapshot], Any], within: float = 10.0) -> Snapshot:
     """The first snapshot from now on that the condition holds for."""
     with anyio.move_on_after(within):
-        async for snapshot in state.latest.follow():
+        async for snapshot in node.latest.follow():
             if condition(snapshot):
                 return snapshot
-    raise AssertionError(f"not within {within} s; the last was {state.snapshot}")
+    raise AssertionError(f"not within {within} s; the last was {node.snapshot}")
 
 
 def told(caplog: pytest.LogCaptureFixture, words: str = "", logger: str = "") -> list[str]:

@@ -14,28 +14,25 @@ import grpc
 
 from tests.kubelet.peers import started, until
 from tests.kubelet_peer import CHANNEL_OPTIONS, KubeletPeer, off_loop
+from tests.nodes import new_node, probed
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
 from vgpu_agent.kubelet.session import KubeletSession, SessionTiming, StatFunction
-from vgpu_agent.model.container import MpsSharing, Sharing
-from vgpu_agent.model.devices import Card, Fault, Gpu, Reason, device_id
-from vgpu_agent.model.placement import Placement
-from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import NodeState, Snapshot
+from vgpu_agent.model.devices import Card, Gpu, device_id
+from vgpu_agent.model.facts import Reading
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.rules import HealthRules, Placement, SharingRules
+from vgpu_agent.model.snapshot import Snapshot
 
 RESOURCE = "example.com/vgpu"
 ENDPOINT = "vgpu.sock"
 GIB = 2**30
-MPS = Sharing(
-    mps=MpsSharing(pipe_directory="/run/vgpu-agent/mps/pipe", shm_directory="/dev/shm/vgpu-mps"),
-    memory_held_back=GIB // 2,
-)
-TIME_SLICING = Sharing(mps=None, memory_held_back=GIB // 2)
+MPS = SharingRules(memory_reserved=GIB // 2)
+TIME_SLICING = SharingRules(mps=False, memory_reserved=GIB // 2)
 PRODUCTION = SessionTiming()
 QUICK = SessionTiming(back_off_max=0.05, own_socket_poll=0.05)
 """For tests that need what comes later, and not the time until then."""
-
-LOST = Fault(Reason.LOST, 0.0, "fell off the bus")
+LOST = Reading(lost=True, error="fell off the bus")
 
 
 def cards_of(count: int, numa: Sequence[int | None] = (0, 0, 1, 1)) -> tuple[Gpu, ...]:
@@ -59,7 +56,7 @@ class RpcRecord:
 class Rig:
     """The parts of a running agent."""
 
-    state: NodeState
+    node: Node
     session: KubeletSession
     observer: RpcRecord
     plugins: list[DevicePlugin]
@@ -72,7 +69,7 @@ class Rig:
 
     @property
     def cards(self) -> tuple[Card, ...]:
-        return self.state.snapshot.inventory.cards
+        return self.node.snapshot.inventory.cards
 
     def ids(self, card: int, *numbers: int) -> list[str]:
         """Those vGPUs of a card, or all of them."""
@@ -81,16 +78,18 @@ class Rig:
 
     def registrations(self, result: str) -> int:
         """How often an attempt to register ended so."""
-        return self.state.snapshot.registrations.get(result, 0)
+        return self.node.snapshot.registrations.get(result, 0)
 
-    def fail(self, card: int, fault: Fault = LOST) -> None:
-        assert self.state.fault_found([self.cards[card].gpu.uuid], fault)
+    def fail(self, card: int, reading: Reading = LOST) -> None:
+        probed(self.node, self.cards[card].gpu.uuid, reading)
 
-    def heal(self, card: int, fault: Fault = LOST) -> None:
-        assert self.state.faults_cleared(self.cards[card].gpu.uuid, [fault.reason])
+    def heal(self, card: int) -> None:
+        """Passed probes, for as long as it takes."""
+        for _ in range(2):
+            probed(self.node, self.cards[card].gpu.uuid, Reading())
 
     async def until(self, condition: Callable[[Snapshot], Any], within: float = 10.0) -> Snapshot:
-        return await until(self.state, condition, within)
+        return await until(self.node, condition, within)
 
     async def registered(self, times: int = 1, within: float = 10.0) -> None:
         """Until the kubelet follows the list, and has been sent one, the n-th time."""
@@ -127,39 +126,34 @@ async def agent(
     *,
     gpus: int | Iterable[Gpu] = 4,
     replicas: int = 10,
-    sharing: Sharing = MPS,
+    sharing: SharingRules = MPS,
     placement: Placement = Placement.SPREAD,
     stat_file: StatFunction = os.stat,
     timing: SessionTiming = PRODUCTION,
     endpoint: str = ENDPOINT,
 ) -> AsyncIterator[Rig]:
     """An agent that keeps itself registered in `kubelet_dir`; its failure ends the block."""
-    state = NodeState(Division(replicas))
-    state.driver_answered("simulated", cards_of(gpus) if isinstance(gpus, int) else gpus)
+    node = new_node(
+        cards_of(gpus) if isinstance(gpus, int) else gpus,
+        replace(sharing, replicas=replicas, placement=placement),
+        HealthRules(recovery_seconds=0),
+    )
     observer, encoder, plugins = RpcRecord(), ListEncoder(), []
 
     def make_plugin() -> DevicePlugin:
-        plugins.append(
-            DevicePlugin(
-                state=state,
-                sharing=sharing,
-                placement=placement,
-                encoder=encoder,
-                observer=observer,
-            )
-        )
+        plugins.append(DevicePlugin(node=node, encoder=encoder, observer=observer))
         return plugins[-1]
 
     session = KubeletSession(
         directory=kubelet_dir / "device-plugins",
         endpoint=endpoint,
         resource_name=RESOURCE,
-        state=state,
+        node=node,
         make_plugin=make_plugin,
         stat_file=stat_file,
         timing=timing,
     )
-    rig = Rig(state, session, observer, plugins)
+    rig = Rig(node, session, observer, plugins)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(rig.run)
         yield rig

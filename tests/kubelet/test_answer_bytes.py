@@ -12,19 +12,21 @@ CARDS = """
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Card, Inventory
 
-cards = tuple(Card(gpu, 4) for gpu in simulated_gpus(6, "card", 2**34, (0, 1)))
+cards = tuple(Card(gpu, 4, usable_bytes=2**34) for gpu in simulated_gpus(6, "card", 2**34, (0, 1)))
 inventory = Inventory(cards)
 wanted = sorted({card.gpu.uuid + "::" + str(n) for card in cards for n in range(3)}, key=hash)
 """
 ALLOCATE = """
 from vgpu_agent.kubelet.plugin import _response
-from vgpu_agent.model.container import DeviceList, MpsSharing, Sharing, grant
+from vgpu_agent.model.container import grant
+from vgpu_agent.model.rules import DeviceList, SharingRules
 
-sharing = Sharing(MpsSharing("/pipe", "/shm"), device_list=DeviceList.CDI_ENVVAR)
-print(bytes(_response(grant(inventory, wanted, sharing))).hex())
+rules = SharingRules(device_list=DeviceList.CDI_ENVVAR)
+print(bytes(_response(grant(inventory, wanted, rules))).hex())
 """
 PREFER = """
-from vgpu_agent.model.placement import Placement, prefer
+from vgpu_agent.model.placement import prefer
+from vgpu_agent.model.rules import Placement
 
 must = [cards[3].gpu.uuid + "::1", "x", "y"]
 for placement in Placement:

@@ -18,14 +18,15 @@ from tests.kubelet.rig import (
     unchanging,
 )
 from tests.kubelet_peer import LIST_AND_WATCH, Device, StalledPeer, off_loop
+from tests.nodes import found
 from tests.wire import dp
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.plugin import ListEncoder
-from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
+from vgpu_agent.model.devices import Card, Inventory
+from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading
 from vgpu_agent.model.placement import Placement
-from vgpu_agent.model.share import MpsLimits
-from vgpu_agent.model.state import Mps
+from vgpu_agent.model.rules import MpsLimits
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE_NOW = grpc.StatusCode.FAILED_PRECONDITION
@@ -86,7 +87,7 @@ async def test_every_vgpu_is_listed_with_its_cards_numa_node(kubelet_dir):
 async def test_a_node_without_cards_sends_an_empty_list(kubelet_dir):
     async with registered(kubelet_dir, gpus=0) as (kubelet, rig):
         assert kubelet.lists[0].devices == []
-        rig.state.driver_answered("simulated", cards_of(1))
+        found(rig.node, cards_of(1))
         assert len((await off_loop(kubelet.wait_list, 2)).devices) == 10
 
 
@@ -97,8 +98,7 @@ async def test_a_fault_takes_all_vgpus_of_its_card_in_one_update_and_only_those(
         update = await off_loop(kubelet.wait_list, 2)
         assert {one.id for one in update.devices if one.health == "Unhealthy"} == ill
         assert {one.id for one in update.devices} == {one.id for one in kubelet.lists[0].devices}
-        rig.fail(2, Fault(Reason.ECC, 0.0, "an error more"))  # the same list: not sent
-        rig.heal(2, Fault(Reason.ECC, 0.0, ""))
+        rig.fail(2, Reading(error="and an error"))  # the same list: not sent
         rig.heal(2)
         update = await off_loop(kubelet.wait_list, 3)
         assert update.devices == kubelet.lists[0].devices
@@ -118,7 +118,7 @@ async def test_every_one_of_several_streams_follows_the_list(kubelet_dir):
         streams = [each.unary_stream(LIST_AND_WATCH)(b"") for each in (one, other)]
         for stream in streams:
             assert await next_message(stream) == kubelet.lists[0].raw
-        assert rig.state.snapshot.kubelet.streams == 3
+        assert rig.node.snapshot.kubelet.streams == 3
         rig.fail(1)
         update = await off_loop(kubelet.wait_list, 2)
         for stream in streams:
@@ -178,10 +178,16 @@ async def test_a_container_is_told_its_share(kubelet_dir):
         assert await off_loop(kubelet.allocate, ids) == answer
 
 
+def serving(limits, rig):
+    """A daemon that was set up with these limits."""
+    gpus = tuple(AppliedGpu(card.gpu.uuid, n, 10, None) for n, card in enumerate(rig.cards))
+    return DaemonLook(generation="1", applied=Applied("1", limits, None, gpus, None, "1"))
+
+
 async def test_allocations_are_for_the_daemon_as_it_was_set_up(kubelet_dir):
     """With limits of its own a client gets those of one vGPU, whatever the settings say now."""
     async with registered(kubelet_dir) as (_, rig):
-        rig.state.mps_seen(Mps(wanted=True, limits=MpsLimits.SERVER), (), {})
+        rig.node.set_daemon(serving(MpsLimits.SERVER, rig))
         two = await rig.call("Allocate", allocation(rig.ids(1, 0, 1)))
         assert two.code is INVALID
         assert "VGPU_MPS_LIMITS=server" in two.details
@@ -215,7 +221,7 @@ async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, c
     async with registered(kubelet_dir, gpus=2) as (kubelet, rig):
         rig.fail(1)
         await off_loop(kubelet.wait_list, 2)
-        before = unchanging(rig.state.snapshot)
+        before = unchanging(rig.node.snapshot)
         available = ["GPU-gone::0", *rig.ids(1, 0, 1), *rig.ids(0, 0, 1), "nonsense"]
         # There are two to be had, and an error would reject the pod.
         assert await off_loop(kubelet.preferred, available, [], 4) == rig.ids(0, 0, 1)
@@ -223,7 +229,7 @@ async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, c
         assert await off_loop(kubelet.preferred, rig.ids(1), [], 1) == []
         passed = ", ".join(sorted(["GPU-gone::0", *rig.ids(1, 0, 1), "nonsense"]))
         assert f"passed over as unknown or unhealthy: {passed}" in caplog.text
-        assert unchanging(rig.state.snapshot) == before
+        assert unchanging(rig.node.snapshot) == before
         assert rig.observer.calls[-3:] == [("GetPreferredAllocation", "OK")] * 3
 
 
@@ -343,12 +349,12 @@ async def test_a_wrong_request_is_refused_in_words_and_changes_nothing(kubelet_d
         rig.fail(3)
         await off_loop(kubelet.wait_list, 2)
         await rig.until(lambda snapshot: snapshot.lists_sent == 2)
-        before = rig.state.snapshot
+        before = rig.node.snapshot
         answer = await rig.call(method, *([] if request is None else [request]))
         assert answer.code is code
         for words in told:
             assert words in answer.details
-        assert rig.state.snapshot == before
+        assert rig.node.snapshot == before
         assert rig.observer.calls[-1] == (method, code.name)
         assert all(seconds >= 0 for seconds in rig.observer.seconds)
         # The agent serves on.

@@ -93,8 +93,8 @@ async def test_it_registers_its_endpoint_and_is_connected(kubelet_dir, caplog):
         )
         assert len(kubelet.allocatable) == 40
         assert rig.registrations("registered") == 1
-        assert rig.state.snapshot.kubelet.error is None
-        assert len(told(caplog, f"registered {RESOURCE}")) == 1
+        assert rig.node.snapshot.kubelet.error is None
+        assert len(told(caplog, "registered with the kubelet")) == 1
         assert kubelet.errors == []
 
 
@@ -116,7 +116,7 @@ async def test_it_waits_for_a_kubelet_that_is_not_there_yet_and_says_so_once(kub
     looks = Stats()
     async with agent(kubelet_dir, stat_file=looks) as rig:
         await looks.more(5)
-        assert rig.state.snapshot.kubelet.error == (
+        assert rig.node.snapshot.kubelet.error == (
             f"no kubelet at {rig.session.kubelet_path}: there is no such socket"
         )
         assert len(told(caplog, "no kubelet at")) == 1
@@ -125,7 +125,7 @@ async def test_it_waits_for_a_kubelet_that_is_not_there_yet_and_says_so_once(kub
             await rig.registered()
             waited = kubelet.registrations[0].time - made_at(kubelet.socket)
             assert waited < 1
-            assert rig.state.snapshot.registrations == {"registered": 1}
+            assert rig.node.snapshot.registrations == {"registered": 1}
 
 
 async def test_a_stale_kubelet_socket_is_one_line_and_no_attempt(kubelet_dir, caplog):
@@ -137,7 +137,7 @@ async def test_a_stale_kubelet_socket_is_one_line_and_no_attempt(kubelet_dir, ca
         await looks.more(10)
         assert len(told(caplog, "nobody listens on it")) == 1
         assert len(caplog.records) == 1
-        assert rig.state.snapshot.registrations == {}
+        assert rig.node.snapshot.registrations == {}
         async with started(KubeletPeer(kubelet_dir)):
             await rig.registered()
 
@@ -153,13 +153,13 @@ async def test_a_refused_registration_is_told_once_in_the_kubelets_words_and_tri
         pauses = [later - sooner for sooner, later in pairwise(times)]
         assert pauses[0] >= 0.15
         assert pauses[1] >= 0.3
-        words = f"cannot register {RESOURCE}: the kubelet refused with UNKNOWN: not today"
+        words = "cannot register: the kubelet refused with UNKNOWN: not today"
         assert told(caplog, "not today") == [words]
-        assert rig.state.snapshot.kubelet.error == words.partition(": ")[2]
+        assert rig.node.snapshot.kubelet.error == words.partition(": ")[2]
         assert not rig.path.exists()  # nothing is served that nobody asks for
         kubelet.refuse_register = None
         await rig.registered()
-        assert rig.state.snapshot.registrations == {"refused": 3, "registered": 1}
+        assert rig.node.snapshot.registrations == {"refused": 3, "registered": 1}
 
 
 async def test_a_kubelet_that_does_not_answer_is_tried_again(kubelet_dir, caplog, kubelet):
@@ -203,15 +203,14 @@ async def test_a_kubelet_that_hangs_up_as_it_is_called_is_called_again(kubelet_d
             await rig.registered()
 
 
-# asyncio logs the trace of an event that grpclib does not know, which a kubelet never sends.
-@pytest.mark.parametrize("name", [name for name in BAD_PEERS if name != "informational"])
+@pytest.mark.parametrize("name", BAD_PEERS)
 async def test_a_peer_that_speaks_badly_is_no_registration_and_a_good_one_is_found(
     kubelet_dir, name
 ):
     async with agent(kubelet_dir, timing=replace(QUICK, register_timeout=0.2)) as rig:
         async with listening(rig.session.kubelet_path, BAD_PEERS[name]):
             await rig.until(lambda snapshot: sum(snapshot.registrations.values()) >= 2)
-            assert set(rig.state.snapshot.registrations) <= {"unreachable", "refused"}
+            assert set(rig.node.snapshot.registrations) <= {"unreachable", "refused"}
         async with started(KubeletPeer(kubelet_dir)):
             await rig.registered()
 
@@ -223,7 +222,7 @@ async def test_a_kubelet_that_never_opens_its_stream_is_registered_with_again(
     async with agent(kubelet_dir, timing=replace(QUICK, stream_timeout=0.05)) as rig:
         await rig.until(lambda _: rig.registrations("no-stream") == 2)
         assert len(told(caplog, "the kubelet did not open its stream")) == 1
-        assert not rig.state.snapshot.kubelet.connected
+        assert not rig.node.snapshot.kubelet.connected
         kubelet.never_watch = False
         await rig.registered()
         assert rig.registrations("no-stream") == len(kubelet.registrations) - 1
@@ -273,7 +272,7 @@ async def test_a_cancellation_that_grpclib_leaves_behind_ends_nothing(
     results = None
     async with agent(kubelet_dir, timing=QUICK) as rig:
         await rig.registered()
-        results = rig.state.snapshot.registrations
+        results = rig.node.snapshot.registrations
     # The block would end without an error.
     assert results == {"refused" if fails else "unreachable": 1, "registered": 1}
 
@@ -490,14 +489,14 @@ async def test_what_is_in_the_way_is_named_left_alone_and_waited_for(
         inode = path.stat().st_ino
         async with agent(kubelet_dir, timing=QUICK) as rig:
             await rig.until(lambda _: rig.registrations("endpoint") == 2)
-            assert set(rig.state.snapshot.registrations) == {"endpoint"}
+            assert set(rig.node.snapshot.registrations) == {"endpoint"}
             assert len(told(caplog, words.format(path))) == 1
-            assert words.format(path) in rig.state.snapshot.kubelet.error
+            assert words.format(path) in rig.node.snapshot.kubelet.error
             assert path.stat().st_ino == inode
             assert kubelet.registrations == []
             in_the_way.close()
             await rig.registered()
-            assert rig.state.snapshot.kubelet.error is None
+            assert rig.node.snapshot.kubelet.error is None
 
 
 @pytest.mark.parametrize(
@@ -524,8 +523,8 @@ async def test_a_directory_that_takes_no_socket_is_named_and_tried_again(
     async with agent(kubelet_dir, timing=QUICK) as rig:
         await rig.until(lambda _: rig.registrations("endpoint") == 2)
         words = f"cannot bind {rig.path}: {os.strerror(number)}"
-        assert told(caplog, words) == [f"cannot register {RESOURCE}: {words}"]
-        assert rig.state.snapshot.kubelet.error == words
+        assert told(caplog, words) == [f"cannot register: {words}"]
+        assert rig.node.snapshot.kubelet.error == words
         assert kubelet.registrations == []  # a socket that anyone can use is never served
         monkeypatch.setattr(owner, call, good)
         await rig.registered()
@@ -562,7 +561,7 @@ async def test_the_end_is_clean_while_the_kubelet_follows(
         assert not rig.path.exists()
         assert own_sockets() == 0
         assert len(kubelet.registrations) == 1
-        assert rig.state.snapshot.kubelet.streams == 0
+        assert rig.node.snapshot.kubelet.streams == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from uuid import NAMESPACE_OID, uuid5
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from vgpu_agent.model.devices import Card, Fault, Gpu, Inventory, Reason, device_id
+from vgpu_agent.model.devices import Card, Effect, Fault, Gpu, Inventory, Reason, device_id
 
 MOST_CARDS = 8
 MOST_REPLICAS = 12
@@ -44,6 +44,12 @@ def a_gpu(index: int, **described) -> Gpu:
     return Gpu(index=index, **{**known, **described})
 
 
+def a_card(gpu: Gpu, replicas: int, faults: tuple[Fault, ...] = (), *, reserved: int = 0) -> Card:
+    """As it is advertised where it is divided by count and so many bytes are kept out."""
+    usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - reserved)
+    return Card(gpu, replicas, faults, usable_bytes=usable)
+
+
 def ids(uuid: str, *numbers: int) -> list[str]:
     return [device_id(uuid, number) for number in numbers]
 
@@ -53,7 +59,7 @@ faults = st.builds(
     reason=st.sampled_from(Reason),
     since=st.floats(0, 2e9),
     detail=st.sampled_from(["", "XID 79", "no answer"]),
-    until_reset=st.booleans(),
+    effect=st.sampled_from([e for e in Effect if e not in (Effect.NOTE, Effect.COUNT)]),
 )
 
 fault_sets = st.lists(faults, max_size=3, unique_by=lambda fault: fault.reason).map(tuple)
@@ -92,7 +98,7 @@ def inventories(
             reserved_bytes=min(total, reserved) // (n + 1),
             numa_node=numa_node,
         )
-        made.append(Card(gpu, count, draw(fault_sets) if maybe_ill else ()))
+        made.append(a_card(gpu, count, draw(fault_sets) if maybe_ill else ()))
     return Inventory(tuple(made))
 
 

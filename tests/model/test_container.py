@@ -4,35 +4,26 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.model.strategies import a_gpu, ids, inventories, tried
+from tests.model.strategies import a_card, a_gpu, ids, inventories, tried
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
-from vgpu_agent.model.container import (
-    DeviceList,
-    Mount,
-    MpsSharing,
-    Sharing,
-    Threads,
-    check_devices,
-    check_start,
-    grant,
-)
+from vgpu_agent.model.container import Mount, check_devices, check_start, grant
 from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
-from vgpu_agent.model.share import MIB, MpsLimits, usable_bytes
+from vgpu_agent.model.rules import MIB, DeviceList, MpsLimits, SharingRules, Threads
 
 PIPE = "/run/vgpu-agent/mps/pipe"
 SHM = "/dev/shm/vgpu-mps"
-MPS = Sharing(MpsSharing(PIPE, SHM), memory_held_back=300 * MIB)
-TIME_SLICING = Sharing(mps=None)
+MPS = SharingRules()
+TIME_SLICING = SharingRules(mps=False)
 
 L4 = "GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10"
 GPU = a_gpu(0, uuid=L4, memory_bytes=23034 * MIB, reserved_bytes=438 * MIB)
-"""22296 MiB of it are usable, with what `MPS` holds back."""
 
-ONE_CARD = Inventory((Card(GPU, 10),))
+ONE_CARD = Inventory((a_card(GPU, 10, reserved=300 * MIB),))
+"""22296 MiB of it are usable."""
 
 
-def by_mps(threads: Threads | float = Threads.SHARE, *, shm: str | None = SHM) -> Sharing:
-    return Sharing(MpsSharing(PIPE, shm, threads))
+def by_mps(threads: Threads | float = Threads.SHARE, *, shm: str | None = SHM) -> SharingRules:
+    return SharingRules(mps_threads=threads, mps_shm_directory=shm)
 
 
 # One card
@@ -65,7 +56,7 @@ def test_under_mps_a_container_is_told_its_share(vgpus, share, memory, fraction,
 
 
 def test_under_time_slicing_nothing_of_mps_is_given():
-    got = grant(ONE_CARD, ids(L4, 3, 7), TIME_SLICING)
+    got = grant(Inventory((a_card(GPU, 10),)), ids(L4, 3, 7), TIME_SLICING)
     assert got.environment == {
         "NVIDIA_VISIBLE_DEVICES": L4,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -81,9 +72,9 @@ def test_without_shared_memory_directory_the_container_keeps_its_own():
 
 
 def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reason():
-    sharing = Sharing(MpsSharing(PIPE, SHM), memory_held_back=2**40)
+    nothing = Inventory((a_card(GPU, 10, reserved=2**40),))
     with pytest.raises(UnavailableDeviceError, match=r"0 usable bytes.*VGPU_MEMORY_RESERVED"):
-        grant(ONE_CARD, ids(L4, 0), sharing)
+        grant(nothing, ids(L4, 0), MPS)
 
 
 # Several cards
@@ -91,7 +82,7 @@ def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reaso
 LARGE = a_gpu(0, uuid="large", memory_bytes=4000 * MIB, pci_bus_id="00000000:0B:00.0")
 SMALL = a_gpu(1, uuid="small", memory_bytes=1000 * MIB, pci_bus_id="00000000:0a:00.0")
 UNUSED = a_gpu(2, uuid="unused", memory_bytes=1000 * MIB, pci_bus_id="00000000:01:00.0")
-THREE_CARDS = Inventory((Card(LARGE, 10), Card(SMALL, 4), Card(UNUSED, 4)))
+THREE_CARDS = Inventory((a_card(LARGE, 10), a_card(SMALL, 4), a_card(UNUSED, 4)))
 
 
 def test_several_cards_are_told_in_pci_order_and_so_are_their_limits():
@@ -128,7 +119,7 @@ def test_ordinals_of_limits_match_the_places_of_the_cards(inventory, data):
     for ordinal, (uuid, limit) in enumerate(zip(visible, limits, strict=True)):
         card = inventory.find(uuid)
         held = sum(inventory.card_of(vgpu) is card for vgpu in set(vgpus))
-        usable = card.gpu.memory_bytes - card.gpu.reserved_bytes
+        usable = card.usable_bytes
         assert limit == f"{ordinal}={usable * held // card.replicas // MIB}M"
 
 
@@ -136,7 +127,7 @@ def test_ordinals_of_limits_match_the_places_of_the_cards(inventory, data):
 
 
 def percentage(vgpus: int, of: int, threads: Threads | float) -> str | None:
-    inventory = Inventory((Card(GPU, of),))
+    inventory = Inventory((a_card(GPU, of),))
     environment = grant(inventory, ids(L4, *range(vgpus)), by_mps(threads)).environment
     return environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
 
@@ -183,7 +174,7 @@ ILL = Card(
     2,
     (Fault(Reason.XID, 0.0, "XID 79"), Fault(Reason.LOST, 0.0, "not on the bus")),
 )
-NODE = Inventory((Card(LARGE, 10), ILL))
+NODE = Inventory((a_card(LARGE, 10), ILL))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +238,7 @@ def test_a_container_starts_again_with_a_vgpu_that_is_no_longer_made():
         (
             ["large::0", "gone::1"],
             UnavailableDeviceError,
-            "device 'gone::1': its card is not on this node",
+            "device 'gone::1': its GPU is not on this node",
         ),
         (
             ["large::0", "ill::7"],
@@ -264,15 +255,10 @@ def test_a_container_does_not_start_without_its_cards(vgpus, error, message):
 # Same request, same answer
 
 sharings = st.builds(
-    Sharing,
-    mps=st.none()
-    | st.builds(
-        MpsSharing,
-        pipe_directory=st.just(PIPE),
-        shm_directory=st.sampled_from([None, SHM]),
-        threads=st.sampled_from(Threads) | st.floats(0.1, 10),
-    ),
-    memory_held_back=st.integers(0, 2**26),
+    SharingRules,
+    mps=st.booleans(),
+    mps_shm_directory=st.sampled_from([None, SHM]),
+    mps_threads=st.sampled_from(Threads) | st.floats(0.1, 10),
 )
 
 
@@ -300,26 +286,21 @@ def test_an_answer_cannot_be_changed_by_who_holds_it():
 
 @given(
     inventories(fewest=1, most=1, healthy=True),
-    st.integers(0, 2**26),
     st.lists(st.integers(0, 3), min_size=12, max_size=12),
 )
 @tried(100)
-def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(
-    inventory, held_back, owners
-):
+def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(inventory, owners):
     (card,) = inventory.cards
-    sharing = Sharing(MpsSharing(PIPE, SHM), held_back)
     groups: dict[int, list[str]] = {}
     for owner, vgpu in zip(owners, card.device_ids, strict=False):
         groups.setdefault(owner, []).append(vgpu)
-    told = [grant(inventory, group, sharing).environment for group in groups.values()]
+    told = [grant(inventory, group, MPS).environment for group in groups.values()]
     limits = [
         int(environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"].removeprefix("0=").removesuffix("M"))
         for environment in told
     ]
-    usable = usable_bytes(card.gpu.memory_bytes, card.gpu.reserved_bytes, held_back)
-    assert sum(limits) * MIB <= usable
-    assert sum(int(environment["VGPU_MEMORY_BYTES"]) for environment in told) <= usable
+    assert sum(limits) * MIB <= card.usable_bytes
+    assert sum(int(environment["VGPU_MEMORY_BYTES"]) for environment in told) <= card.usable_bytes
     assert sum(int(e["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) for e in told) <= 100
 
 
@@ -327,7 +308,7 @@ def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(
 
 
 def test_with_limits_in_the_daemon_a_client_is_told_none_and_a_container_has_one_vgpu():
-    sharing = Sharing(MpsSharing(PIPE, SHM, limits=MpsLimits.SERVER))
+    sharing = SharingRules(mps_limits=MpsLimits.SERVER)
     environment = grant(ONE_CARD, ids(L4, 3), sharing).environment
     assert environment["CUDA_MPS_PIPE_DIRECTORY"] == PIPE
     assert not [name for name in environment if "LIMIT" in name or "PERCENTAGE" in name]
@@ -337,7 +318,7 @@ def test_with_limits_in_the_daemon_a_client_is_told_none_and_a_container_has_one
 
 
 def test_without_limits_a_client_is_told_none_however_many_vgpus_it_has():
-    sharing = Sharing(MpsSharing(PIPE, None, limits=MpsLimits.NONE))
+    sharing = SharingRules(mps_limits=MpsLimits.NONE)
     environment = grant(ONE_CARD, ids(L4, *range(10)), sharing).environment
     assert [name for name in environment if name.startswith("CUDA_MPS")] == [
         "CUDA_MPS_PIPE_DIRECTORY"
@@ -351,19 +332,24 @@ FOLDER = "/var/run/nvidia-container-devices"
     ("sharing", "visible", "cdi_devices", "mounts"),
     [
         (
-            Sharing(None, device_list=DeviceList.VOLUME_MOUNTS),
+            SharingRules(mps=False, device_list=DeviceList.VOLUME_MOUNTS),
             FOLDER,
             (),
             (Mount("/dev/null", f"{FOLDER}/{L4}"),),
         ),
         # The runtime adds none then.
         (
-            Sharing(None, device_list=DeviceList.CDI, cdi_kind="example.com/card"),
+            SharingRules(mps=False, device_list=DeviceList.CDI, cdi_kind="example.com/card"),
             "void",
             (f"example.com/card={L4}",),
             (),
         ),
-        (Sharing(None, device_list=DeviceList.CDI_ENVVAR), L4, (f"nvidia.com/gpu={L4}",), ()),
+        (
+            SharingRules(mps=False, device_list=DeviceList.CDI_ENVVAR),
+            L4,
+            (f"nvidia.com/gpu={L4}",),
+            (),
+        ),
     ],
     ids=["mounts", "CDI", "CDI and variable"],
 )
@@ -374,7 +360,7 @@ def test_cards_are_named_otherwise_than_by_the_variable(sharing, visible, cdi_de
 
 
 def test_a_vgpu_of_a_size_has_that_size_and_two_have_twice_as_much():
-    inventory = Inventory((Card(GPU, 3, vgpu_bytes=2000 * MIB),))
+    inventory = Inventory((Card(GPU, 3, usable_bytes=6500 * MIB, vgpu_bytes=2000 * MIB),))
     for count in (1, 2):
         environment = grant(inventory, ids(L4, *range(count)), by_mps()).environment
         assert environment["VGPU_MEMORY_BYTES"] == str(count * 2000 * MIB)
@@ -404,6 +390,5 @@ CLIENT, SERVER, NONE = MpsLimits.CLIENT, MpsLimits.SERVER, MpsLimits.NONE
 def test_what_the_daemon_was_set_up_for_holds_where_it_has_limits_of_its_own(
     wanted, applied, holds
 ):
-    sharing = Sharing(mps=MpsSharing("/pipe", None, limits=wanted))
-    assert sharing.under(applied) == Sharing(mps=MpsSharing("/pipe", None, limits=holds))
-    assert TIME_SLICING.under(applied) is TIME_SLICING
+    rules = SharingRules(mps_limits=wanted)
+    assert rules.with_applied_limits(applied) == SharingRules(mps_limits=holds)

@@ -50,7 +50,7 @@ def _allowed(name: str) -> bool:
 
 
 def test_the_model_is_found():
-    names = {"container", "devices", "placement", "share", "state"}
+    names = {"container", "devices", "health", "node", "placement", "share", "snapshot"}
     assert {f"vgpu_agent.model.{name}" for name in names} <= set(MODULES)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.agent_process import REPOSITORY, environment
 from vgpu_agent.mps.control import Control
-from vgpu_agent.mps.prepare import Directories
+from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.processes import find_named, variable_of
 
 SCRIPT = Path(__file__).with_name("fake_daemon.py")
@@ -69,13 +69,10 @@ class FakeMps:
         new.replace(self.behaviour)
 
     def control(self, **options: float) -> Control:
-        return Control(self.directories.pipe, self.directories.log, binary=self.program, **options)
+        return Control(self.directories, binary=self.program, **options)
 
     def _environment(self) -> dict[str, str]:
-        return environment(
-            CUDA_MPS_PIPE_DIRECTORY=str(self.directories.pipe),
-            CUDA_MPS_LOG_DIRECTORY=str(self.directories.log),
-        )
+        return environment(**self.directories.environment())
 
     def start(self) -> subprocess.Popen[str]:
         """A daemon that answers; the one before it must be gone."""

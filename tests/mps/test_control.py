@@ -8,21 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vgpu_agent.errors import MpsBinaryError, MpsDownError, MpsHungError, MpsRefusedError
-from vgpu_agent.model.share import MIB
-from vgpu_agent.mps.control import (
+from vgpu_agent.model.rules import MIB
+from vgpu_agent.mps.answers import (
     GIB,
-    Client,
-    Control,
-    ServerStatus,
-    WaitingClient,
     parse_clients,
+    parse_fault,
     parse_memory,
     parse_percentage,
     parse_pids,
-    parse_status,
     same_limit,
     waiting_clients,
 )
+from vgpu_agent.mps.control import Control, Defaults
+from vgpu_agent.mps.directories import Directories
 
 pytestmark = pytest.mark.slow
 
@@ -38,23 +36,19 @@ def open_files() -> int:
 # The daemon
 
 
-async def test_a_daemon_is_asked_and_told(fake_mps):
+async def test_a_daemon_is_asked_and_set_up(fake_mps):
     fake_mps.start()
     control = fake_mps.control()
     assert await control.servers() == ()
-    assert await control.default_thread_percentage() == 100
-    assert await control.default_memory_limit(0) is None
-    await control.set_default_thread_percentage(10)
-    await control.set_default_memory_limit(0, 2300 * MIB + 17)
-    assert await control.default_thread_percentage() == 10
-    assert await control.default_memory_limit(0) == 2300 * MIB
-    assert await control.default_memory_limit(1) is None
+    assert await control.defaults([0, 1]) == Defaults(100, {0: None, 1: None})
+    await control.set_defaults(Defaults(10, {0: 2300 * MIB + 17, 1: None}))
+    assert await control.defaults([0, 1]) == Defaults(10, {0: 2300 * MIB, 1: None})
     pid = fake_mps.start_server()
     assert await control.servers() == (pid,)
-    assert await control.server_status(pid) is ServerStatus.ACTIVE
+    assert not await control.server_failed(pid)
     fake_mps.behave(status="FAULT", clients=f"GPU-a {pid + 1}\n")
-    assert await control.server_status(pid) is ServerStatus.FAULT
-    assert await control.clients() == (Client(pid + 1, "GPU-a"),)
+    assert await control.server_failed(pid)
+    assert await control.clients() == ("GPU-a",)
 
 
 async def test_questions_at_the_same_time_take_turns(fake_mps):
@@ -87,7 +81,9 @@ async def test_without_a_daemon_it_is_down_also_where_a_killed_one_left_its_sock
         await fake_mps.control().servers()
 
 
-async def test_a_daemon_that_hangs_is_told_in_time_and_a_question_to_it_leaves_nothing(fake_mps):
+async def test_a_daemon_that_hangs_is_reported_in_time_and_a_question_to_it_leaves_nothing(
+    fake_mps,
+):
     fake_mps.start()
     control = fake_mps.control()
     await control.servers()
@@ -106,16 +102,16 @@ async def test_a_daemon_that_hangs_is_told_in_time_and_a_question_to_it_leaves_n
     assert await control.servers() == ()
 
 
-async def test_a_refusal_is_told_with_its_words(fake_mps):
+async def test_a_refusal_is_reported_with_its_words(fake_mps):
     fake_mps.start()
     fake_mps.behave(refuse={"get_server_list": "Not today"})
     with pytest.raises(MpsRefusedError, match=r"refused `get_server_list` .*Not today"):
         await fake_mps.control().servers()
 
 
-async def test_a_program_that_is_missing_or_may_not_be_run_is_told(tmp_path):
+async def test_a_program_that_is_missing_or_may_not_be_run_is_reported(tmp_path):
     program = tmp_path / "program"
-    control = Control(tmp_path, tmp_path, binary=str(program))
+    control = Control(Directories(tmp_path), binary=str(program))
     with pytest.raises(MpsBinaryError, match="install the driver"):
         await control.servers()
     program.write_text("#!/bin/sh\n")
@@ -147,18 +143,19 @@ def test_what_makes_no_sense_is_refused(parse, texts):
 
 
 @pytest.mark.parametrize(
-    ("text", "status"),
+    ("text", "fault"),
     [
-        ("ACTIVE", ServerStatus.ACTIVE),
-        ("Server 12 status: Initializing", ServerStatus.INITIALIZING),
-        ("FAULT\n", ServerStatus.FAULT),
-        ("ACTIVE, was FAULT", ServerStatus.FAULT),
-        ("INACTIVE", ServerStatus.UNKNOWN),
-        ("", ServerStatus.UNKNOWN),
+        ("ACTIVE", False),
+        ("Server 12 status: Initializing", False),
+        ("FAULT\n", True),
+        ("Server 12 status: fault", True),
+        ("ACTIVE, was FAULT", True),
+        ("DEFAULT", False),
+        ("", False),
     ],
 )
-def test_a_status_is_a_word(text, status):
-    assert parse_status(text) is status
+def test_a_fault_is_a_word_of_the_status(text, fault):
+    assert parse_fault(text) is fault
 
 
 @given(st.integers(0, 100), st.sampled_from(["", ".0", ".25", "%", ".0 %"]))
@@ -196,14 +193,14 @@ PS = """PID ID SERVER DEVICE NAMESPACE COMMAND
     ("text", "clients"),
     [
         ("", []),
-        (PS, [Client(pid, "GPU-cb1213a3-d6a4-be7f", 6472) for pid in (9741, 9743)]),
-        ("GPU-a 71\n72 GPU-b\n", [Client(71, "GPU-a"), Client(72, "GPU-b")]),
-        ("GPU-a: 71, 72", [Client(71, "GPU-a"), Client(72, "GPU-a")]),
-        ("0 71\n72 1\n", [Client(71, "0"), Client(72, "1")]),
-        ("Device 0\n71\n72\nDevice 1:\n73", [Client(71, "0"), Client(72, "0"), Client(73, "1")]),
-        ("GPU-a\n71\n", [Client(71, "GPU-a")]),
-        ("71\n72\n", [Client(71), Client(72)]),
-        ("71 some words\n", [Client(71)]),
+        (PS, ["GPU-cb1213a3-d6a4-be7f"] * 2),
+        ("GPU-a 71\n72 GPU-b\n", ["GPU-a", "GPU-b"]),
+        ("GPU-a: 71, 72", ["GPU-a", "GPU-a"]),
+        ("0 71\n72 1\n", ["0", "1"]),
+        ("Device 0\n71\n72\nDevice 1:\n73", ["0", "0", "1"]),
+        ("GPU-a\n71\n", ["GPU-a"]),
+        ("71\n72\n", ["", ""]),
+        ("71 some words\n", [""]),
         ("no clients\n", []),
     ],
 )
@@ -214,7 +211,7 @@ def test_clients_are_read_in_every_form_that_may_be(text, clients):
 @given(st.text(max_size=300))
 def test_no_text_breaks_a_parser_that_does_not_refuse(text):
     parse_clients(text)
-    parse_status(text)
+    parse_fault(text)
     waiting_clients(text)
 
 
@@ -234,24 +231,24 @@ FOREIGN = line("NEW CLIENT 72 from user 0: Server is not ready, push client to p
 
 
 def test_clients_of_another_user_wait_until_their_server_is_ready():
-    assert waiting_clients(OWN) == ()
-    assert waiting_clients(OWN + FOREIGN) == (WaitingClient(72, 0),)
+    assert waiting_clients(OWN) == set()
+    assert waiting_clients(OWN + FOREIGN) == {(72, 0)}
     after = line("Server 60 exited with status 0") + line("Starting new server 61 for user 0")
-    assert waiting_clients(OWN + FOREIGN + after) == ()
-    assert waiting_clients(OWN + FOREIGN + after + line("NEW SERVER 61: Ready")) == ()
+    assert waiting_clients(OWN + FOREIGN + after) == set()
+    assert waiting_clients(OWN + FOREIGN + after + line("NEW SERVER 61: Ready")) == set()
 
 
-def test_a_log_whose_beginning_is_lost_tells_the_user_by_its_clients():
+def test_a_log_whose_beginning_is_lost_shows_the_user_by_its_clients():
     served = line("NEW CLIENT 71 from user 1000: Server already exists")
-    assert waiting_clients(served + FOREIGN) == (WaitingClient(72, 0),)
-    assert waiting_clients(FOREIGN) == ()
+    assert waiting_clients(served + FOREIGN) == {(72, 0)}
+    assert waiting_clients(FOREIGN) == set()
 
 
 async def test_a_program_that_ends_without_reading_is_a_daemon_that_is_down(tmp_path):
     program = tmp_path / "nvidia-cuda-mps-control"
     program.write_text("#!/bin/sh\necho 'Cannot find MPS control daemon process'; exit 1\n")
     program.chmod(0o755)
-    control = Control(tmp_path / "pipe", tmp_path / "log", binary=str(program))
+    control = Control(Directories(tmp_path), binary=str(program))
     for _ in range(5):
         with pytest.raises(MpsDownError):
             await control.servers()

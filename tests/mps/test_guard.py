@@ -1,4 +1,4 @@
-"""What the agent makes of the MPS daemon."""
+"""What the node makes of the MPS daemon, as its guard sees it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,36 +8,71 @@ import pytest
 
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Reason
-from vgpu_agent.model.share import Division, MpsLimits
-from vgpu_agent.model.state import NodeState
-from vgpu_agent.mps.applied import Applied, AppliedCard
-from vgpu_agent.mps.daemon import DaemonLook, SimulatedDaemon
-from vgpu_agent.mps.guard import MpsGuard, judge
+from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Scan
+from vgpu_agent.model.health import Moment
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.rules import MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver, Mps, Rules
+from vgpu_agent.mps.daemon import SimulatedDaemon
+from vgpu_agent.mps.guard import MpsGuard
+from vgpu_agent.observe import changes
 
-GPUS = simulated_gpus(2, "card", 2**34, (0,))
+GPUS = simulated_gpus(2, "GPU", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)
-DIVISION = Division(10, max_clients=48)
 APPLIED = Applied(
     generation="g1",
     limits=MpsLimits.CLIENT,
     thread_percentage=None,
-    cards=(AppliedCard(ONE, 0, 10, None), AppliedCard(TWO, 1, 10, None)),
+    gpus=(AppliedGpu(ONE, 0, 10, None), AppliedGpu(TWO, 1, 10, None)),
     problem=None,
     version="1",
 )
 WELL = DaemonLook(generation="g1", applied=APPLIED)
 
 
-def verdict(look: DaemonLook, limits: MpsLimits = MpsLimits.CLIENT, division: Division = DIVISION):
-    return judge(look, GPUS, division, limits)
+def make_node(limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
+    rules = Rules(SharingRules(mps_limits=limits, replicas=replicas))
+
+    def published(before, after) -> None:
+        changes.write(changes.changes(before, after, rules))
+
+    return Node(rules, clock=lambda: Moment(1.0, 1000.0), published=published)
 
 
-def test_a_daemon_that_answers_and_was_told_this_nodes_limits_is_well():
-    mps = verdict(WELL).mps
-    assert (mps.wanted, mps.up, mps.limits_in_force) == (True, True, True)
-    assert (mps.problem, mps.replacement) == (None, None)
-    assert verdict(WELL).findings == ()
-    assert verdict(WELL).applied == {ONE: 10, TWO: 10}
+def see(node: Node, gpus=GPUS) -> None:
+    """The driver shows these GPUs."""
+    node.driver_looked(Driver("1", None), Scan("1", gpus), {}, memory_used={})
+
+
+def judged(look: DaemonLook, limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
+    node = make_node(limits, replicas)
+    see(node)
+    node.set_daemon(look)
+    return node
+
+
+def mps_of(node: Node) -> Mps:
+    assert node.snapshot.mps is not None
+    return node.snapshot.mps
+
+
+def reasons(node: Node) -> list[list[Reason]]:
+    return [[fault.reason for fault in card.faults] for card in node.snapshot.inventory.cards]
+
+
+def replicas_of(node: Node) -> list[int]:
+    return [card.replicas for card in node.snapshot.inventory.cards]
+
+
+# What a look means
+
+
+def test_a_daemon_that_answers_and_was_set_up_for_this_node_is_well():
+    node = judged(WELL)
+    mps = mps_of(node)
+    assert (mps.up, mps.limits_in_effect, mps.problem, mps.replacement) == (True, True, None, None)
+    assert reasons(node) == [[], []]
+    assert replicas_of(node) == [10, 10]
 
 
 @pytest.mark.parametrize(
@@ -52,31 +87,31 @@ def test_a_daemon_that_answers_and_was_told_this_nodes_limits_is_well():
     ],
 )
 def test_every_other_daemon_gives_no_vgpu_and_says_why(look, problem):
-    found = verdict(look)
-    assert problem in (found.mps.problem or "")
-    assert not found.mps.limits_in_force
-    assert [each.rule.reason for each in found.findings] == [Reason.MPS]
+    node = judged(look)
+    assert problem in (mps_of(node).problem or "")
+    assert not mps_of(node).limits_in_effect
+    assert reasons(node) == [[Reason.MPS], [Reason.MPS]]
 
 
 @pytest.mark.parametrize("limits", MpsLimits)
-def test_for_every_kind_of_limits_the_file_has_to_speak_of_it(limits):
+def test_for_every_kind_of_limits_the_file_must_be_of_this_daemon(limits):
     look = replace(WELL, applied=replace(APPLIED, limits=limits))
-    assert verdict(look, limits).mps.problem is None
-    assert verdict(replace(look, generation="g9"), limits).mps.problem is not None
+    assert mps_of(judged(look, limits)).problem is None
+    assert mps_of(judged(replace(look, generation="g9"), limits)).problem is not None
 
 
 def test_a_faulty_server_is_a_fault_of_its_own():
-    found = verdict(replace(WELL, faulty=(640,)))
-    assert found.mps.problem is None
-    assert [each.rule.reason for each in found.findings] == [Reason.MPS_FAULT]
-    assert "640" in found.findings[0].detail
+    node = judged(replace(WELL, faulty=(640,)))
+    assert mps_of(node).problem is None
+    assert reasons(node) == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
+    assert "640" in node.snapshot.inventory.cards[0].faults[0].detail
 
 
 def test_what_was_applied_is_served_until_the_pod_is_replaced():
-    found = verdict(WELL, division=Division(20, max_clients=48))
-    assert found.mps.problem is None
-    assert found.applied == {ONE: 10, TWO: 10}
-    assert found.mps.replacement == (
+    node = judged(WELL, replicas=20)
+    assert mps_of(node).problem is None
+    assert replicas_of(node) == [10, 10]
+    assert mps_of(node).replacement == (
         "the MPS pod must be replaced: GPU 0 has 10 vGPUs instead of 20,"
         " GPU 1 has 10 vGPUs instead of 20"
     )
@@ -85,130 +120,136 @@ def test_what_was_applied_is_served_until_the_pod_is_replaced():
 @pytest.mark.parametrize("applied", MpsLimits)
 @pytest.mark.parametrize("wanted", MpsLimits)
 def test_limits_of_the_daemons_own_come_and_go_only_with_its_pod(applied, wanted):
-    found = verdict(replace(WELL, applied=replace(APPLIED, limits=applied)), wanted)
-    assert found.mps.problem is None
-    assert found.mps.limits is applied
+    mps = mps_of(judged(replace(WELL, applied=replace(APPLIED, limits=applied)), wanted))
+    assert mps.problem is None
+    assert mps.limits is applied
     if (applied is MpsLimits.SERVER) == (wanted is MpsLimits.SERVER):
-        assert found.mps.replacement is None
+        assert mps.replacement is None
     else:
-        assert found.mps.replacement == (
+        assert mps.replacement == (
             f"the MPS pod must be replaced: it serves VGPU_MPS_LIMITS={applied} instead of {wanted}"
         )
 
 
-class Node:
+# A daemon that comes and goes
+
+
+class Watched:
     def __init__(self) -> None:
-        self.state = NodeState(DIVISION)
+        self.node = make_node()
         self.daemon = SimulatedDaemon({ONE: 10, TWO: 10}, MpsLimits.CLIENT)
-        self.guard = MpsGuard(self.daemon, self.state, DIVISION, MpsLimits.CLIENT)
 
-    @property
-    def replicas(self) -> list[int]:
-        return [card.replicas for card in self.state.snapshot.inventory.cards]
-
-    @property
-    def reasons(self) -> list[list[Reason]]:
-        cards = self.state.snapshot.inventory.cards
-        return [[fault.reason for fault in card.faults] for card in cards]
+    async def look(self) -> None:
+        self.node.set_daemon(await self.daemon.look())
 
 
 @pytest.fixture
-def node() -> Node:
-    return Node()
+def watched() -> Watched:
+    return Watched()
 
 
 async def becomes(node: Node, holds: Callable[[str | None], bool]) -> None:
     with anyio.fail_after(2):
-        async for snapshot in node.state.latest.follow():
-            if holds(snapshot.mps.problem):
+        async for snapshot in node.latest.follow():
+            if snapshot.mps is not None and holds(snapshot.mps.problem):
                 return
 
 
-async def test_a_daemon_that_dies_takes_all_vgpus_with_it_and_brings_them_back_at_once(node):
-    await node.guard.look()
-    node.state.driver_answered("1", GPUS)
-    assert node.reasons == [[], []]
-    published = node.state.latest.version
-    node.daemon.die()
-    await node.guard.look()
-    assert node.reasons == [[Reason.MPS], [Reason.MPS]]
-    assert node.state.latest.version - published == 2  # the daemon, and all cards in one
-    node.daemon.come_back()
-    await node.guard.look()
-    assert node.reasons == [[], []]
+async def test_a_daemon_that_dies_takes_all_vgpus_with_it_and_brings_them_back_at_once(watched):
+    await watched.look()
+    see(watched.node)
+    assert reasons(watched.node) == [[], []]
+    published = watched.node.latest.version
+    watched.daemon.die()
+    await watched.look()
+    assert reasons(watched.node) == [[Reason.MPS], [Reason.MPS]]
+    assert watched.node.latest.version - published == 1  # the daemon and all GPUs at once
+    watched.daemon.come_back()
+    await watched.look()
+    assert reasons(watched.node) == [[], []]
 
 
-async def test_a_card_that_appears_while_the_daemon_is_away_is_not_offered(node):
-    node.daemon.die()
-    await node.guard.look()
-    node.state.driver_answered("1", GPUS[:1])
-    assert node.reasons == [[Reason.MPS]]
-    node.state.driver_answered("1", GPUS)
-    assert node.reasons == [[Reason.MPS], [Reason.MPS]]
-    node.daemon.come_back()
-    await node.guard.look()
-    assert node.reasons == [[], []]
+async def test_a_gpu_that_appears_while_the_daemon_is_away_is_not_offered(watched):
+    watched.daemon.die()
+    await watched.look()
+    see(watched.node, GPUS[:1])
+    assert reasons(watched.node) == [[Reason.MPS]]
+    see(watched.node)
+    assert reasons(watched.node) == [[Reason.MPS], [Reason.MPS]]
+    watched.daemon.come_back()
+    await watched.look()
+    assert reasons(watched.node) == [[], []]
 
 
-async def test_a_server_fault_comes_and_goes_beside_other_reasons(node):
-    await node.guard.look()
-    node.state.driver_answered("1", GPUS)
-    node.daemon.fail_server(faulty=True)
-    await node.guard.look()
-    assert node.reasons == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
-    node.daemon.fail_server(faulty=False)
-    await node.guard.look()
-    assert node.reasons == [[], []]
+async def test_a_server_fault_comes_and_goes(watched):
+    await watched.look()
+    see(watched.node)
+    watched.daemon.fail_server(faulty=True)
+    await watched.look()
+    assert reasons(watched.node) == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
+    watched.daemon.fail_server(faulty=False)
+    await watched.look()
+    assert reasons(watched.node) == [[], []]
 
 
-async def test_cards_have_as_many_vgpus_as_the_daemon_was_told(node):
-    node.daemon = SimulatedDaemon({ONE: 4, TWO: 10}, MpsLimits.CLIENT)
-    node.guard.daemon = node.daemon
-    node.state.driver_answered("1", GPUS)
-    assert node.replicas == [10, 10]
-    await node.guard.look()
-    assert node.replicas == [4, 10]
-    node.state.driver_answered("2", GPUS)
-    assert node.replicas == [4, 10]
-    assert "GPU 0 has 4 vGPUs instead of 10" in (node.state.snapshot.mps.replacement or "")
+async def test_gpus_have_as_many_vgpus_as_the_daemon_was_set_up_for(watched):
+    watched.daemon = SimulatedDaemon({ONE: 4, TWO: 10}, MpsLimits.CLIENT)
+    see(watched.node)
+    assert replicas_of(watched.node) == [10, 10]
+    await watched.look()
+    assert replicas_of(watched.node) == [4, 10]
+    see(watched.node)
+    assert replicas_of(watched.node) == [4, 10]
+    assert "GPU 0 has 4 vGPUs instead of 10" in (mps_of(watched.node).replacement or "")
 
 
-async def test_looks_that_find_nothing_new_publish_and_log_nothing(node, caplog):
-    node.state.driver_answered("1", GPUS)
-    node.daemon.die()
-    await node.guard.look()
+async def test_a_gpu_that_the_daemon_does_not_know_is_not_offered(watched):
+    watched.daemon = SimulatedDaemon({ONE: 10}, MpsLimits.CLIENT)
+    await watched.look()
+    see(watched.node)
+    assert reasons(watched.node) == [[], [Reason.MPS]]
+    await watched.look()
+    assert reasons(watched.node) == [[], [Reason.MPS]]
+
+
+async def test_looks_that_find_nothing_new_publish_and_log_nothing(watched, caplog):
+    see(watched.node)
+    watched.daemon.die()
+    watched.daemon.fail_server(faulty=True)
+    await watched.look()
+    assert caplog.text.count("no vGPU can be given: the simulated MPS daemon is dead") == 1
     caplog.clear()
-    published = node.state.latest.version
+    published = watched.node.latest.version
     for _ in range(5):
-        await node.guard.look()
-    assert node.state.latest.version == published
+        await watched.look()
+    assert watched.node.latest.version == published
     assert caplog.records == []
 
 
-async def test_it_looks_by_itself_and_soon_where_the_daemon_changed(node):
-    node.guard.glance, node.guard.ask = 0.01, 60.0  # only the glance can tell
-    node.state.driver_answered("1", GPUS)
+# The task
+
+
+async def test_it_looks_by_itself_and_soon_where_the_daemon_changed(watched):
+    guard = MpsGuard(watched.daemon, watched.node, glance=0.01, ask=60.0)  # the glance alone tells
+    see(watched.node)
     async with anyio.create_task_group() as tasks:
-        await tasks.start(node.guard.run)
-        node.daemon.die()
-        await becomes(node, lambda problem: problem is not None)
-        node.daemon.come_back()
-        await becomes(node, lambda problem: problem is None)
+        await tasks.start(guard.run)
+        watched.daemon.die()
+        await becomes(watched.node, lambda problem: problem is not None)
+        watched.daemon.come_back()
+        await becomes(watched.node, lambda problem: problem is None)
         tasks.cancel_scope.cancel()
 
 
-async def test_a_card_that_the_daemon_was_never_told_of_is_not_offered(node):
-    node.daemon = SimulatedDaemon({ONE: 10}, MpsLimits.CLIENT)
-    node.guard.daemon = node.daemon
-    await node.guard.look()
-    node.state.driver_answered("1", GPUS)
-    assert node.reasons == [[], [Reason.MPS]]
-    await node.guard.look()
-    assert node.reasons == [[], [Reason.MPS]]
-
-
-async def test_a_fault_of_the_server_is_logged_once_for_as_long_as_it_lasts(node, caplog):
-    node.daemon.fail_server(faulty=True)
-    for _ in range(4):
-        await node.guard.look()
-    assert caplog.text.count("nothing is restarted") == 1
+async def test_a_daemon_that_stays_is_asked_everything_in_time(watched):
+    guard = MpsGuard(watched.daemon, watched.node, glance=0.01, ask=0.05)
+    see(watched.node)
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(guard.run)
+        assert reasons(watched.node) == [[], []]
+        watched.daemon.fail_server(faulty=True)  # of the same generation
+        with anyio.fail_after(2):
+            async for snapshot in watched.node.latest.follow():
+                if not any(card.healthy for card in snapshot.inventory.cards):
+                    break
+        tasks.cancel_scope.cancel()

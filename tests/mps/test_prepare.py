@@ -7,18 +7,14 @@ import pytest
 from tests.fake_nvml import FakeCard, FakeNvml
 from tests.mps.fixtures import FakeMps, eventually
 from vgpu_agent.errors import MpsSetupError
-from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
-from vgpu_agent.model.share import Division
-from vgpu_agent.mps.prepare import SetComputeMode, end_orphans, prepare
+from vgpu_agent.mps.prepare import prepare
 
 pytestmark = pytest.mark.slow
-
-DIVISION = Division(replicas=10)
 
 # As `vgpu-agent mps` does it, and without the settings, which take longest to import.
 COMMAND = """
 from vgpu_agent import settings
-from vgpu_agent.mps.commands import mps_{0}
+from vgpu_agent.commands.mps import mps_{0}
 from vgpu_agent.observe import logs
 configured = settings.load()
 logs.configure(configured.log_level, configured.log_format)
@@ -29,27 +25,24 @@ import logging, sys
 from pathlib import Path
 import anyio
 from vgpu_agent.gpu.nvml import NvmlDriver, set_compute_mode
-from vgpu_agent.model.share import Division
+from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.mps.control import Control
-from vgpu_agent.mps.prepare import Directories, prepare, restore
+from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.modes import ComputeModes
+from vgpu_agent.mps.prepare import prepare
 logging.basicConfig(level="INFO")
-directories = Directories(Path({root!r}), None)
-driver = NvmlDriver(min_compute_capability=(7, 0))
+directories = Directories(Path({root!r}))
+modes = ComputeModes(NvmlDriver(), set_compute_mode, directories.compute_modes)
 if {command!r} == "restore":
-    anyio.run(restore, directories, driver, set_compute_mode)
+    anyio.run(modes.restore)
 else:
-    control = Control(directories.pipe, directories.log)
-    division = Division(10, by_gpu={by_gpu!r})
-    anyio.run(prepare, directories, control, driver, division, set_compute_mode)
+    anyio.run(prepare, Control(directories))
+    anyio.run(modes.take, SharingRules(replicas_by_gpu={by_gpu!r}))
 """
 
 
-def no_cards() -> SimulatedDriver:
-    return SimulatedDriver(simulated_gpus(0, "NVIDIA Simulated 24GB", 2**34, (None,)))
-
-
-async def make(mps: FakeMps, set_mode: SetComputeMode | None = None) -> None:
-    await prepare(mps.directories, mps.control(), no_cards(), DIVISION, set_mode)
+async def make(mps: FakeMps, end_seconds: float = 5) -> None:
+    await prepare(mps.control(timeout=0.5), end_seconds=end_seconds)
 
 
 def modes(mps: FakeMps) -> dict[str, tuple[int, int, int]]:
@@ -84,7 +77,7 @@ async def test_directories_are_made_and_made_right_again(fake_mps):
     assert kept.read_text() == "kept"
 
 
-async def test_a_file_or_a_link_in_the_way_is_told(fake_mps, tmp_path):
+async def test_a_file_or_a_link_in_the_way_is_reported(fake_mps, tmp_path):
     fake_mps.directories.root.mkdir()
     fake_mps.directories.pipe.symlink_to(tmp_path)
     with pytest.raises(MpsSetupError, match=r"pipe cannot be made a directory .*remove what is"):
@@ -172,10 +165,11 @@ async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(fake_mps
         other.kill()
         fake_mps.start()
         server = fake_mps.start_server()
-        control = fake_mps.control()
-        assert await end_orphans(fake_mps.directories.pipe, control) == ()
+        await make(fake_mps)
+        assert fake_mps.server_pids() == [server]
+        assert caplog.records == []
         fake_mps.kill()
-        assert await end_orphans(fake_mps.directories.pipe, control) == (server,)
+        await make(fake_mps)
         assert f"MPS server {server} has lost its daemon and is ended" in caplog.text
         assert fake_mps.server_pids() == []
         assert other.server_pids() == [foreign]
@@ -183,16 +177,18 @@ async def test_servers_of_a_dead_daemon_are_ended_and_others_left_alone(fake_mps
         other.close()
 
 
-async def test_a_server_that_may_not_be_looked_into_is_told_and_left(fake_mps, monkeypatch, caplog):
+async def test_a_server_that_may_not_be_looked_into_is_logged_and_left(
+    fake_mps, monkeypatch, caplog
+):
     """Root without capabilities cannot read the environment of another user's process."""
     fake_mps.start()
     server = fake_mps.start_server()
     with monkeypatch.context() as patched:
         patched.setattr("vgpu_agent.mps.processes.variable_of", lambda *_: None)
-        assert await end_orphans(fake_mps.directories.pipe, fake_mps.control()) == ()
+        await make(fake_mps)
         assert "does not show whose it is" not in caplog.text  # its daemon answers
         fake_mps.kill()
-        assert await end_orphans(fake_mps.directories.pipe, fake_mps.control()) == ()
+        await make(fake_mps)
     assert f"MPS server {server} does not show whose it is" in caplog.text
     assert fake_mps.server_pids() == [server]
 
@@ -200,28 +196,28 @@ async def test_a_server_that_may_not_be_looked_into_is_told_and_left(fake_mps, m
 async def test_a_server_that_takes_no_sigterm_is_killed(fake_mps):
     fake_mps.behave(stubborn=True)
     fake_mps.start()
-    server = fake_mps.start_server()
+    fake_mps.start_server()
     fake_mps.kill()
-    ended = await end_orphans(fake_mps.directories.pipe, fake_mps.control(), end_seconds=0.2)
-    assert ended == (server,)
+    await make(fake_mps, end_seconds=0.2)
     eventually(lambda: fake_mps.server_pids() == [])
 
 
 async def test_servers_of_a_daemon_that_hangs_are_left(fake_mps, caplog):
     fake_mps.start()
     server = fake_mps.start_server()
+    fake_mps.directories.state.write_text("{}")
     fake_mps.behave(hang=True)
-    control = fake_mps.control(timeout=0.3)
-    assert await end_orphans(fake_mps.directories.pipe, control) == ()
+    await make(fake_mps)
     assert fake_mps.server_pids() == [server]
-    assert "the MPS daemon is there but in trouble" in caplog.text
+    assert fake_mps.directories.state.exists()
+    assert "the MPS daemon cannot be asked; what is there of it is left alone" in caplog.text
 
 
 # Compute modes: as processes, since the loader reads LD_LIBRARY_PATH only at the start of one
 
 
 class Node:
-    """A node with fake cards, on which the commands run."""
+    """A node with fake GPUs, on which the commands run."""
 
     def __init__(self, mps: FakeMps, nvml: FakeNvml) -> None:
         self.mps, self.nvml = mps, nvml
@@ -263,10 +259,10 @@ def node(fake_mps: FakeMps, fake_nvml: FakeNvml) -> Node:
     return Node(fake_mps, fake_nvml)
 
 
-def test_shared_cards_become_exclusive_once_and_are_restored(node):
+def test_shared_gpus_become_exclusive_once_and_are_restored(node):
     said = node.run_command("prepare")
     assert node.sets == ["GPU-a 3", "GPU-b 3"]
-    assert "card GPU-a: compute mode EXCLUSIVE_PROCESS, was DEFAULT" in said
+    assert "GPU-a: compute mode EXCLUSIVE_PROCESS, was DEFAULT" in said
     assert node.remembered == {"GPU-a": 0, "GPU-b": 2}
     # As after a kill: what is found now is ours.
     node.run("prepare")
@@ -274,12 +270,12 @@ def test_shared_cards_become_exclusive_once_and_are_restored(node):
     assert node.remembered == {"GPU-a": 0, "GPU-b": 2}
     said = node.run_command("restore")
     assert node.sets[2:] == ["GPU-a 0", "GPU-b 2"]
-    assert "card GPU-b: compute mode PROHIBITED is restored" in said
+    assert "GPU-b: compute mode PROHIBITED is restored" in said
     assert "nothing to restore" in node.run("restore")
     assert len(node.sets) == 4
 
 
-def test_cards_that_are_not_shared_are_not_touched(node):
+def test_gpus_that_are_not_shared_are_not_touched(node):
     node.nvml.set_cards(
         FakeCard("GPU-a", bus="00000000:3B:00.0", mig=1),
         FakeCard("GPU-b", bus="00000000:5E:00.0", cc=(6, 1)),
@@ -300,7 +296,7 @@ def test_keep_leaves_compute_modes_alone(node):
     assert not node.mps.directories.compute_modes.exists()
 
 
-def test_what_was_remembered_in_another_boot_is_found_anew(node):
+def test_what_was_remembered_in_another_boot_is_found_again(node):
     node.mps.make_directories()
     node.mps.directories.compute_modes.write_text(
         json.dumps({"boot_id": "of another boot", "modes": {"GPU-a": 2, "GPU-x": 2}})
@@ -314,7 +310,7 @@ def test_a_mode_that_was_changed_since_is_left(node):
     node.run("prepare")
     with node.nvml.log.open("a") as file:
         file.write("compute_mode GPU-a 2\n")
-    assert "card GPU-a: its compute mode was changed since" in node.run("restore")
+    assert "GPU-a: its compute mode was changed since" in node.run("restore")
     assert node.sets[-1] == "GPU-b 2"
     assert "GPU-a 0" not in node.sets
 
@@ -326,7 +322,7 @@ def test_a_missing_permission_says_what_to_do(node):
     assert "VGPU_MPS_COMPUTE_MODE=keep" in said
 
 
-def test_a_card_that_takes_no_compute_mode_is_told_and_used(node):
+def test_a_gpu_that_takes_no_compute_mode_is_logged_and_used(node):
     node.nvml.update("GPU-a", set_mode_error=3)
-    assert "card GPU-a takes no compute mode" in node.run("prepare")
+    assert "GPU-a takes no compute mode" in node.run("prepare")
     assert node.sets == ["GPU-b 3"]

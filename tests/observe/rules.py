@@ -1,4 +1,4 @@
-"""The alerts and dashboards as data, and a node of which every metric has something to tell."""
+"""The alerts and dashboards as data, and a node of which every metric has something to say."""
 
 import json
 import re
@@ -11,11 +11,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.agent_process import REPOSITORY
-from tests.kubelet.rig import GIB, MPS, RESOURCE
-from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from tests.kubelet.rig import GIB, RESOURCE
+from vgpu_agent.model.devices import Card, Effect, Excluded, Fault, Gpu, Inventory, Reason
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
-from vgpu_agent.model.state import Driver, Kubelet, Mps, RegistrationResult, Snapshot
-from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.model.rules import MPS_SERVER_MARGIN, MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver, Kubelet, Mps, RegistrationResult, Rules, Snapshot
+from vgpu_agent.observe.exposition import Metrics
 
 FILES = REPOSITORY / "charts" / "vgpu-agent" / "files"
 ALERTS = FILES / "alerts.yaml"
@@ -26,7 +27,7 @@ DASHBOARDS = sorted((FILES / "dashboards").glob("*.json"))
 TARGET_LABELS = {
     *("job", "instance", "namespace", "pod", "container", "endpoint", "node", "cluster")
 }
-"""What a PodMonitor attaches; the node and the cluster where it is told to."""
+"""What a PodMonitor attaches; the node and the cluster where it is set to."""
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def variable_queries(path: Path) -> Iterator[tuple[str, str, str]]:
             yield variable["name"], found[1], found[2]
 
 
-# A node of which every metric has something to tell
+# A node of which every metric has something to say
 
 WELL = Gpu(
     uuid="GPU-a",
@@ -127,13 +128,21 @@ SICK = Gpu(
     memory_bytes=24 * GIB,
     pci_bus_id="00000000:02:00.0",
 )
-LEFT_OUT = Gpu(
+EXCLUDED = Gpu(
     uuid="GPU-c",
     index=2,
     model="NVIDIA A100",
     memory_bytes=40 * GIB,
     pci_bus_id="00000000:03:00.0",
 )
+
+RULES = Rules(SharingRules(mps=True))
+
+
+def usable(gpu: Gpu) -> int:
+    """The bytes of it that are shared out."""
+    return gpu.memory_bytes - gpu.reserved_bytes - MPS_SERVER_MARGIN
+
 
 RESNET = Holder("team-a", "resnet-1", "main")
 LLAMA = Holder("team-b", "llama-0", "server")
@@ -142,24 +151,26 @@ SHRUNK = Holder("team-b", "old-0", "main")
 SNAPSHOT = Snapshot(
     inventory=Inventory(
         (
-            Card(WELL, 4, recovery_wait=60),
+            Card(WELL, 4, usable_bytes=usable(WELL), recovery_wait=60),
             Card(
                 SICK,
                 4,
                 (
                     Fault(Reason.LOST, 10.0, "gone"),
-                    Fault(Reason.XID, 11.0, "XID 79", until_reset=True),
+                    Fault(Reason.XID, 11.0, "XID 79", Effect.UNTIL_RESET),
                 ),
+                usable_bytes=usable(SICK),
                 recovery_wait=240,
             ),
         )
     ),
-    excluded=(Excluded(LEFT_OUT, "mig", "MIG mode is on"),),
+    excluded=(Excluded(EXCLUDED, "mig", "MIG mode is on"),),
     driver=Driver("580.65.06", None),
     mps=Mps(
-        wanted=True,
         up=True,
-        limits_in_force=True,
+        problem=None,
+        replacement=None,
+        limits=MpsLimits.CLIENT,
         clients=MappingProxyType({"GPU-a": 2}),
         waiting=1,
     ),
@@ -195,14 +206,14 @@ SNAPSHOT = Snapshot(
     ),
     memory_used=MappingProxyType({"GPU-a": 10 * GIB}),
 )
-"""GPU-a is well, and RESNET has more of it than its share; GPU-b is lost; GPU-x is no GPU of ours.
+"""GPU-a is well, and RESNET uses more of it than its share; GPU-b is lost; GPU-x is no GPU of ours.
 
-SHRUNK holds vGPUs that are no longer made.
+SHRUNK holds vGPUs that are no longer advertised.
 """
 
 
 def full_text(resource: str = RESOURCE) -> bytes:
-    metrics = Metrics(version="1.2.3", resource_name=resource, sharing=MPS, max_clients=48)
+    metrics = Metrics("1.2.3", resource, RULES)
     for method in ("Allocate", "GetPreferredAllocation", "PreStartContainer"):
         metrics.observe_rpc(method, "OK", 0.002)
     metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
@@ -210,7 +221,7 @@ def full_text(resource: str = RESOURCE) -> bytes:
 
 
 def metric_labels() -> dict[str, set[str]]:
-    """The labels of every metric, as they are told: of a histogram each of its three."""
+    """The labels of every metric, as they are exposed: of a histogram each of its three."""
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(full_text().decode()):
         for sample in family.samples:

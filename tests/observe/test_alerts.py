@@ -137,7 +137,7 @@ def grouped(expr: str) -> set[str]:
     return {label.strip() for clause in clauses for label in clause.split(",") if label.strip()}
 
 
-def check(expr: str, told: str = "") -> None:
+def check(expr: str, words: str = "") -> None:
     """Raises AssertionError where a query, or what is said of its result, has names of nothing."""
     known = metric_labels()
     names = identifiers(expr)
@@ -145,7 +145,11 @@ def check(expr: str, told: str = "") -> None:
     for metric, label in matched(expr):
         assert label in known[metric] | TARGET_LABELS, (metric, label)
     labels = set().union(TARGET_LABELS, *(known[name] for name in names))
-    said = {*grouped(expr), *re.findall(r"{{(\w+)}}", told), *re.findall(r"\$labels\.(\w+)", told)}
+    said = {
+        *grouped(expr),
+        *re.findall(r"{{(\w+)}}", words),
+        *re.findall(r"\$labels\.(\w+)", words),
+    }
     assert said <= labels, said - labels
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from vgpu_agent.observe import logs
-from vgpu_agent.settings import LogFormat, LogLevel
+from vgpu_agent.observe.logs import LogFormat, LogLevel
 
 LIBRARIES = ("asyncio", "grpclib", "hpack", "uvicorn")
 
@@ -47,7 +47,7 @@ def line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def fail() -> None:
-    raise LookupError("no such card")
+    raise LookupError("no such GPU")
 
 
 def log_failure(message: str, *args: object) -> None:
@@ -59,24 +59,82 @@ def log_failure(message: str, *args: object) -> None:
 
 def test_a_text_line_has_time_level_and_message(capsys):
     logs.configure(LogLevel.INFO, LogFormat.TEXT)
-    logging.getLogger("vgpu_agent.test").warning("card %d is %s", 3, "gone")
+    logging.getLogger("vgpu_agent.test").warning("GPU %d is %s", 3, "gone")
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING card 3 is gone", line(capsys)
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING GPU 3 is gone", line(capsys)
     )
 
 
 def test_a_json_line_is_one_object_with_time_level_logger_and_message(capsys):
     logs.configure(LogLevel.INFO, LogFormat.JSON)
-    logging.getLogger("vgpu_agent.test").warning('card %d is "%s"\nreally ☃', 3, "gone")
-    told = line(capsys)
-    assert "\n" not in told
-    found = json.loads(told)
+    logging.getLogger("vgpu_agent.test").warning('GPU %d is "%s"\nreally ☃', 3, "gone")
+    written = line(capsys)
+    assert "\n" not in written
+    found = json.loads(written)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("time"))
     assert found == {
         "level": "warning",
         "logger": "vgpu_agent.test",
-        "message": 'card 3 is "gone"\nreally ☃',
+        "message": 'GPU 3 is "gone"\nreally ☃',
     }
+
+
+def log_fields(message: str, **fields: object) -> None:
+    logging.getLogger("vgpu_agent.test").warning(message, extra={"fields": fields})
+
+
+def test_fields_follow_the_message_of_a_text_line(capsys):
+    logs.configure(LogLevel.INFO, LogFormat.TEXT)
+    log_fields("10 vGPUs are unhealthy", gpu=0, uuid="GPU-a", xid=None, reason="xid,lost")
+    assert line(capsys).endswith("WARNING 10 vGPUs are unhealthy gpu=0 uuid=GPU-a reason=xid,lost")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("", '""'),
+        ("NVIDIA L4", '"NVIDIA L4"'),
+        ('say "no"', '"say \\"no\\""'),
+        ("a=b", '"a=b"'),
+        ("two\nlines", '"two\\nlines"'),
+        (0, "0"),
+        (False, "False"),
+    ],
+)
+def test_the_value_of_a_field_can_be_told_from_the_next_field(capsys, value, text):
+    logs.configure(LogLevel.INFO, LogFormat.TEXT)
+    log_fields("message", first=value, second=2)
+    assert line(capsys).endswith(f"message first={text} second=2")
+
+
+def test_fields_are_members_of_a_json_line(capsys):
+    logs.configure(LogLevel.INFO, LogFormat.JSON)
+    log_fields("advertising 10 vGPUs", gpu=0, uuid="GPU-a", xid=None)
+    found = json.loads(line(capsys))
+    assert found.pop("time")
+    assert found == {
+        "level": "warning",
+        "logger": "vgpu_agent.test",
+        "message": "advertising 10 vGPUs",
+        "gpu": 0,
+        "uuid": "GPU-a",
+    }
+
+
+@pytest.mark.parametrize("form", LogFormat)
+def test_fields_of_a_line_with_an_exception_stand_before_it(capsys, form):
+    logs.configure(LogLevel.INFO, form)
+    try:
+        fail()
+    except LookupError:
+        logging.getLogger("vgpu_agent.test").exception("failed", extra={"fields": {"gpu": 3}})
+    written = line(capsys)
+    if form is LogFormat.JSON:
+        assert json.loads(written)["gpu"] == 3
+        assert "no such GPU" in json.loads(written)["exception"]
+    else:
+        assert written.splitlines()[0].endswith("ERROR   failed gpu=3")
+        assert written.splitlines()[-1] == "LookupError: no such GPU"
 
 
 @pytest.mark.usefixtures("far_away")
@@ -84,8 +142,8 @@ def test_a_json_line_is_one_object_with_time_level_logger_and_message(capsys):
 def test_time_is_utc_wherever_the_machine_is(capsys, form):
     logs.configure(LogLevel.INFO, form)
     logging.getLogger("vgpu_agent.test").info("now")
-    told = line(capsys)
-    stamp = json.loads(told)["time"] if form is LogFormat.JSON else told.split()[0]
+    written = line(capsys)
+    stamp = json.loads(written)["time"] if form is LogFormat.JSON else written.split()[0]
     said = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
     assert abs(datetime.now(UTC) - said) < timedelta(minutes=1)
 
@@ -93,16 +151,16 @@ def test_time_is_utc_wherever_the_machine_is(capsys, form):
 @pytest.mark.parametrize("form", LogFormat)
 def test_an_exception_is_a_part_of_its_json_line_and_follows_its_text_line(capsys, form):
     logs.configure(LogLevel.INFO, form)
-    log_failure("cannot ask card %d", 3)
-    told = line(capsys)
+    log_failure("cannot ask GPU %d", 3)
+    written = line(capsys)
     if form is LogFormat.JSON:
-        assert "\n" not in told
-        found = json.loads(told)
-        told = f"{found['level'].upper()}   {found['message']}\n{found['exception']}"
-    first, second, *_, last = told.splitlines()
-    assert first.endswith("ERROR   cannot ask card 3")
+        assert "\n" not in written
+        found = json.loads(written)
+        written = f"{found['level'].upper()}   {found['message']}\n{found['exception']}"
+    first, second, *_, last = written.splitlines()
+    assert first.endswith("ERROR   cannot ask GPU 3")
     assert second == "Traceback (most recent call last):"
-    assert last == "LookupError: no such card"
+    assert last == "LookupError: no such GPU"
 
 
 @pytest.mark.parametrize("level", LogLevel)
@@ -110,18 +168,18 @@ def test_only_lines_of_the_level_and_above_are_written(capsys, level):
     logs.configure(level, LogFormat.JSON)
     for each in LogLevel:
         logging.getLogger("vgpu_agent.test").log(logging.getLevelName(each.upper()), "x")
-    told = [json.loads(each)["level"] for each in line(capsys).splitlines()]
-    assert told == list(LogLevel)[list(LogLevel).index(level) :]
+    written = [json.loads(each)["level"] for each in line(capsys).splitlines()]
+    assert written == list(LogLevel)[list(LogLevel).index(level) :]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_libraries_tell_only_errors_also_at_debug(capsys, library):
+def test_libraries_log_only_errors_also_at_debug(capsys, library):
     logs.configure(LogLevel.DEBUG, LogFormat.TEXT)
     logging.getLogger(f"{library}.part").warning("chatter")
     logging.getLogger(f"{library}.part").error("trouble")
-    told = line(capsys)
-    assert told.endswith("ERROR   trouble")
-    assert "chatter" not in told
+    written = line(capsys)
+    assert written.endswith("ERROR   trouble")
+    assert "chatter" not in written
 
 
 def test_configuring_again_writes_each_line_once(capsys):

@@ -8,14 +8,15 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.kubelet.rig import GIB, MPS, RESOURCE, TIME_SLICING
-from tests.observe.rules import LLAMA, RESNET, SHRUNK, SNAPSHOT, WELL
+from tests.kubelet.rig import GIB, RESOURCE
+from tests.observe.rules import LLAMA, RESNET, RULES, SHRUNK, SICK, SNAPSHOT, WELL, usable
 from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Card, Gpu, Inventory
 from vgpu_agent.model.holders import Holder, Holders, Usage
-from vgpu_agent.model.share import MpsLimits
-from vgpu_agent.model.state import Driver, Kubelet, Snapshot
-from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.model.rules import MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver, Kubelet, Rules, Snapshot
+from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.metrics import TABLE
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -33,31 +34,30 @@ REASONS = [
 ]
 
 
-def card(uuid: str, index: int, **labels: str) -> dict[str, str]:
+def gpu(uuid: str, index: int, **labels: str) -> dict[str, str]:
     return {"gpu_uuid": uuid, "gpu_index": str(index), **labels}
 
 
 def devices(uuid: str, index: int, health: str) -> dict[str, str]:
-    return card(uuid, index, resource=RESOURCE, health=health)
+    return gpu(uuid, index, resource=RESOURCE, health=health)
 
 
 def held(uuid: str, index: int, by: Holder, **labels: str) -> dict[str, str]:
     names = {"namespace": by.namespace, "pod": by.pod, "container": by.container}
-    return card(uuid, index, **labels, **names)
+    return gpu(uuid, index, **labels, **names)
 
 
 def vgpu(uuid: str, index: int, number: int) -> dict[str, str]:
-    return card(uuid, index, resource=RESOURCE, device_id=f"{uuid}::{number}")
+    return gpu(uuid, index, resource=RESOURCE, device_id=f"{uuid}::{number}")
 
 
 def holding(uuid: str, index: int, number: int, by: Holder) -> dict[str, str]:
     return held(uuid, index, by, resource=RESOURCE, device_id=f"{uuid}::{number}")
 
 
-# Half a GiB is held back for the MPS server (tests.kubelet.rig.MPS). Of a container that holds
-# vGPUs which are no longer made the share is not known.
-QUARTER_OF_A = (24 * GIB - (400 << 20) - GIB // 2) // 4
-QUARTER_OF_B = (24 * GIB - GIB // 2) // 4
+# Of a container that holds vGPUs which are no longer advertised the share is unknown.
+QUARTER_OF_A = usable(WELL) // 4
+QUARTER_OF_B = usable(SICK) // 4
 SHARES = [
     (held("GPU-a", 0, RESNET), QUARTER_OF_A),
     (held("GPU-a", 0, LLAMA), 2 * QUARTER_OF_A),
@@ -70,26 +70,26 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_nvml_up": [({}, 1)],
     "vgpu_gpu_info": [
         (
-            card("GPU-a", 0, model="NVIDIA L4", driver_version="580.65.06", numa_node="0"),
+            gpu("GPU-a", 0, model="NVIDIA L4", driver_version="580.65.06", numa_node="0"),
             1,
         ),
         (
-            card("GPU-b", 1, model="NVIDIA L4", driver_version="580.65.06", numa_node=""),
+            gpu("GPU-b", 1, model="NVIDIA L4", driver_version="580.65.06", numa_node=""),
             1,
         ),
     ],
-    "vgpu_gpu_healthy": [(card("GPU-a", 0), 1), (card("GPU-b", 1), 0)],
-    "vgpu_gpu_unhealthy_reason": [(card("GPU-a", 0, reason=reason), 0) for reason in REASONS]
-    + [(card("GPU-b", 1, reason=reason), int(reason in ("lost", "xid"))) for reason in REASONS],
-    "vgpu_gpu_recovery_wait_seconds": [(card("GPU-a", 0), 60), (card("GPU-b", 1), 240)],
+    "vgpu_gpu_healthy": [(gpu("GPU-a", 0), 1), (gpu("GPU-b", 1), 0)],
+    "vgpu_gpu_unhealthy_reason": [(gpu("GPU-a", 0, reason=reason), 0) for reason in REASONS]
+    + [(gpu("GPU-b", 1, reason=reason), int(reason in ("lost", "xid"))) for reason in REASONS],
+    "vgpu_gpu_recovery_wait_seconds": [(gpu("GPU-a", 0), 60), (gpu("GPU-b", 1), 240)],
     "vgpu_gpu_memory_bytes": [
-        (card("GPU-a", 0, kind="total"), 24 * GIB),
-        (card("GPU-a", 0, kind="reserved"), 400 << 20),
-        (card("GPU-a", 0, kind="used"), 10 * GIB),
-        (card("GPU-b", 1, kind="total"), 24 * GIB),
-        (card("GPU-b", 1, kind="reserved"), 0),
+        (gpu("GPU-a", 0, kind="total"), 24 * GIB),
+        (gpu("GPU-a", 0, kind="reserved"), 400 << 20),
+        (gpu("GPU-a", 0, kind="used"), 10 * GIB),
+        (gpu("GPU-b", 1, kind="total"), 24 * GIB),
+        (gpu("GPU-b", 1, kind="reserved"), 0),
     ],
-    "vgpu_gpu_excluded": [(card("GPU-c", 2, reason="mig"), 1)],
+    "vgpu_gpu_excluded": [(gpu("GPU-c", 2, reason="mig"), 1)],
     "vgpu_devices": [
         (devices("GPU-a", 0, "healthy"), 4),
         (devices("GPU-a", 0, "unhealthy"), 0),
@@ -97,14 +97,14 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
         (devices("GPU-b", 1, "unhealthy"), 4),
     ],
     "vgpu_xid_errors_total": [
-        (card("GPU-a", 0, xid="13"), 3),
-        (card("GPU-b", 1, xid="79"), 1),
+        (gpu("GPU-a", 0, xid="13"), 3),
+        (gpu("GPU-b", 1, xid="79"), 1),
         ({"gpu_uuid": "", "gpu_index": "", "xid": "8"}, 2),
         ({"gpu_uuid": "GPU-x", "gpu_index": "", "xid": "31"}, 1),
     ],
     "vgpu_health_transitions_total": [
-        (card("GPU-b", 1, to="unhealthy", reason="lost"), 2),
-        (card("GPU-b", 1, to="healthy", reason="lost"), 1),
+        (gpu("GPU-b", 1, to="unhealthy", reason="lost"), 2),
+        (gpu("GPU-b", 1, to="healthy", reason="lost"), 1),
     ],
     "vgpu_registrations_total": [
         ({"result": "registered"}, 2),
@@ -120,7 +120,7 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_mps_replacement_needed": [({}, 0)],
     "vgpu_mps_waiting_clients": [({}, 1)],
     "vgpu_mps_max_clients": [({}, 48)],
-    "vgpu_mps_clients": [(card("GPU-a", 0), 2), (card("GPU-b", 1), 0)],
+    "vgpu_mps_clients": [(gpu("GPU-a", 0), 2), (gpu("GPU-b", 1), 0)],
     "vgpu_podresources_up": [({}, 1)],
     "vgpu_device_allocated": [(vgpu("GPU-a", 0, n), int(n in (0, 2, 3))) for n in range(4)]
     + [(vgpu("GPU-b", 1, n), int(n in (0, 1))) for n in range(4)],
@@ -137,13 +137,13 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_largest_free_share": [({"resource": RESOURCE}, 1)],
     "vgpu_container_memory_used_bytes": [(held("GPU-a", 0, RESNET), 9 * GIB)],
     "vgpu_container_processes": [(held("GPU-a", 0, RESNET), 2), (held("GPU-b", 1, LLAMA), 1)],
-    "vgpu_unattributed_processes": [(card("GPU-a", 0), 3)],
+    "vgpu_unattributed_processes": [(gpu("GPU-a", 0), 3)],
 }
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS, max_clients=48)
+    return Metrics("1.2.3", RESOURCE, RULES)
 
 
 def text(metrics: Metrics, snapshot: Snapshot = SNAPSHOT, accept: str = "") -> str:
@@ -159,7 +159,7 @@ def samples(metrics: Metrics, snapshot: Snapshot, name: str) -> list[tuple[dict[
     ]
 
 
-def test_a_snapshot_is_told_in_exactly_these_families_and_samples(metrics):
+def test_a_snapshot_is_exposed_in_exactly_these_families_and_samples(metrics):
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for family in parse_text(text(metrics)):
         assert family.documentation.endswith(".")
@@ -167,6 +167,13 @@ def test_a_snapshot_is_told_in_exactly_these_families_and_samples(metrics):
             assert family.type == ("counter" if sample.name.endswith("_total") else "gauge")
             found.setdefault(sample.name, []).append((sample.labels, sample.value))
     assert found == EXPECTED
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_the_table_has_the_labels_of_every_sample(entry):
+    assert entry.text
+    for labels, _ in EXPECTED[entry.name]:
+        assert labels.keys() == set(entry.labels)
 
 
 def test_no_series_repeats_and_none_is_of_creation_times(metrics):
@@ -197,7 +204,7 @@ def test_the_text_format_is_the_default(metrics, accept):
         "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1",
     ],
 )
-def test_openmetrics_is_told_to_whoever_accepts_it(metrics, accept):
+def test_openmetrics_is_served_to_whoever_accepts_it(metrics, accept):
     metrics.observe_rpc("Allocate", "OK", 0.002)
     body, content_type = metrics.render(SNAPSHOT, accept)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
@@ -222,7 +229,7 @@ def test_promtool_finds_nothing_to_criticise(metrics):
 # States
 
 
-def test_before_the_driver_answers_there_is_no_card_and_everything_is_down(metrics):
+def test_before_the_driver_answers_there_is_no_gpu_and_everything_is_down(metrics):
     assert samples(metrics, Snapshot(), "vgpu_nvml_up") == [({}, 0)]
     assert samples(metrics, Snapshot(), "vgpu_kubelet_connected") == [({}, 0)]
     assert samples(metrics, Snapshot(), "vgpu_devices") == []
@@ -243,7 +250,7 @@ def test_the_result_of_every_registration_is_there_from_the_start(metrics):
     assert found == [({"result": result}, 0) for result in results]
 
 
-def test_a_card_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
+def test_a_gpu_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
     """Only the counters of what happened to it go on."""
     text(metrics)  # nothing of this scrape is kept
     later = Snapshot(
@@ -252,18 +259,18 @@ def test_a_card_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
         xids=SNAPSHOT.xids,
         transitions=SNAPSHOT.transitions,
     )
-    told = {
+    names = {
         sample.name
         for family in parse_text(text(metrics, later))
         for sample in family.samples
         if sample.labels.get("gpu_uuid") == "GPU-b"
     }
-    assert told == {"vgpu_xid_errors_total", "vgpu_health_transitions_total"}
+    assert names == {"vgpu_xid_errors_total", "vgpu_health_transitions_total"}
 
 
 @pytest.mark.parametrize(
     "model",
-    ['A "quoted" card', "back\\slash", "two\nlines", "\\n", "naïve ☃ card", "{a='b'},", ""],
+    ['A "quoted" GPU', "back\\slash", "two\nlines", "\\n", "naïve ☃ GPU", "{a='b'},", ""],
 )
 def test_an_odd_model_name_survives_both_formats(metrics, model):
     odd = Gpu("GPU-a", 0, model, GIB, "00000000:01:00.0")
@@ -302,7 +309,7 @@ def _rpc(metrics: Metrics, part: str) -> list[tuple[dict[str, str], float]]:
 
 
 def test_timings_stay_over_scrapes_and_belong_to_one_agent(metrics):
-    other = Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS)
+    other = Metrics("1.2.3", RESOURCE, RULES)
     metrics.observe_rpc("Allocate", "OK", 0.1)
     assert text(metrics) == text(metrics)
     assert _rpc(other, "count") == []
@@ -331,18 +338,18 @@ def test_calls_are_timed_while_metrics_are_rendered(metrics):
 # Who holds what
 
 
-def told(body: str) -> set[str]:
+def exposed(body: str) -> set[str]:
     return {family.name for family in parse_text(body)}
 
 
-def test_who_holds_what_is_not_told_as_long_as_it_is_not_known(metrics):
+def test_who_holds_what_is_not_shown_as_long_as_it_is_not_known(metrics):
     unknown = replace(SNAPSHOT, holders=Holders("no such socket"))
-    names = told(text(metrics, unknown))
+    names = exposed(text(metrics, unknown))
     assert samples(metrics, unknown, "vgpu_podresources_up") == [({}, 0)]
     assert not [name for name in names if "alloc" in name or "free_share" in name]
 
 
-def test_what_was_known_last_is_told_while_the_kubelet_does_not_answer(metrics):
+def test_what_was_known_last_is_shown_while_the_kubelet_does_not_answer(metrics):
     silent = replace(SNAPSHOT, holders=replace(SNAPSHOT.holders, error="no such socket"))
     assert samples(metrics, silent, "vgpu_podresources_up") == [({}, 0)]
     name = "vgpu_device_allocated"
@@ -357,29 +364,36 @@ def test_the_series_of_a_pod_end_with_it(metrics):
 
 
 @pytest.mark.parametrize(
-    "sharing",
+    ("sharing", "applied"),
     [
-        TIME_SLICING,
-        replace(MPS, mps=None),
-        replace(MPS, mps=replace(MPS.mps, limits=MpsLimits.NONE)),
+        (SharingRules(mps=False), None),
+        (SharingRules(mps_limits=MpsLimits.NONE), MpsLimits.NONE),
+        (SharingRules(mps_limits=MpsLimits.SERVER), MpsLimits.NONE),
     ],
-    ids=["time-slicing", "no sharing", "MPS without limits"],
+    ids=["time-slicing", "MPS without limits", "a daemon without limits, until it is replaced"],
 )
-def test_a_limit_is_told_only_where_there_is_one(sharing):
-    metrics = Metrics(version="1.2.3", resource_name=RESOURCE, sharing=sharing)
-    assert samples(metrics, SNAPSHOT, "vgpu_allocation_memory_limit_bytes_per_process") == []
-    assert len(samples(metrics, SNAPSHOT, "vgpu_allocation_memory_share_bytes")) == len(SHARES)
+def test_a_limit_is_shown_only_where_there_is_one(sharing, applied):
+    metrics = Metrics("1.2.3", RESOURCE, Rules(sharing))
+    mps = None if applied is None else replace(SNAPSHOT.mps, limits=applied)
+    snapshot = replace(SNAPSHOT, mps=mps)
+    assert samples(metrics, snapshot, "vgpu_allocation_memory_limit_bytes_per_process") == []
+    assert len(samples(metrics, snapshot, "vgpu_allocation_memory_share_bytes")) == len(SHARES)
 
 
-def test_usage_is_told_only_where_processes_are_looked_at(metrics):
-    names = told(text(metrics, replace(SNAPSHOT, usage=None)))
+def test_metrics_of_mps_are_there_only_under_mps(metrics):
+    text_without = text(metrics, replace(SNAPSHOT, mps=None))
+    assert not [name for name in exposed(text_without) if name.startswith("vgpu_mps_")]
+
+
+def test_usage_is_shown_only_where_processes_are_looked_at(metrics):
+    names = exposed(text(metrics, replace(SNAPSHOT, usage=None)))
     assert not [
         name for name in names if "container" in name or "process" in name.rpartition("_per")[0]
     ]
 
 
-def test_a_share_is_what_the_container_was_told(metrics):
-    granted = grant(SNAPSHOT.inventory, ["GPU-a::2", "GPU-a::3"], MPS).environment
+def test_a_share_is_what_the_container_was_given(metrics):
+    granted = grant(SNAPSHOT.inventory, ["GPU-a::2", "GPU-a::3"], RULES.sharing).environment
     shares = samples(metrics, SNAPSHOT, "vgpu_allocation_memory_share_bytes")
     found = [v for labels, v in shares if labels == held("GPU-a", 0, LLAMA)]
     assert found == [int(granted["VGPU_MEMORY_BYTES"])]

@@ -3,18 +3,19 @@
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from playwright.async_api import Browser, Locator, Page, expect
 
 from tests import screenshot
+from tests.screenshot import ShownNode
+from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.model.devices import Card, Excluded, Fault, Reason
+from vgpu_agent.model.devices import Fault, Reason
 from vgpu_agent.model.holders import Assignment, Holder
-from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import Mps, NodeState
-from vgpu_agent.settings import Address
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import Driver, RegistrationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chromium")]
 
@@ -61,11 +62,11 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 @pytest.fixture
-def state() -> NodeState:
-    """Two cards of ten vGPUs each that nobody holds."""
-    state = NodeState(Division(10))
-    screenshot.node(state)
-    return state
+def node() -> ShownNode:
+    """Two GPUs of ten vGPUs each that nobody holds."""
+    node = ShownNode()
+    node.start()
+    return node
 
 
 @dataclass
@@ -76,11 +77,11 @@ class Tab:
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def card(self, index: int) -> Locator:
+    def gpu(self, index: int) -> Locator:
         return self.page.get_by_role("region", name=f"GPU {index} ·")
 
     def slots(self, index: int) -> Locator:
-        return self.card(index).locator(".slots > li")
+        return self.gpu(index).locator(".slots > li")
 
     async def refreshed(self, times: int = 1) -> None:
         """Until that many more reports were asked for and answered."""
@@ -114,25 +115,19 @@ async def visiting(
 
 
 @asynccontextmanager
-async def showing(
-    browser: Browser, state: NodeState, *, health_checks: bool = True, **options: object
-) -> AsyncIterator[Tab]:
+async def showing(browser: Browser, node: Node, **options: object) -> AsyncIterator[Tab]:
     async with (
-        screenshot.site(state, health_checks=health_checks) as address,
+        screenshot.site(node) as address,
         visiting(browser, address, **options) as tab,
     ):
         yield tab
 
 
-def cards(state: NodeState) -> tuple[Card, ...]:
-    return state.snapshot.inventory.cards
-
-
 # What it shows
 
 
-async def test_it_shows_the_node_and_every_vgpu_of_every_card(browser, state):
-    async with showing(browser, state) as tab:
+async def test_it_shows_the_node_and_every_vgpu_of_every_gpu(browser, node):
+    async with showing(browser, node) as tab:
         page = tab.page
         await expect(page).to_have_title("gpu-node-1: vGPUs")
         await expect(page.get_by_role("heading", level=1)).to_have_text("gpu-node-1")
@@ -142,146 +137,178 @@ async def test_it_shows_the_node_and_every_vgpu_of_every_card(browser, state):
             [
                 re.compile("Kubelet.*registered"),
                 re.compile("Driver.*550.90.07"),
-                re.compile("MPS.*up, limits in force"),
-                re.compile("PodResources.*told by the kubelet"),
+                re.compile("MPS.*up, limits in effect"),
+                re.compile("PodResources.*from the kubelet"),
             ]
         )
         await expect(page.locator("#sum")).to_have_text(
-            "20 vGPUs on 2 cards · 0 held · 20 free · the largest request that fits: 10"
+            "20 vGPUs on 2 GPUs · 0 held · 20 free · largest free block: 10"
         )
-        for index, card in enumerate(cards(state)):
+        for index, gpu in enumerate(node.gpus):
             await expect(tab.slots(index)).to_have_text(
                 [re.compile(rf"vGPU {n}\s+free") for n in range(10)]
             )
-            await expect(tab.card(index).locator(".uuid")).to_have_text(card.gpu.uuid)
-            await expect(tab.card(index)).to_contain_text(f"NUMA node {index}")
-            await expect(tab.card(index)).to_contain_text("24.0\u00a0GiB")
-            await expect(tab.card(index)).to_contain_text("healthy")
+            await expect(tab.gpu(index).locator(".uuid")).to_have_text(gpu.uuid)
+            await expect(tab.gpu(index)).to_contain_text(f"NUMA node {index}")
+            await expect(tab.gpu(index)).to_contain_text("24.0\u00a0GiB")
+            await expect(tab.gpu(index)).to_contain_text("healthy")
 
 
 async def test_it_shows_use_and_share_and_who_is_over_it(browser):
-    state = NodeState(Division(10))
-    screenshot.busy(state)
-    async with showing(browser, state) as tab:
-        rows = tab.card(0).locator("tbody tr")
+    node = ShownNode()
+    node.busy()
+    async with showing(browser, node) as tab:
+        rows = tab.gpu(0).locator("tbody tr")
         await expect(rows).to_have_count(4)
         await expect(rows.nth(1)).to_have_text(
             re.compile(
                 r"B\s+detector-0\s*vision / triton\s+3 of 10 \(2.4\)\s*7\.0.GiB\s*6\.4.GiB\s*$"
             )
         )
-        await expect(tab.card(0).get_by_text("over share")).to_have_count(1)
+        await expect(tab.gpu(0).get_by_text("over share")).to_have_count(1)
         await expect(rows.nth(2)).to_contain_text("2.9\u00a0GiB ▲ over share")
-        await expect(tab.card(0).locator(".memory")).to_contain_text("17.1\u00a0GiB used of")
+        await expect(tab.gpu(0).locator(".memory")).to_contain_text("17.1\u00a0GiB used of")
 
 
-async def test_a_card_that_fails_says_why_and_heals(browser, state):
-    screenshot.hold(state, (0, RESNET, range(2)))
-    uuid = cards(state)[0].gpu.uuid
-    async with showing(browser, state) as tab:
-        await expect(tab.card(0).locator(".health")).to_have_text("✓ healthy")
-        state.fault_found([uuid], FAULT)
-        await expect(tab.card(0).locator(".health")).to_have_text("✕ unhealthy")
-        await expect(tab.card(0).locator(".faults")).to_contain_text(
-            "lost: fell off the bus, since"
-        )
-        await expect(tab.card(0).locator(".faults")).to_contain_text("look at the kernel log")
+async def test_a_gpu_that_fails_says_why_and_heals(browser, node):
+    node.hold((0, RESNET, range(2)))
+    async with showing(browser, node) as tab:
+        await expect(tab.gpu(0).locator(".health")).to_have_text("✓ healthy")
+        node.fail(0, FAULT)
+        await expect(tab.gpu(0).locator(".health")).to_have_text("✕ unhealthy")
+        await expect(tab.gpu(0).locator(".faults")).to_contain_text("lost: fell off the bus, since")
+        await expect(tab.gpu(0).locator(".faults")).to_contain_text("look at the kernel log")
         await expect(tab.slots(0).first).to_have_text(re.compile("resnet-0, unhealthy"))
         await expect(tab.slots(0).last).to_have_text(re.compile("unhealthy"))
         await expect(tab.slots(1).last).to_have_text(re.compile("free"))
         await expect(tab.page.locator("#news")).to_contain_text("GPU 0 is unhealthy: lost")
-        await expect(tab.page.locator("#sum")).to_contain_text("10 on unhealthy cards")
-        state.faults_cleared(uuid, [Reason.LOST])
-        await expect(tab.card(0).locator(".health")).to_have_text("✓ healthy")
-        await expect(tab.card(0).locator(".faults > li")).to_have_count(0)
+        await expect(tab.page.locator("#sum")).to_have_text(
+            "20 vGPUs on 2 GPUs · 2 held (2 of them on unhealthy GPUs) · 10 free · 8 unhealthy"
+            " · largest free block: 10"
+        )
+        node.heal(0)
+        await expect(tab.gpu(0).locator(".health")).to_have_text("✓ healthy")
+        await expect(tab.gpu(0).locator(".faults > li")).to_have_count(0)
         await expect(tab.page.locator("#news")).to_contain_text("GPU 0 is healthy again")
 
 
-async def test_a_pod_comes_and_goes_without_a_reload(browser, state):
-    async with showing(browser, state) as tab:
+async def test_a_pod_comes_and_goes_without_a_reload(browser, node):
+    async with showing(browser, node) as tab:
         await expect(tab.slots(0)).to_have_count(10)
         await tab.page.evaluate("window.sameDocument = true")
-        screenshot.hold(state, (0, LLAMA, range(3, 8)), (1, RESNET, range(1)))
+        node.hold((0, LLAMA, range(3, 8)), (1, RESNET, range(1)))
         await expect(tab.slots(0).nth(3)).to_have_text(re.compile(r"vGPU 3\s+A\s+llama-0"))
         await expect(tab.slots(0).nth(2)).to_have_text(re.compile("free"))
         await expect(tab.slots(1).first).to_have_text(re.compile(r"vGPU 0\s+B\s+resnet-0"))
-        row = tab.card(0).get_by_role("row", name="llama-0")
+        row = tab.gpu(0).get_by_role("row", name="llama-0")
         await expect(row).to_contain_text("language / vllm")
         await expect(row).to_contain_text("5 of 10 (3\u20137)")
         await expect(tab.page.locator("#news")).to_contain_text("pod language/llama-0 came")
-        screenshot.hold(state, (1, RESNET, range(1)))
+        node.hold((1, RESNET, range(1)))
         await expect(tab.slots(0).nth(3)).to_have_text(re.compile("free"))
-        await expect(tab.card(0)).to_contain_text("No pod holds a vGPU of this card.")
+        await expect(tab.gpu(0)).to_contain_text("No pod holds a vGPU of this GPU.")
         await expect(tab.page.locator("#news")).to_contain_text("pod language/llama-0 went")
         # It keeps its letter when others go.
         await expect(tab.slots(1).first).to_have_text(re.compile(r"B\s+resnet-0"))
         assert await tab.page.evaluate("window.sameDocument") is True
 
 
-async def test_unknown_holders_are_not_shown_as_free(browser, state):
-    screenshot.hold(state, (0, RESNET, range(2)))
-    async with showing(browser, state) as tab:
+async def test_unknown_holders_are_not_shown_as_free(browser, node):
+    node.hold((0, RESNET, range(2)))
+    async with showing(browser, node) as tab:
         await expect(tab.slots(0).first).to_have_text(re.compile("resnet-0"))
-        state.holders_failed("connection refused", forget=False)
+        node.assignments_failed("connection refused", forget=False)
         line = tab.page.locator("#state > li", has_text="PodResources")
-        await expect(line).to_contain_text("not told by the kubelet: connection refused")
+        await expect(line).to_contain_text("not available: connection refused")
         await expect(tab.slots(0).first).to_have_text(re.compile("resnet-0"))
-        state.holders_failed("connection refused", forget=True)
+        node.assignments_failed("connection refused", forget=True)
         await expect(tab.slots(0)).to_have_text([re.compile("unknown")] * 10)
         await expect(tab.page.get_by_text("free")).to_have_count(0)
-        await expect(tab.page.locator("#sum")).to_contain_text("who holds them is not known")
+        await expect(tab.page.locator("#sum")).to_contain_text("who holds them is unknown")
 
 
-async def test_a_node_without_a_driver_and_cards_says_so(browser):
-    state = NodeState(Division(10))
-    state.driver_failed("no NVIDIA driver library")
-    async with showing(browser, state) as tab:
+async def test_a_node_without_a_driver_and_gpus_says_so(browser):
+    node = ShownNode()
+    node.driver_looked(Driver(None, "no NVIDIA driver library"), None, {}, memory_used={})
+    async with showing(browser, node) as tab:
         await expect(tab.page.locator("#none")).to_have_text(
-            "No card is offered: no NVIDIA driver library."
+            "No GPU is shared: no NVIDIA driver library."
         )
         await expect(tab.page.locator("#state")).to_contain_text("down: no NVIDIA driver library")
         await expect(tab.page.locator("#state")).to_contain_text("not registered yet")
-        screenshot.node(state)
+        node.start()
         await expect(tab.slots(1)).to_have_count(10)
         await expect(tab.page.locator("#none")).to_be_hidden()
 
 
-async def test_what_is_wrong_with_the_node_is_told(browser, state):
-    left = simulated_gpus(3, "NVIDIA K80", screenshot.GIB, (0,))[2]
-    state.driver_answered(
-        "550.90.07",
-        [card.gpu for card in cards(state)],
-        [Excluded(left, "too-old", "MPS needs compute capability 7.0")],
+async def test_what_is_wrong_with_the_node_is_shown(browser):
+    node = ShownNode(health_checks=False)
+    node.start()
+    old = replace(
+        simulated_gpus(3, "NVIDIA P4", screenshot.GIB, (0,))[2], compute_capability=(6, 1)
     )
-    state.holders_told((Assignment(RESNET, ("GPU-gone::3",)),))
-    state.mps_seen(Mps(wanted=True, up=True, problem="its limits are others"), (), {})
-    state.driver_released(1_700_000_000.0)
-    async with showing(browser, state, health_checks=False) as tab:
+    node.look(old)
+    node.set_assignments((Assignment(RESNET, ("GPU-gone::3",)),), "the checkpoint is damaged")
+    node.daemon("its limits are others")
+    node.driver_released(1_700_000_000.0)
+    async with showing(browser, node) as tab:
         page = tab.page
-        await expect(page.get_by_role("region", name="Cards that are left out")).to_contain_text(
-            "too-old: MPS needs compute capability 7.0"
+        await expect(page.get_by_role("region", name="Excluded GPUs")).to_contain_text(
+            "compute-capability: compute capability 6.1 is below 7.0"
         )
-        await expect(page.get_by_role("region", name="Held, but no longer made")).to_contain_text(
-            "GPU-gone::3"
+        await expect(
+            page.get_by_role("region", name="Held, but no longer advertised")
+        ).to_contain_text("GPU-gone::3")
+        await expect(page.get_by_role("region", name="Troubles of the agent")).to_contain_text(
+            "the checkpoint is damaged"
         )
-        for words in ("its limits are others", "let go of for a reset until", "Health checks"):
+        for words in ("its limits are others", "released for a reset until", "Health checks"):
             await expect(page.locator("#state")).to_contain_text(words)
 
 
-async def test_names_of_pods_are_text_and_nothing_else(browser, state):
+GREEN = "rgb(17, 99, 41)"
+
+
+async def test_what_cannot_be_scheduled_is_not_green(browser, node):
+    async def greens(tab: Tab, index: int) -> set[str]:
+        """What is green of a GPU, as people see it: border and text of slots, health, edge."""
+        look = """(gpu, green) => [gpu, ...gpu.querySelectorAll(".slots li, .health")]
+          .filter((node) => Object.values(["color", "borderColor", "borderLeftColor"])
+            .some((name) => getComputedStyle(node)[name].includes(green)))
+          .map((node) => node.className.trim())"""
+        return set(await tab.gpu(index).evaluate(look, GREEN))
+
+    node.hold((0, RESNET, range(2)))
+    async with showing(browser, node, color_scheme="light") as tab:
+        free = tab.page.locator("#sum")
+        await expect(free).to_contain_text("18 free · largest free block: 10")
+        assert await greens(tab, 0) == {"gpu schedulable", "free", "health ok"}
+        node.registration_ended("no kubelet", away=True)
+        await expect(free).to_contain_text("18 free · the kubelet cannot give any to a pod now")
+        assert await greens(tab, 0) == set()
+        await expect(tab.slots(0).last).to_have_text(re.compile("free"))
+        node.registration_tried(RegistrationResult.REGISTERED)
+        await expect(free).to_contain_text("largest free block")
+        node.fail(0)
+        await expect(tab.gpu(0).locator(".health")).to_have_text("✕ unhealthy")
+        assert await greens(tab, 0) == set()
+        assert await greens(tab, 1) == {"gpu schedulable", "free", "health ok"}
+
+
+async def test_names_of_pods_are_text_and_nothing_else(browser, node):
     hostile = "<img src=x onerror=document.title='taken'>"
-    screenshot.hold(state, (0, Holder(hostile, hostile, hostile), range(1)))
-    state.fault_found([cards(state)[0].gpu.uuid], Fault(Reason.PROBE, 0.0, hostile))
-    async with showing(browser, state) as tab:
+    node.hold((0, Holder(hostile, hostile, hostile), range(1)))
+    node.fail(0, Fault(Reason.PROBE, 0.0, hostile))
+    async with showing(browser, node) as tab:
         await expect(tab.slots(0).first).to_contain_text(hostile)
-        await expect(tab.card(0).locator(".pod")).to_have_text(hostile)
-        await expect(tab.card(0).locator(".faults")).to_contain_text(hostile)
+        await expect(tab.gpu(0).locator(".pod")).to_have_text(hostile)
+        await expect(tab.gpu(0).locator(".faults")).to_contain_text(hostile)
         await expect(tab.page.locator("img")).to_have_count(0)
         await expect(tab.page).to_have_title("gpu-node-1: vGPUs")
 
 
-async def test_its_policy_lets_no_other_script_run_and_no_other_address_be_asked(browser, state):
-    async with showing(browser, state) as tab:
+async def test_its_policy_lets_no_other_script_run_and_no_other_address_be_asked(browser, node):
+    async with showing(browser, node) as tab:
         refused = await tab.page.evaluate(
             """async () => {
               const script = document.createElement("script");
@@ -302,9 +329,9 @@ async def test_its_policy_lets_no_other_script_run_and_no_other_address_be_asked
 # How it keeps up
 
 
-async def test_what_did_not_change_is_left_alone(browser, state):
-    screenshot.hold(state, (0, RESNET, range(2)))
-    async with showing(browser, state) as tab:
+async def test_what_did_not_change_is_left_alone(browser, node):
+    node.hold((0, RESNET, range(2)))
+    async with showing(browser, node) as tab:
         page = tab.page
         await expect(tab.slots(0)).to_have_count(10)
         await page.evaluate(
@@ -320,14 +347,14 @@ async def test_what_did_not_change_is_left_alone(browser, state):
         await page.get_by_role("link", name="/metrics").focus()
         await tab.refreshed(2)
         assert set(await page.evaluate("[...window.changed]")) <= {"node"}
-        screenshot.hold(state, (0, LLAMA, range(9, 10)), (0, RESNET, range(2)))
+        node.hold((0, LLAMA, range(9, 10)), (0, RESNET, range(2)))
         await expect(tab.slots(0).last).to_have_text(re.compile("llama-0"))
         assert await page.evaluate("String(getSelection())") == "resnet-0"
         await expect(page.get_by_role("link", name="/metrics")).to_be_focused()
 
 
-async def test_an_agent_that_is_away_is_told_and_found_again(browser, state):
-    async with screenshot.site(state) as address:
+async def test_an_agent_that_is_away_is_told_and_found_again(browser, node):
+    async with screenshot.site(node) as address:
         context = await browser.new_context()
         page = await context.new_page()
         await page.goto(f"http://{address}/")
@@ -335,15 +362,15 @@ async def test_an_agent_that_is_away_is_told_and_found_again(browser, state):
     trouble = page.locator("#trouble")
     await expect(trouble).to_contain_text("The agent is not answering since", timeout=PATIENCE)
     await expect(page.locator(".slots > li")).to_have_count(20)
-    screenshot.hold(state, (0, RESNET, range(1)))
-    async with screenshot.site(state, address):
+    node.hold((0, RESNET, range(1)))
+    async with screenshot.site(node, address):
         await expect(trouble).to_be_empty(timeout=PATIENCE)
         await expect(page.get_by_role("row", name="resnet-0")).to_be_visible()
         await context.close()
 
 
-async def test_it_asks_nothing_while_nobody_looks_or_it_is_paused(browser, state):
-    async with showing(browser, state, own_clock=True) as tab:
+async def test_it_asks_nothing_while_nobody_looks_or_it_is_paused(browser, node):
+    async with showing(browser, node, own_clock=True) as tab:
         page = tab.page
         await expect(tab.slots(0)).to_have_count(10)
 
@@ -376,9 +403,9 @@ async def test_it_asks_nothing_while_nobody_looks_or_it_is_paused(browser, state
 # For everyone
 
 
-async def test_a_screen_reader_finds_headings_lists_and_tables(browser, state):
-    screenshot.hold(state, (0, RESNET, range(2)))
-    async with showing(browser, state) as tab:
+async def test_a_screen_reader_finds_headings_lists_and_tables(browser, node):
+    node.hold((0, RESNET, range(2)))
+    async with showing(browser, node) as tab:
         page = tab.page
         await expect(page.get_by_role("banner")).to_have_count(1)
         await expect(page.get_by_role("main")).to_have_count(1)
@@ -386,16 +413,16 @@ async def test_a_screen_reader_finds_headings_lists_and_tables(browser, state):
         await expect(page.get_by_role("heading", level=2)).to_have_text(
             ["State of the node", "GPU 0 · NVIDIA L4", "GPU 1 · NVIDIA L4"]
         )
-        table = tab.card(0).get_by_role("table", name="Who holds vGPUs of GPU 0")
+        table = tab.gpu(0).get_by_role("table", name="Who holds vGPUs of GPU 0")
         # Use is not measured here, and has no column.
         await expect(table.get_by_role("columnheader")).to_have_text(["Pod", "vGPUs", "Share"])
         await expect(table.get_by_role("rowheader")).to_contain_text("resnet-0")
-        await expect(tab.card(0).get_by_role("listitem")).to_have_count(10)
+        await expect(tab.gpu(0).get_by_role("listitem")).to_have_count(10)
         await expect(page.get_by_role("status")).to_have_count(2)
 
 
-async def test_everything_is_reached_by_keyboard(browser, state):
-    async with showing(browser, state) as tab:
+async def test_everything_is_reached_by_keyboard(browser, node):
+    async with showing(browser, node) as tab:
         await expect(tab.slots(0)).to_have_count(10)
         reached = []
         for _ in range(3):
@@ -409,12 +436,12 @@ async def test_everything_is_reached_by_keyboard(browser, state):
 
 @pytest.mark.parametrize("vgpus", [10, 48])
 async def test_a_phone_shows_it_without_scrolling_sideways(browser, vgpus):
-    state = NodeState(Division(vgpus))
-    screenshot.busy(state)
+    node = ShownNode(vgpus)
+    node.busy()
     long = Holder("n" * 63, "pod-" + "x" * 240, "c" * 63)
     holders = [pod[:3] for pod in screenshot.PODS]
-    screenshot.hold(state, (0, long, range(9, 10)), *holders)
-    async with showing(browser, state, viewport={"width": 360, "height": 740}) as tab:
+    node.hold((0, long, range(9, 10)), *holders)
+    async with showing(browser, node, viewport={"width": 360, "height": 740}) as tab:
         await expect(tab.slots(1)).to_have_count(vgpus)
         width = await tab.page.evaluate("document.documentElement.scrollWidth")
         assert width == 360
@@ -422,11 +449,11 @@ async def test_a_phone_shows_it_without_scrolling_sideways(browser, vgpus):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_every_text_is_readable_in_both_colour_schemes(browser, scheme):
-    state = NodeState(Division(10))
-    screenshot.busy(state)
+    node = ShownNode()
+    node.busy()
     many = [(0, Holder("n", f"p{n}", "c"), range(n, n + 1)) for n in range(10)]
-    screenshot.hold(state, *many, (1, RESNET, range(2)))
-    async with showing(browser, state, color_scheme=scheme) as tab:
+    node.hold(*many, (1, RESNET, range(2)))
+    async with showing(browser, node, color_scheme=scheme) as tab:
         await expect(tab.slots(1)).to_have_count(10)
         behind = await tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert behind == {"light": "rgb(243, 244, 246)", "dark": "rgb(13, 17, 23)"}[scheme]
@@ -435,17 +462,18 @@ async def test_every_text_is_readable_in_both_colour_schemes(browser, scheme):
         assert [each for each in contrasts if each[0] < 4.5] == []
 
 
-async def test_nothing_moves_for_those_who_do_not_want_it(browser, state):
-    state.memory_used({card.gpu.uuid: screenshot.GIB for card in cards(state)})
+async def test_nothing_moves_for_those_who_do_not_want_it(browser, node):
+    node.memory = {gpu.uuid: screenshot.GIB for gpu in node.gpus}
+    node.look()
     for motion, seconds in (("reduce", "0s"), ("no-preference", "0.4s")):
-        async with showing(browser, state, reduced_motion=motion) as tab:
+        async with showing(browser, node, reduced_motion=motion) as tab:
             await expect(tab.slots(1)).to_have_count(10)
-            bar = tab.card(0).locator(".bar i")
+            bar = tab.gpu(0).locator(".bar i")
             assert await bar.evaluate("n => getComputedStyle(n).transitionDuration") == seconds
 
 
-async def test_without_javascript_it_points_to_the_data(browser, state):
-    async with showing(browser, state, java_script_enabled=False) as tab:
+async def test_without_javascript_it_points_to_the_data(browser, node):
+    async with showing(browser, node, java_script_enabled=False) as tab:
         link = tab.page.locator("noscript a")
         await expect(link).to_have_attribute("href", "status.json")
         await expect(link).to_be_visible()

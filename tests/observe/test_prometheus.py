@@ -1,8 +1,8 @@
 """A real Prometheus that scrapes a real agent, with our alerts loaded.
 
 It scrapes with `honor_labels` and the target labels that a PodMonitor attaches. A second target is
-a page on which every metric has something to tell: a node under MPS with pods that use its cards, a
-fault, and a card that is left out.
+a page on which every metric has something to say: a node under MPS with pods that use its GPUs, a
+fault, and an excluded GPU.
 """
 
 import json
@@ -51,17 +51,17 @@ AGENT = {
 }
 NAMES = {"namespace": RESNET.namespace, "pod": RESNET.pod, "container": RESNET.container}
 GONE = "::99"
-"""Ends the ID of a vGPU that no card has."""
+"""Ends the ID of a vGPU that no GPU has."""
 
 PATIENCE = 60.0
 """Seconds for what takes two or three: the machine may be busy."""
 
 NO_DATA = {
-    "vgpu_container_memory_used_bytes": "no process runs on a simulated card",
-    "vgpu_container_processes": "no process runs on a simulated card",
-    "vgpu_unattributed_processes": "no process runs on a simulated card",
-    "vgpu_xid_errors_total": "a simulated card of `run` has no fault",
-    "vgpu_health_transitions_total": "a simulated card of `run` has no fault",
+    "vgpu_container_memory_used_bytes": "no process runs on a simulated GPU",
+    "vgpu_container_processes": "no process runs on a simulated GPU",
+    "vgpu_unattributed_processes": "no process runs on a simulated GPU",
+    "vgpu_xid_errors_total": "a simulated GPU of `run` has no fault",
+    "vgpu_health_transitions_total": "a simulated GPU of `run` has no fault",
     "vgpu_gpu_unhealthy_reason": "the panel shows those that are 1, and there is no fault",
 }
 """What the node's dashboard cannot show of the agent of this test, and why."""
@@ -321,7 +321,7 @@ def test_every_query_of_a_dashboard_finds_data_where_there_is_some_to_find(share
         assert shared.prometheus.get(f"label/{label}/values", **{"match[]": metric})
 
 
-def test_the_dashboard_of_the_node_shows_the_agent_except_for_what_its_cards_cannot_have(shared):
+def test_the_dashboard_of_the_node_shows_the_agent_except_for_what_its_gpus_cannot_have(shared):
     (path,) = [path for path in DASHBOARDS if path.stem == "node"]
     for query in queries(path):
         expr = filled_in(query.expr, shared.instance)
@@ -331,7 +331,7 @@ def test_the_dashboard_of_the_node_shows_the_agent_except_for_what_its_cards_can
             shared.prometheus.wait_query(expr)
 
 
-def test_a_container_with_more_than_its_share_is_told_by_its_own_names(shared):
+def test_a_container_with_more_than_its_share_is_reported_by_its_own_names(shared):
     alert = shared.prometheus.wait_alert("VgpuContainerOverShare", instance=shared.full, **NAMES)
     assert alert["state"] == "pending"
     assert "resnet-1" in alert["annotations"]["summary"]

@@ -6,31 +6,42 @@ import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import anyio
 import pytest
 
+from tests.agent_process import REPOSITORY, environment
 from tests.agent_process import running as running_agent
-from tests.kubelet.rig import MPS, cards_of
 from tests.kubelet_peer import off_loop
+from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.devices import Card, Gpu, Inventory
-from vgpu_agent.model.holders import Assignment, Holder
-from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import Driver, NodeState, RegistrationResult, Snapshot
-from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.status import Status
-from vgpu_agent.observe.web import MOST_CONNECTIONS, Web, listen
-from vgpu_agent.settings import Address
+from vgpu_agent.model.facts import Scan
+from vgpu_agent.model.health import Moment
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
+from vgpu_agent.observe import web as web_module
+from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.web import MAX_CONNECTIONS, Web, listen
 
 LOOPBACK = Address("127.0.0.1", 0)
-RESOURCE = "example.com/vgpu"
-STATUS = Status("1.2.3", RESOURCE, health_checks=True, sharing=MPS, host="node-1")
+RULES = Rules()
+
+
+def report_of(snapshot: Snapshot) -> bytes:
+    """Stands for the report: what /status.json answers is not the web side's to know."""
+    return json.dumps({"gpus": len(snapshot.inventory.cards)}).encode()
+
+
+def some_metrics(kind: type[Metrics] = Metrics) -> Metrics:
+    return kind("1.2.3", "example.com/vgpu", RULES)
 
 
 def has_ipv6() -> bool:
@@ -57,7 +68,7 @@ class Site:
     """A running Web and the means to ask it."""
 
     web: Web
-    state: NodeState
+    node: Node
     metrics: Metrics
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
@@ -72,8 +83,8 @@ class Site:
         with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
             connection.request(method, path, headers=headers)
             reply = connection.getresponse()
-            told = {name.lower(): value for name, value in reply.getheaders()}
-            return Reply(reply.status, told, reply.read())
+            found = {name.lower(): value for name, value in reply.getheaders()}
+            return Reply(reply.status, found, reply.read())
 
     async def raw(self, request: bytes) -> bytes:
         """Everything that is answered until the server ends the connection."""
@@ -94,11 +105,11 @@ async def serving(
 ) -> AsyncIterator[Site]:
     """A Web that serves; what it leaves behind at its end is looked for."""
     before = running()
-    state = NodeState(Division(10))
-    metrics = metrics or Metrics(version="1.2.3", resource_name=RESOURCE, sharing=MPS)
-    web = Web(listener=listen(address), state=state, metrics=metrics, status=STATUS, **options)
+    node = Node(RULES, clock=lambda: Moment(1.0, 1000.0))
+    metrics = metrics or some_metrics()
+    web = Web(listener=listen(address), node=node, metrics=metrics, report=report_of, **options)
     async with anyio.create_task_group() as tasks:
-        site = Site(web, state, metrics, tasks.cancel_scope)
+        site = Site(web, node, metrics, tasks.cancel_scope)
         await tasks.start(web.run)
         yield site
         tasks.cancel_scope.cancel()
@@ -150,7 +161,7 @@ async def test_metrics_are_those_of_the_newest_snapshot(own_site):
     assert (
         b'vgpu_registrations_total{result="refused"} 0.0\n' in (await own_site.get("/metrics")).body
     )
-    own_site.state.registration_tried(RegistrationResult.REFUSED, "no")
+    own_site.node.registration_tried(RegistrationResult.REFUSED, "no")
     assert (
         b'vgpu_registrations_total{result="refused"} 1.0\n' in (await own_site.get("/metrics")).body
     )
@@ -244,8 +255,7 @@ async def test_a_malformed_request_is_refused_and_the_next_one_answered(site, re
         with site.connect() as connection:
             try:
                 connection.sendall(request_)
-                with suppress(OSError):  # it has hung up already
-                    connection.shutdown(socket.SHUT_WR)
+                connection.shutdown(socket.SHUT_WR)
                 return connection.recv(65536)
             except OSError:  # it may hang up in the middle of ours
                 return b""
@@ -313,7 +323,7 @@ async def test_the_page_runs_nothing_but_its_own_script_and_is_framed_by_nobody(
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/status.json", "/nothing"])
-async def test_no_answer_is_guessed_at_cached_or_told_to_others(site, path):
+async def test_no_answer_is_guessed_at_cached_or_named_to_others(site, path):
     headers = (await site.get(path)).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
@@ -331,30 +341,17 @@ async def test_without_the_page_the_answer_names_the_setting():
         assert (await site.get("/status.json")).status == 200
 
 
-def with_a_pod() -> NodeState:
-    state = NodeState(Division(10))
-    state.driver_answered("1", cards_of(1))
-    uuid = state.snapshot.inventory.cards[0].gpu.uuid
-    holder = Holder("some-namespace", "some-pod", "some-container")
-    state.holders_told((Assignment(holder, (f"{uuid}::0", f"{uuid}::1", "GPU-gone::0")),))
-    return state
-
-
-def test_the_status_names_pods_only_where_it_may():
-    snapshot = with_a_pod().snapshot
-    told = json.loads(STATUS.render(snapshot))
-    assert [each["pod"] for each in told["allocations"]] == ["some-pod"]
-    text = replace(STATUS, names_pods=False).render(snapshot)
-    silent = json.loads(text)
-    assert silent["allocations"] is None
-    assert (told["names_pods"], silent["names_pods"]) == (True, False)
-    assert b"some-" not in text
-    for name in ("driver", "cards", "orphaned", "largest_free_share"):
-        assert silent[name] == told[name]
+async def test_the_report_is_that_of_the_newest_snapshot(own_site):
+    reply = await own_site.get("/status.json")
+    assert reply.headers["content-type"] == "application/json"
+    assert json.loads(reply.body) == {"gpus": 0}
+    gpu = Gpu("GPU-a", 0, "NVIDIA L4", 1 << 34, "00000000:01:00.0")
+    own_site.node.driver_looked(Driver("1", None), Scan("1", (gpu,)), {}, memory_used={})
+    assert json.loads((await own_site.get("/status.json")).body) == {"gpus": 1}
 
 
 @pytest.mark.slow
-def test_the_setting_takes_the_page_away_and_leaves_what_release_reads(kubelet_dir):
+def test_without_the_page_the_report_names_no_pod(kubelet_dir):
     with running_agent(kubelet_dir, VGPU_STATUS_PAGE="off") as agent:
         status, why = agent.get("/")
         assert status == 404
@@ -395,22 +392,22 @@ async def test_an_agent_without_a_sign_of_life_is_not_healthy_until_the_next_one
 # /readyz
 
 
-async def test_an_agent_is_ready_while_the_kubelet_follows_its_list_also_without_a_card(own_site):
+async def test_an_agent_is_ready_while_the_kubelet_follows_its_list_also_without_a_gpu(own_site):
     async def answer() -> tuple[int, bytes]:
         reply = await own_site.get("/readyz")
         return reply.status, reply.body
 
-    state = own_site.state
+    node = own_site.node
     assert await answer() == (503, b"not registered: starting\n")
-    state.driver_failed("no driver")
-    state.registration_tried(RegistrationResult.REFUSED, "the kubelet refused")
+    node.driver_looked(Driver(None, "no driver"), None, {}, memory_used={})
+    node.registration_tried(RegistrationResult.REFUSED, "the kubelet refused")
     assert await answer() == (503, b"not registered: the kubelet refused\n")
-    state.registration_tried(RegistrationResult.REGISTERED)
+    node.registration_tried(RegistrationResult.REGISTERED)
     assert (await answer())[0] == 503
-    state.stream_opened()
+    node.stream_opened()
     assert await answer() == (200, b"ready\n")
-    state.registration_ended("the kubelet ended the stream")
-    state.stream_ended()
+    node.registration_ended("the kubelet ended the stream")
+    node.stream_ended()
     assert await answer() == (503, b"not registered: the kubelet ended the stream\n")
 
 
@@ -423,7 +420,7 @@ def taken() -> Iterator[Address]:
         yield Address(*server.getsockname())
 
 
-def test_a_port_in_use_is_told_with_variable_address_and_reason(taken):
+def test_a_port_in_use_is_reported_with_variable_address_and_reason(taken):
     with pytest.raises(ListenError) as caught:
         listen(taken)
     assert str(caught.value) == (
@@ -443,7 +440,7 @@ def test_a_port_in_use_is_told_with_variable_address_and_reason(taken):
     ],
     ids=lambda address: address.host,
 )
-def test_an_address_that_is_not_here_is_told_with_variable_address_and_reason(address):
+def test_an_address_that_is_not_here_is_reported_with_variable_address_and_reason(address):
     with pytest.raises(ListenError) as caught:
         listen(address)
     head, _, reason = str(caught.value).partition(": cannot listen there: ")
@@ -493,7 +490,7 @@ class Huge(Metrics):
     ],
 )
 async def test_it_ends_while_a_client(sent, within):
-    huge = Huge(version="1", resource_name=RESOURCE, sharing=MPS)
+    huge = some_metrics(Huge)
     async with serving(metrics=huge) as site:
         if sent is not None:
             connection = await off_loop(site.connect)
@@ -520,10 +517,10 @@ async def test_it_ends_while_a_client_keeps_its_connection():
 
 
 class Slow(Metrics):
-    """Metrics that take until they are told to go on."""
+    """Metrics that take until they may go on."""
 
-    def __init__(self) -> None:
-        super().__init__(version="1", resource_name=RESOURCE, sharing=MPS)
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
         self.asked = threading.Event()
         self.go_on = threading.Event()
 
@@ -534,7 +531,7 @@ class Slow(Metrics):
 
 
 async def test_a_request_under_way_is_answered_before_the_end():
-    slow = Slow()
+    slow = some_metrics(Slow)
     replies = []
     async with serving(metrics=slow) as site, anyio.create_task_group() as tasks:
 
@@ -551,11 +548,84 @@ async def test_a_request_under_way_is_answered_before_the_end():
     assert replies[0].status == 200
 
 
+# A server that ends by itself
+
+ENDED_BY_ITSELF = pytest.RaisesGroup(
+    pytest.RaisesExc(RuntimeError, match="ended by itself"), flatten_subgroups=True
+)
+
+
+@pytest.fixture
+def short_lived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn that returns though nobody stopped it."""
+
+    async def return_early(_: object) -> None:
+        await anyio.sleep(0.05)
+
+    monkeypatch.setattr(web_module._Server, "main_loop", return_early)
+
+
+@pytest.mark.usefixtures("short_lived")
+async def test_a_server_that_returns_early_ends_the_web_side_with_an_error():
+    with ENDED_BY_ITSELF:
+        async with serving():
+            await anyio.sleep(5)
+
+
+async def test_a_server_that_does_not_start_ends_the_web_side_with_an_error(monkeypatch):
+    async def refuse(self: web_module._Server, *_: object, **__: object) -> None:
+        self.should_exit = True  # as uvicorn does where its start fails
+
+    monkeypatch.setattr(web_module._Server, "startup", refuse)
+    with ENDED_BY_ITSELF:
+        async with serving():
+            await anyio.sleep(5)
+
+
+async def test_a_server_that_is_stopped_before_it_serves_ends_without_one():
+    async with serving() as site:
+        site.scope.cancel()
+
+
+SHORT_LIVED = """
+import sys
+import anyio
+from vgpu_agent.__main__ import main
+from vgpu_agent.observe import web
+async def return_early(_):
+    await anyio.sleep(0.5)
+web._Server.main_loop = return_early
+sys.argv = ["vgpu-agent", "run"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_an_agent_whose_web_server_returns_ends_with_an_error(kubelet_dir):
+    """Without it nobody would see a thing of it, and its probes would fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_LIVED],
+        env=environment(
+            VGPU_GPU_DRIVER="simulated",
+            VGPU_KUBELET_DIR=str(kubelet_dir),
+            VGPU_STATE_DIRECTORY=str(kubelet_dir / "state"),
+            VGPU_METRICS_ADDRESS="127.0.0.1:0",
+        ),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "the web server ended by itself" in done.stderr
+
+
 # The loop
 
 
 async def test_other_pages_are_answered_while_metrics_are_rendered():
-    slow = Slow()
+    slow = some_metrics(Slow)
     async with serving(metrics=slow) as site, anyio.create_task_group() as tasks:
         start = time.monotonic()
         tasks.start_soon(site.get, "/metrics")
@@ -565,12 +635,12 @@ async def test_other_pages_are_answered_while_metrics_are_rendered():
         slow.go_on.set()
 
 
-async def test_the_scrapes_of_many_cards_do_not_hold_up_the_loop(own_site):
+async def test_the_scrapes_of_many_gpus_do_not_hold_up_the_loop(own_site):
     cards = tuple(
         Card(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", 1 << 30, f"00000000:{n:02x}:00.0"), 48)
         for n in range(64)
     )
-    own_site.state.latest.publish(Snapshot(inventory=Inventory(cards), driver=Driver("1", None)))
+    own_site.node.latest.publish(Snapshot(inventory=Inventory(cards), driver=Driver("1", None)))
     worst = 0.0
 
     async def tick() -> None:
@@ -595,9 +665,7 @@ async def test_a_page_that_fails_is_a_500_and_the_next_one_is_answered(caplog):
             raise LookupError("broken")
 
     with caplog.at_level(logging.ERROR):
-        async with serving(
-            metrics=Broken(version="1", resource_name=RESOURCE, sharing=MPS)
-        ) as site:
+        async with serving(metrics=some_metrics(Broken)) as site:
             assert (await site.get("/metrics")).status == 500
             assert (await site.get("/healthz")).status == 200
     assert any(
@@ -612,7 +680,7 @@ async def test_who_connects_and_waits_keeps_nobody_else_out(sent):
     crowd: list[socket.socket] = []
 
     def come(site: Site) -> None:
-        for _ in range(3 * MOST_CONNECTIONS):
+        for _ in range(3 * MAX_CONNECTIONS):
             crowd.append(site.connect())
             with suppress(ConnectionError):
                 crowd[-1].sendall(sent)
@@ -630,7 +698,7 @@ async def test_who_connects_and_waits_keeps_nobody_else_out(sent):
         try:
             await off_loop(come, site)
             assert (await site.get("/healthz")).status == 200
-            assert 0 < sum(map(is_open, crowd)) <= MOST_CONNECTIONS
+            assert 0 < sum(map(is_open, crowd)) <= MAX_CONNECTIONS
         finally:
             for client in crowd:
                 client.close()

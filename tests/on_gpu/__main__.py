@@ -19,9 +19,9 @@ def missing() -> str | None:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
-        return f"there is no NVIDIA card to measure on: NVML does not start ({error})."
+        return f"there is no NVIDIA GPU to measure on: NVML does not start ({error})."
     if count == 0:
-        return "there is no NVIDIA card to measure on: NVML lists none."
+        return "there is no NVIDIA GPU to measure on: NVML lists none."
     if shutil.which(BINARY) is None:
         return f"{BINARY} is not on PATH: install the NVIDIA driver's compute programs."
     return cuda_problem()

@@ -1,4 +1,4 @@
-"""A CUDA process that does what it is told: JSON lines in, JSON lines out.
+"""A CUDA process that does what it is asked for: JSON lines in, JSON lines out.
 
 Its load is a matrix product of PyTorch or CuPy where one of them is there, else a small kernel of
 its own; memory and faults always go through the driver's own library, whose words are the answer.
@@ -53,7 +53,7 @@ class CudaError(Exception):
 
 
 class Cuda:
-    """The first card that this process sees, through libcuda.so.1 and its primary context."""
+    """The first GPU that this process sees, through libcuda.so.1 and its primary context."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")

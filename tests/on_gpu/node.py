@@ -1,7 +1,7 @@
 """A node on this machine: a daemon in a private directory, the real agent, a kubelet, containers.
 
 A container is a process in namespaces of its own, with the environment and the mounts that
-Allocate returned. There is no container runtime: all cards of the machine are visible in it.
+Allocate returned. There is no container runtime: all GPUs of the machine are visible in it.
 """
 
 import json
@@ -24,9 +24,10 @@ import anyio
 from tests.agent_process import REPOSITORY, Agent, environment, execute, running
 from tests.kubelet_peer import KubeletPeer
 from tests.on_gpu.record import Record
-from vgpu_agent.agent import make_driver
+from vgpu_agent.agent import make_driver, make_node
 from vgpu_agent.model.container import grant
-from vgpu_agent.model.devices import Card, Inventory
+from vgpu_agent.model.devices import Inventory
+from vgpu_agent.model.snapshot import Driver
 from vgpu_agent.mps.control import BINARY
 from vgpu_agent.settings import EmbeddedSettings
 
@@ -213,7 +214,7 @@ class Node:
     def start_agent(self) -> None:
         self.kubelet = self.stack.enter_context(KubeletPeer(self.root))
         self.agent = self.stack.enter_context(running(self.root, **self.variables))
-        # An agent that gives none has said why; what a card does is worth measuring all the same.
+        # An agent that gives none has said why; what a GPU does is worth measuring all the same.
         with suppress(AssertionError):
             self.wait_health(healthy=True, timeout=20)
         time.sleep(2)
@@ -230,28 +231,31 @@ class Node:
         return found.time
 
     def containers(self, count: int) -> list[Container]:
-        """So many containers of one vGPU each, all of the same card."""
+        """So many containers of one vGPU each, all of the same GPU."""
         ids = list(self.inventory.device_ids if self.inventory else self.kubelet.allocatable)
-        card = ids[0].split("::")[0]
-        of_card = [each for each in ids if each.startswith(card)]
-        return [self._container(each) for each in of_card[:count]]
+        gpu = ids[0].split("::")[0]
+        of_gpu = [each for each in ids if each.startswith(gpu)]
+        return [self._container(each) for each in of_gpu[:count]]
 
     def _container(self, vgpu: str) -> Container:
         if self.inventory:
             given = grant(self.inventory, [vgpu], self.settings.sharing_rules())
-            variables, told = given.environment, given.mounts
+            variables, given_mounts = given.environment, given.mounts
         else:
             answer = self.kubelet.allocate([vgpu]).container_responses[0]
-            variables, told = answer.envs, answer.mounts
-        mounts = tuple(Mount(m.host_path, m.container_path, m.read_only) for m in told)
+            variables, given_mounts = answer.envs, answer.mounts
+        mounts = tuple(Mount(m.host_path, m.container_path, m.read_only) for m in given_mounts)
         container = Container(dict(variables), mounts)
         self.record.event("allocated", vgpu=vgpu, environment=container.environment, mounts=mounts)
         return container
 
     async def _inventory(self) -> Inventory:
+        """The GPUs as the model divides them, whatever is wrong with them."""
+        node = make_node(self.settings)
         async with make_driver(self.settings) as driver:
             scan = await driver.scan()
-        return Inventory(tuple(Card(gpu, self.settings.replicas) for gpu in scan.gpus))
+        node.driver_looked(Driver(scan.driver_version, None), scan, {}, memory_used={})
+        return node.snapshot.inventory
 
     @contextmanager
     def clients(

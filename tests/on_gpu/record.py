@@ -22,7 +22,7 @@ def _machine() -> list[str]:
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         mode = pynvml.nvmlDeviceGetComputeMode(handle)
-        lines.append(f"card {index}: {pynvml.nvmlDeviceGetName(handle)}, compute mode {mode}")
+        lines.append(f"GPU {index}: {pynvml.nvmlDeviceGetName(handle)}, compute mode {mode}")
     return lines
 
 
@@ -33,7 +33,7 @@ class Record:
         self._start = time.monotonic()
         self._name = ""
         self._events: list[dict[str, Any]] = []
-        self._lines = ["# Measured on a card", "", *(f"- {line}" for line in _machine())]
+        self._lines = ["# Measured on a GPU", "", *(f"- {line}" for line in _machine())]
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:

@@ -35,7 +35,7 @@ def used_mib() -> int:
 def unknowns(record: Record, _: float) -> None:
     before = used_mib()
     with node(record, **MPS) as it:
-        for settle in (_reach, _context_memory, _invisible_card, _ordinals, _reach_of_a_fault):
+        for settle in (_reach, _context_memory, _invisible_gpu, _ordinals, _reach_of_a_fault):
             try:
                 settle(record, it)
             except Exception as error:  # noqa: BLE001 - one unknown must not hide the others
@@ -75,7 +75,7 @@ def _context_memory(record: Record, it: Node) -> None:
     record.say(f"limit {limit} MiB: {filled}; the difference is what counts beside allocations")
 
 
-def _invisible_card(record: Record, it: Node) -> None:
+def _invisible_gpu(record: Record, it: Node) -> None:
     (container,) = it.containers(1)
     for text in ("0=1G", "0=1G,1=1G", "1=1G,0=1G"):
         changed = container.having(
@@ -84,7 +84,7 @@ def _invisible_card(record: Record, it: Node) -> None:
         )
         with it.clients(changed) as (client,):
             filled = client.ask("fill", step_mib=16, most_mib=2048)
-        record.say(f"one card visible, limit {text}: {filled}")
+        record.say(f"one GPU visible, limit {text}: {filled}")
 
 
 def _ordinals(record: Record, it: Node) -> None:
@@ -93,19 +93,19 @@ def _ordinals(record: Record, it: Node) -> None:
         with it.clients(container.having(CUDA_DEVICE_ORDER=order)) as (client,):
             record.say(f"CUDA_DEVICE_ORDER={order}: {client.ask('info')}")
     if pynvml.nvmlDeviceGetCount() < 2:
-        record.say("one card only: which card an ordinal of the limit means is not settled")
+        record.say("one GPU only: which GPU an ordinal of the limit means is not settled")
 
 
 def _reach_of_a_fault(record: Record, it: Node) -> None:
     if pynvml.nvmlDeviceGetCount() < 2:
-        record.say("one card only: whether a fault reaches clients of another is not settled")
+        record.say("one GPU only: whether a fault reaches clients of another is not settled")
         return
     (container,) = it.containers(1)
     one, two = (container.having(CUDA_VISIBLE_DEVICES=str(n)) for n in (0, 1))
     with it.clients(one, two) as (bad, other):
         other.ask("info")
-        record.say(f"illegal access on card 0: {bad.ask('illegal')}")
-        record.say(f"the client of card 1 then: {outcome(_light(other))}")
+        record.say(f"illegal access on GPU 0: {bad.ask('illegal')}")
+        record.say(f"the client of GPU 1 then: {outcome(_light(other))}")
     it.wait_health(healthy=True, timeout=60)
 
 
@@ -203,7 +203,7 @@ def faults(record: Record, _: float) -> None:
             record.say(
                 f"neighbours of the illegal access: {[outcome(each.answer()) for each in others]}"
             )
-        _told(record, it, begun, "illegal access")
+        _reported(record, it, begun, "illegal access")
         assert it.daemon is not None
         with it.clients(*it.containers(1)) as (client,):
             client.send("work", seconds=3, start_at=0)
@@ -219,14 +219,12 @@ def faults(record: Record, _: float) -> None:
         record.say(f"daemon started again: all vGPUs healthy after {took:.2f} s")
 
 
-def _told(record: Record, it: Node, begun: float, what: str) -> None:
-    """What the kubelet was told since then, until all is well again."""
+def _reported(record: Record, it: Node, begun: float, what: str) -> None:
+    """What the kubelet heard since then, until all is well again."""
     time.sleep(6)
     it.wait_health(healthy=True, timeout=60)
     since = [each for each in it.kubelet.lists if each.time > begun]
-    record.say(
-        f"{what}: {[f'{each.time - begun:.2f} s: {each}' for each in since] or 'nothing told'}"
-    )
+    record.say(f"{what}: {[f'{each.time - begun:.2f} s: {each}' for each in since] or 'nothing'}")
 
 
 # (e)

@@ -39,7 +39,7 @@ def wait_metrics(agent: Agent, *lines: str) -> str:
         time.sleep(0.05)
 
 
-def test_processes_that_are_in_no_pod_are_counted_by_card(kubelet_dir, fake_nvml):
+def test_processes_that_are_in_no_pod_are_counted_by_gpu(kubelet_dir, fake_nvml):
     with sleepers(3) as (one, two, client):
         fake_nvml.set_cards(
             FakeCard(UUIDS[0], compute=((one, 512), (client, 64)), mps=((client, 64), (two, None))),
@@ -53,7 +53,7 @@ def test_processes_that_are_in_no_pod_are_counted_by_card(kubelet_dir, fake_nvml
                 f'vgpu_unattributed_processes{{gpu_index="0",gpu_uuid="{UUIDS[0]}"}} 3.0',
                 f'vgpu_unattributed_processes{{gpu_index="1",gpu_uuid="{UUIDS[1]}"}} 0.0',
             )
-            # Of a card that does not tell them nothing is known; and ours are in no container.
+            # Of a GPU that does not list them nothing is known; and ours are in no container.
             assert (
                 f'vgpu_unattributed_processes{{gpu_index="2",gpu_uuid="{UUIDS[2]}"}}' not in metrics
             )

@@ -7,7 +7,7 @@ from vgpu_agent.model.holders import GpuProcess, Holder, Usage, Used, attribute
 ONE, TWO = Holder("ns", "pod", "one"), Holder("ns", "pod", "two")
 
 
-def test_processes_of_a_container_are_added_up_for_each_card():
+def test_processes_of_a_container_are_added_up_for_each_gpu():
     usage = attribute(
         {
             "GPU-a": [GpuProcess(1, 10), GpuProcess(2, 5), GpuProcess(3, 7), GpuProcess(4, 100)],
@@ -24,14 +24,14 @@ def test_processes_of_a_container_are_added_up_for_each_card():
     assert usage.unattributed == {"GPU-a": 1, "GPU-b": 0, "GPU-c": 0}
 
 
-def test_memory_that_is_not_told_adds_nothing():
+def test_memory_that_is_not_known_adds_nothing():
     usage = attribute({"GPU-a": [GpuProcess(1, None), GpuProcess(2, 5)]}, {1: ONE, 2: ONE})
     assert usage.containers == {("GPU-a", ONE): Used(2, 5)}
     unknown = attribute({"GPU-a": [GpuProcess(1, None)]}, {1: ONE})
     assert unknown.containers == {("GPU-a", ONE): Used(1, None)}
 
 
-def test_of_no_card_there_is_no_usage():
+def test_of_no_gpu_there_is_no_usage():
     assert attribute({}, {1: ONE}) == Usage()
 
 
@@ -49,7 +49,7 @@ def test_every_process_is_counted_once(
     usage = attribute(running, containers)
     assert usage.unattributed.keys() == running.keys()
     for uuid, found in running.items():
-        used = [each for (card, _), each in usage.containers.items() if card == uuid]
+        used = [each for (gpu, _), each in usage.containers.items() if gpu == uuid]
         assert sum(each.processes for each in used) + usage.unattributed[uuid] == len(found)
-        told = sum(each.memory_bytes or 0 for each in used)
-        assert told == sum(p.memory_bytes or 0 for p in found if p.pid in containers)
+        memory = sum(each.memory_bytes or 0 for each in used)
+        assert memory == sum(p.memory_bytes or 0 for p in found if p.pid in containers)

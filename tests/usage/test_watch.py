@@ -1,22 +1,27 @@
 """The watch over a simulated driver, with a /proc and a folder of links made by the test."""
 
 import threading
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import pytest
 
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.model.facts import Scan
+from vgpu_agent.model.health import Moment
 from vgpu_agent.model.holders import GpuProcess, Holder, Usage, Used
-from vgpu_agent.model.share import Division
-from vgpu_agent.model.state import NodeState
+from vgpu_agent.model.node import Node as NodeModel
+from vgpu_agent.model.rules import SharingRules
+from vgpu_agent.model.snapshot import Driver, Rules, Snapshot
+from vgpu_agent.observe import changes
 from vgpu_agent.usage.watch import UsageWatch
 
 GIB = 1 << 30
-CARDS = simulated_gpus(2, "A card", 24 * GIB, (0,))
-A, B = (card.uuid for card in CARDS)
+GPUS = simulated_gpus(2, "A GPU", 24 * GIB, (0,))
+A, B = (gpu.uuid for gpu in GPUS)
+RULES = Rules(SharingRules(mps=False))
 
 UID = "55c6c714-b240-4dec-9a45-57b61696ab6e"
 TRAIN, SERVE, MPS = (
@@ -30,10 +35,14 @@ class Node:
     """A node's processes and containers, and a watch that looks at them."""
 
     def __init__(self, root: Path) -> None:
-        self.driver = SimulatedDriver(CARDS)
-        self.state = NodeState(Division(replicas=10))
+        self.driver = SimulatedDriver(GPUS)
+
+        def published(before: Snapshot, after: Snapshot) -> None:
+            changes.write(changes.changes(before, after, RULES))
+
+        self.model = NodeModel(RULES, clock=lambda: Moment(1.0, 1000.0), published=published)
         self.watch = UsageWatch(
-            self.driver, self.state, call_limit=5, proc=root / "proc", links=root / "links"
+            self.driver, self.model, call_limit=5, proc=root / "proc", links=root / "links"
         )
         self.links.mkdir()
         self.process(1, "0::/init.scope\n")
@@ -45,7 +54,14 @@ class Node:
 
     @property
     def usage(self) -> Usage | None:
-        return self.state.snapshot.usage
+        """Without what is said of it."""
+        found = self.model.snapshot.usage
+        return None if found is None else replace(found, problem=None)
+
+    @property
+    def problem(self) -> str | None:
+        found = self.model.snapshot.usage
+        return None if found is None else found.problem
 
     def process(self, pid: int | str, cgroup: str) -> None:
         (self.watch.proc / str(pid)).mkdir(parents=True, exist_ok=True)
@@ -60,7 +76,11 @@ class Node:
 
     async def scan(self) -> None:
         scan = await self.driver.scan()
-        self.state.driver_answered(scan.driver_version, scan.gpus)
+        self.look(Driver(scan.driver_version, None), scan)
+
+    def look(self, driver: Driver, scan: Scan | None) -> None:
+        """The driver was looked at so."""
+        self.model.driver_looked(driver, scan, {}, memory_used={})
 
     def end(self, pid: int) -> None:
         (self.watch.proc / str(pid) / "cgroup").unlink()
@@ -71,11 +91,16 @@ async def node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Node:
     caplog.set_level("INFO")
     node = Node(tmp_path)
     await node.scan()
+    caplog.clear()
     return node
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def usage_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for line in warnings(caplog) if "docs/usage.md" in line]
 
 
 async def eventually(check: Callable[[], object]) -> None:
@@ -84,7 +109,7 @@ async def eventually(check: Callable[[], object]) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_tells_what_each_container_uses_of_each_card(node):
+async def test_what_each_container_uses_of_each_gpu_is_attributed_to_it(node):
     node.contain(TRAIN, "a" * 64, 10, 11)
     node.contain(TRAIN, "e" * 64, 12)  # it was restarted: a new ID, the same name
     node.contain(SERVE, "b" * 64, 20)
@@ -105,7 +130,7 @@ async def test_tells_what_each_container_uses_of_each_card(node):
         },
         {A: 3, B: 0},
     )
-    # What has ended is no longer told, and of a lost card nothing is.
+    # What has ended is gone, and of a lost GPU nothing is known.
     node.driver.run_processes(A, [GpuProcess(40, 1)])
     await node.watch.look()
     assert node.usage == Usage(on_b, {A: 1, B: 0})
@@ -115,10 +140,10 @@ async def test_tells_what_each_container_uses_of_each_card(node):
 
 
 class Recording(SimulatedDriver):
-    """Remembers which cards were asked; those that `hang` do not answer."""
+    """Remembers which GPUs were asked; those that are `silent` do not answer."""
 
     def __init__(self) -> None:
-        super().__init__(CARDS)
+        super().__init__(GPUS)
         self.asked: list[str] = []
         self.silent: set[str] = set()
 
@@ -129,7 +154,7 @@ class Recording(SimulatedDriver):
         return await super().processes(uuid)
 
 
-async def test_a_card_that_does_not_answer_is_left_out_and_holds_up_no_other(node):
+async def test_a_gpu_that_does_not_answer_has_no_usage_and_holds_up_no_other(node):
     node.watch.driver = driver = Recording()
     node.watch.call_limit = 0.2
     node.contain(TRAIN, "a" * 64, 10)
@@ -143,31 +168,43 @@ async def test_a_card_that_does_not_answer_is_left_out_and_holds_up_no_other(nod
     assert node.usage == Usage()
 
 
-async def test_only_advertised_cards_are_asked(node):
+async def test_only_advertised_gpus_are_asked(node):
     node.watch.driver = driver = Recording()
-    node.state.card_forgotten(A)
+    node.look(Driver("1", None), Scan("1", (replace(GPUS[0], mig=True), GPUS[1])))
     await node.watch.look()
     assert driver.asked == [B]
 
 
-async def test_a_driver_that_was_let_go_of_is_left_alone_until_it_answers_again(node, caplog):
+async def test_a_driver_that_was_released_is_left_alone_until_it_answers_again(node, caplog):
     node.watch.driver = driver = Recording()
     driver.run_processes(A, [GpuProcess(99, GIB)])
+    node.process(99, "0::/init.scope\n")
     await node.watch.look()
     assert node.usage == Usage({}, {A: 1, B: 0})
     driver.asked.clear()
-    node.state.driver_released(time.time() + 60)
+    node.model.driver_released(until=1060.0)
     for _ in range(3):
         await node.watch.look()
     assert driver.asked == []
     assert node.usage == Usage()
-    node.state.driver_failed("no driver")
+    node.look(Driver(None, "no driver"), None)
     await node.watch.look()
     assert driver.asked == []
-    assert warnings(caplog) == []
+    assert usage_lines(caplog) == []
     await node.scan()
     await node.watch.look()
     assert node.usage == Usage({}, {A: 1, B: 0})
+
+
+async def test_a_release_ends_no_problem(node, caplog):
+    node.driver.run_processes(A, [GpuProcess(10, GIB)])
+    for _ in range(2):
+        await node.watch.look()
+    assert "hostPID: true" in (node.problem or "")
+    node.model.driver_released(until=1060.0)
+    await node.watch.look()
+    assert "hostPID: true" in (node.problem or "")
+    assert "attributed to containers again" not in caplog.text
 
 
 # What is missing
@@ -260,6 +297,6 @@ async def test_looks_again_and_again_with_no_file_read_on_the_loop(node, monkeyp
 
 async def test_the_same_usage_is_no_news(node):
     await node.watch.look()
-    version = node.state.latest.version
+    version = node.model.latest.version
     await node.watch.look()
-    assert node.state.latest.version == version
+    assert node.model.latest.version == version

@@ -1,102 +1,71 @@
-"""Which cards the host's CDI specs name: what they do not name a container cannot be given.
+"""Which GPUs the host's CDI specs name: what they do not name a container cannot be given.
 
 Specs are YAML or JSON files in two directories of the host (Container Device Interface
 specification); JSON is YAML too.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import anyio.to_thread
 import yaml
 
-from vgpu_agent.gpu.driver import GpuDriver, GpuEvent, Reading, Scan
-from vgpu_agent.model.devices import Excluded, Gpu
-from vgpu_agent.model.holders import GpuProcess
+from vgpu_agent import store
+from vgpu_agent.errors import StoreError
 
 log = logging.getLogger(__name__)
+
+MAX_BYTES = 2**22
+"""A node with many GPUs and MIG devices has a spec of some hundred KiB."""
 
 DIRECTORIES = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
 
-def named_devices(kind: str, directories: Iterable[Path] = DIRECTORIES) -> frozenset[str]:
-    """The names of all devices of that kind. Blocks. A spec that cannot be read names none."""
-    names: set[str] = set()
-    for directory in directories:
-        for path in sorted(directory.glob("*")):
-            if path.suffix in (".yaml", ".json"):
-                names |= _devices_of(path, kind)
-    return frozenset(names)
+class CdiSpecs:
+    """The specs of the host, and what was wrong with them when it was logged last."""
+
+    def __init__(self, kind: str, directories: Iterable[Path] = DIRECTORIES) -> None:
+        self._kind = kind
+        self._directories = tuple(directories)
+        self._wrong: dict[Path, str] = {}
+
+    def names(self) -> frozenset[str]:
+        """The names of all devices of the kind. Blocks. A spec that cannot be read has none.
+
+        That is logged once for as long as the same is wrong with it.
+        """
+        names: set[str] = set()
+        wrong: dict[Path, str] = {}
+        for directory in self._directories:
+            for path in sorted(directory.glob("*")):
+                if path.suffix not in (".yaml", ".json"):
+                    continue
+                try:
+                    names |= _devices_of(path, self._kind)
+                except _WRONG as error:
+                    wrong[path] = f"CDI spec {path} cannot be read: {type(error).__name__}: {error}"
+        for path, words in wrong.items():
+            if self._wrong.get(path) != words:
+                log.warning("%s", words[:500])
+        self._wrong = wrong
+        return frozenset(names)
+
+
+_WRONG = (
+    StoreError,
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    yaml.YAMLError,
+)
 
 
 def _devices_of(path: Path, kind: str) -> set[str]:
-    try:
-        spec = yaml.safe_load(path.read_text())
-        if spec["kind"] != kind:
-            return set()
-        return {str(device["name"]) for device in spec["devices"]}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        log.warning("CDI spec %s cannot be read: %r", path, error)
+    """Raises one of `_WRONG`."""
+    spec = yaml.safe_load(store.read_bytes(path, MAX_BYTES) or b"")
+    if spec["kind"] != kind:
         return set()
-
-
-class NamedByCdi:
-    """A GpuDriver whose scans leave out the cards that no CDI spec names."""
-
-    def __init__(
-        self, driver: GpuDriver, kind: str, directories: Sequence[Path] = DIRECTORIES
-    ) -> None:
-        self._driver = driver
-        self._kind = kind
-        self._directories = directories
-
-    async def __aenter__(self) -> Self:
-        """See the driver."""
-        await self._driver.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """See the driver."""
-        await self._driver.__aexit__(exc_type, exc, traceback)
-
-    async def scan(self) -> Scan:
-        """The cards that a container can be given by name."""
-        scan = await self._driver.scan()
-        names = await anyio.to_thread.run_sync(named_devices, self._kind, self._directories)
-        left = tuple(self._left_out(gpu) for gpu in scan.gpus if gpu.uuid not in names)
-        gpus = tuple(gpu for gpu in scan.gpus if gpu.uuid in names)
-        return Scan(scan.driver_version, gpus, (*scan.excluded, *left))
-
-    def _left_out(self, gpu: Gpu) -> Excluded:
-        folders = " or ".join(str(each) for each in self._directories)
-        return Excluded(
-            gpu,
-            "cdi",
-            f"no CDI spec in {folders} names {self._kind}={gpu.uuid}: make one on the node with"
-            " `nvidia-ctk cdi generate --device-name-strategy=uuid`, or set"
-            " VGPU_DEVICE_LIST=envvar",
-        )
-
-    async def probe(self, uuid: str) -> Reading:
-        """See the driver."""
-        return await self._driver.probe(uuid)
-
-    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
-        """See the driver."""
-        return await self._driver.processes(uuid)
-
-    async def next_events(self) -> Sequence[GpuEvent]:
-        """See the driver."""
-        return await self._driver.next_events()
-
-    async def release(self) -> bool:
-        """See the driver."""
-        return await self._driver.release()
+    return {str(device["name"]) for device in spec["devices"]}

@@ -1,102 +1,120 @@
-"""What must outlive the agent: cards that wait for a reset, where the driver does not tell.
+"""What must outlive the agent: GPUs that wait for a reset, and what each GPU was when first seen.
 
-A small file in VGPU_STATE_DIRECTORY. A fault is of the boot in which it was seen; after a reboot
-it is void.
+A small file in VGPU_STATE_DIRECTORY. It is of the boot in which it was written; after a reboot it
+is void.
 """
 
-import json
 import logging
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Never
 
-from vgpu_agent.gpu.health import Counters
-from vgpu_agent.model.devices import Fault, Reason
+import anyio
+from anyio import to_thread
+
+from vgpu_agent import store
+from vgpu_agent.errors import StoreError
+from vgpu_agent.model.devices import Fault
+from vgpu_agent.model.health import ActiveFault, Counters, GpuHealth
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import FirstSeen, Snapshot
 
 log = logging.getLogger(__name__)
 
-FILE = "waiting-for-reset.json"
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+FILE = "gpus.json"
+
+LATEST = 2.0**37
+"""Seconds since the epoch that no fault reaches; a date of four digits still."""
+
+RETRIES = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds until a failed write is tried again; the last one for good."""
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
-    """A fault of a card that only a reset clears, and the counts that a reset makes fall."""
+class Kept:
+    """What is kept: by UUID, how a GPU was first seen, and its faults that only a reset ends."""
 
-    uuid: str
-    fault: Fault
-    counters: Counters
+    boot_id: str
+    first_seen: Mapping[str, FirstSeen]
+    faults: Mapping[str, tuple[Fault, ...]]
+    counters: Mapping[str, Counters]
+
+    def same_as(self, other: "Kept | None") -> bool:
+        """Whether writing it again would say nothing new; counters alone say nothing."""
+        return other is not None and self == replace(other, counters=self.counters)
 
     @property
-    def key(self) -> tuple[str, Fault]:
-        """What makes it worth writing again: the counts alone do not."""
-        return self.uuid, self.fault
-
-
-class FaultMemory:
-    """The file. Both methods block, and neither raises: a lost memory costs care, not service."""
-
-    def __init__(self, directory: Path, boot_id_file: Path = BOOT_ID) -> None:
-        self._path = directory / FILE
-        self._boot_id_file = boot_id_file
-
-    def load(self) -> tuple[Remembered, ...]:
-        """What was remembered in this boot of the node."""
-        try:
-            text = self._path.read_text()
-        except FileNotFoundError:
-            return ()
-        except (OSError, UnicodeDecodeError) as error:
-            log.warning(
-                "cannot read %s: %s; cards that wait for a reset are not known", self._path, error
+    def health(self) -> Mapping[str, GpuHealth]:
+        """As the next agent begins with: facts older than all that it will see."""
+        return {
+            uuid: GpuHealth(
+                active=tuple(ActiveFault(fault, newest=0.0) for fault in faults),
+                counters=self.counters.get(uuid, Counters()),
+                seen=0.0,
             )
-            return ()
-        try:
-            data = json.loads(text)
-            if data["boot_id"] != self._boot_id():
-                return ()
-            return tuple(
-                Remembered(
-                    each["uuid"],
-                    Fault(
-                        Reason(each["fault"]["reason"]),
-                        float(each["fault"]["since"]),
-                        str(each["fault"]["detail"]),
-                        until_reset=True,
-                        advice=str(each["fault"]["advice"]),
-                    ),
-                    Counters(**each["counters"]),
-                )
-                for each in data["cards"]
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            log.warning(
-                "%s is damaged (%r); cards that wait for a reset are not known", self._path, error
-            )
-            return ()
+            for uuid, faults in self.faults.items()
+        }
 
-    def save(self, remembered: Sequence[Remembered]) -> None:
-        """Replaces the file as a whole, so that a crash leaves the old one or the new one."""
-        data = {"boot_id": self._boot_id(), "cards": [asdict(each) for each in remembered]}
-        new = self._path.with_suffix(".new")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("w") as file:
-                json.dump(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self._path)
-        except OSError as error:
-            log.warning(
-                "cannot write %s: %s; a restart of the agent would forget which cards wait for a"
-                " reset: look at VGPU_STATE_DIRECTORY",
-                self._path,
-                error,
-            )
 
-    def _boot_id(self) -> str:
+def kept(snapshot: Snapshot, boot_id: str) -> Kept:
+    """What must outlive the agent now."""
+    health = {uuid: each for uuid, each in snapshot.health.items() if each.waits_for_reset}
+    return Kept(
+        boot_id,
+        dict(snapshot.first_seen),
+        {
+            uuid: tuple(fault for fault in each.faults if fault.until_reset)
+            for uuid, each in health.items()
+        },
+        {uuid: each.counters for uuid, each in health.items()},
+    )
+
+
+def load(directory: Path, boot_id: str) -> Kept | None:
+    """What was kept in this boot of the node; None for nothing. Blocks. Raises StoreError."""
+    found = store.read_as(Kept, directory / FILE)
+    if found is None or found.boot_id != boot_id:
+        return None
+    if any(not 0 <= each.since < LATEST for faults in found.faults.values() for each in faults):
+        raise StoreError(f"{directory / FILE} is damaged: it has a time that no calendar has")
+    return found
+
+
+@dataclass
+class Keeper:
+    """Keeps the file as the node is. What could not be written is tried again until it is."""
+
+    directory: Path
+    node: Node
+    boot_id_file: Path = store.BOOT_ID
+    retries: tuple[float, ...] = RETRIES
+    _written: Kept | None = None
+
+    async def recall(self) -> None:
+        """Gives the node what the agent before this one kept. A damaged file is no memory."""
+        boot_id = store.boot_id(self.boot_id_file)
         try:
-            return self._boot_id_file.read_text().strip()
-        except OSError:
-            return ""
+            self._written = await to_thread.run_sync(load, self.directory, boot_id)
+        except StoreError as error:
+            log.warning("%s; GPUs that wait for a reset since before are unknown", error)
+        if self._written is not None:
+            self.node.recalled(self._written.first_seen, self._written.health)
+
+    async def run(self) -> Never:
+        """Runs until cancelled."""
+        boot_id, path = store.boot_id(self.boot_id_file), self.directory / FILE
+        failures = 0
+        version = -1
+        while True:
+            version = await self.node.latest.newer_than(version) or 0
+            while not (now := kept(self.node.snapshot, boot_id)).same_as(self._written):
+                try:
+                    await to_thread.run_sync(store.write, path, asdict(now))
+                except StoreError as error:
+                    self.node.set_store_error(str(error))
+                    await anyio.sleep(self.retries[min(failures, len(self.retries) - 1)])
+                    failures += 1
+                else:
+                    self._written, failures = now, 0
+            self.node.set_store_error(None)

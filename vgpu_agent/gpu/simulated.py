@@ -3,14 +3,13 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
 
 import anyio
 
 from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu.driver import GpuEvent, Reading, Scan, XidEvent
+from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.model.devices import Gpu
+from vgpu_agent.model.facts import GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.model.holders import GpuProcess
 
 DRIVER_VERSION = "simulated"
@@ -47,7 +46,7 @@ def simulated_gpus(
     )
 
 
-class SimulatedDriver:
+class SimulatedDriver(GpuDriver):
     """A GpuDriver whose cards fail and heal when told to."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
@@ -62,18 +61,6 @@ class SimulatedDriver:
     def gpus(self) -> tuple[Gpu, ...]:
         """All cards, also those that are away."""
         return tuple(card.gpu for card in self._cards.values())
-
-    async def __aenter__(self) -> Self:
-        """Nothing to open."""
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Nothing to give back."""
 
     async def scan(self) -> Scan:
         """All cards on the bus, with fresh handles."""

@@ -41,10 +41,11 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     PreStartContainerResponse,
     TopologyInfo,
 )
-from vgpu_agent.model.container import Grant, Sharing, check_start, grant
+from vgpu_agent.model.container import Grant, check_start, grant
 from vgpu_agent.model.devices import Card, Inventory, device_id
-from vgpu_agent.model.placement import Placement, prefer
-from vgpu_agent.model.state import Latest, NodeState
+from vgpu_agent.model.latest import Latest
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.placement import prefer
 
 log = logging.getLogger(__name__)
 
@@ -206,15 +207,11 @@ class DevicePlugin(DevicePluginBase):
     def __init__(
         self,
         *,
-        state: NodeState,
-        sharing: Sharing,
-        placement: Placement,
+        node: Node,
         encoder: ListEncoder,
         observer: RpcObserver,
     ) -> None:
-        self._state = state
-        self._sharing = sharing
-        self._placement = placement
+        self._node = node
         self._encoder = encoder
         self._observer = observer
         self._lists: Latest[EncodedList] = Latest(EncodedList(b""))
@@ -235,7 +232,7 @@ class DevicePlugin(DevicePluginBase):
         self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         published: list[_CardKey] | None = None
-        async for snapshot in self._state.latest.follow():
+        async for snapshot in self._node.latest.follow():
             keys = [_key(card) for card in snapshot.inventory.cards]
             if keys == published:
                 continue
@@ -261,7 +258,7 @@ class DevicePlugin(DevicePluginBase):
         where a refusal is retried: MPS needs both.
         """
         return DevicePluginOptions(
-            pre_start_required=self._sharing.mps is not None,
+            pre_start_required=self._node.rules.sharing.mps,
             get_preferred_allocation_available=True,
         )
 
@@ -279,7 +276,7 @@ class DevicePlugin(DevicePluginBase):
         """
         async for encoded in self._lists.follow(version=0):  # 0 is before the first list
             yield encoded
-            self._state.list_sent()
+            self._node.list_sent()
 
     @_guarded
     async def get_preferred_allocation(
@@ -293,11 +290,11 @@ class DevicePlugin(DevicePluginBase):
                     f"allocation_size is {request.allocation_size}; it must be 0 or more"
                 )
             preference = prefer(
-                self._state.snapshot.inventory,
+                self._node.snapshot.inventory,
                 request.available_device_i_ds,
                 request.must_include_device_i_ds,
                 request.allocation_size,
-                self._placement,
+                self._node.rules.sharing.placement,
             )
             if preference.passed_over:
                 log.info(
@@ -312,8 +309,10 @@ class DevicePlugin(DevicePluginBase):
     @_guarded
     async def allocate(self, allocate_request: AllocateRequest) -> AllocateResponse:
         """What each container is started with, see `model.container`."""
-        snapshot = self._state.snapshot
-        inventory, sharing = snapshot.inventory, self._sharing.under(snapshot.mps.limits)
+        snapshot = self._node.snapshot
+        inventory, rules = snapshot.inventory, self._node.rules.sharing
+        if snapshot.mps is not None:
+            rules = rules.with_applied_limits(snapshot.mps.limits)
         requests = [list(each.devices_ids) for each in allocate_request.container_requests]
         if not requests:
             raise InvalidRequestError("the request names no container")
@@ -323,10 +322,10 @@ class DevicePlugin(DevicePluginBase):
                 f"{len(requests)} container requests, but the node has {total} vGPUs"
             )
         _check_disjoint(requests)
-        grants = [grant(inventory, device_ids, sharing) for device_ids in requests]
+        grants = [grant(inventory, device_ids, rules) for device_ids in requests]
         for device_ids in requests:
             log.info("Allocate: %s", ", ".join(sorted(device_ids)))
-        self._state.allocated()
+        self._node.allocated()
         return AllocateResponse(container_responses=[_response(each) for each in grants])
 
     @_guarded
@@ -334,7 +333,7 @@ class DevicePlugin(DevicePluginBase):
         self, pre_start_container_request: PreStartContainerRequest
     ) -> PreStartContainerResponse:
         """Refuses while a card of the container is gone or unhealthy; the kubelet tries again."""
-        check_start(self._state.snapshot.inventory, pre_start_container_request.devices_ids)
+        check_start(self._node.snapshot.inventory, pre_start_container_request.devices_ids)
         return PreStartContainerResponse()
 
     # What all calls share
@@ -370,12 +369,12 @@ class DevicePlugin(DevicePluginBase):
 
         async def call(stream: Stream[Any, Any]) -> None:
             self._count(opened=1)
-            self._state.stream_opened()
+            self._node.stream_opened()
             try:
                 await func(stream)
             finally:
                 self._count(ended=1)
-                self._state.stream_ended()
+                self._node.stream_ended()
 
         return call
 

@@ -6,43 +6,44 @@ polled. What a kubelet does is in the device plugin API (KEP-3573) and the kubel
 """
 
 import asyncio
-import errno
-import logging
 import os
 import random
 import socket
-import stat
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Never
+from typing import Never
 
 import anyio
 import anyio.lowlevel
 from anyio import CancelScope
-from grpclib import GRPCError
-from grpclib.client import Channel
 from grpclib.protocol import H2Protocol
 from grpclib.server import Server
 
+from vgpu_agent import unixsocket
 from vgpu_agent.errors import (
     EndpointError,
     KubeletAwayError,
     KubeletError,
-    RegistrationError,
     StreamMissingError,
 )
 from vgpu_agent.kubelet._proto.v1beta1 import RegisterRequest, RegistrationStub
-from vgpu_agent.kubelet.connection import Connection
+from vgpu_agent.kubelet.grpc import Connection, call
 from vgpu_agent.kubelet.plugin import DevicePlugin, WireCodec
-from vgpu_agent.model.state import NodeState, RegistrationResult
-
-log = logging.getLogger(__name__)
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import RegistrationResult
+from vgpu_agent.unixsocket import Identity
 
 API_VERSION = "v1beta1"
 KUBELET_SOCKET = "kubelet.sock"
+
+RESULTS = {
+    EndpointError: RegistrationResult.ENDPOINT,
+    KubeletAwayError: RegistrationResult.UNREACHABLE,
+    StreamMissingError: RegistrationResult.NO_STREAM,
+}
 
 RIVAL_AFTER = 3
 """So many short-lived streams in a row mean that another agent takes our place each time."""
@@ -76,14 +77,6 @@ class SessionTiming:
     short_lived: float = 5.0
     settle: float = 0.1
     clean_end: float = 0.25
-
-
-class Identity(NamedTuple):
-    """Which socket a path is. An inode alone is not enough: file systems use them again at once."""
-
-    device: int
-    inode: int
-    ctime_ns: int
 
 
 StatFunction = Callable[[Path], os.stat_result]
@@ -120,12 +113,11 @@ class KubeletSession:
     directory: Path
     endpoint: str
     resource_name: str
-    state: NodeState
+    node: Node
     make_plugin: Callable[[], DevicePlugin]
     stat_file: StatFunction = os.stat
     clock: Callable[[], float] = time.monotonic
     timing: SessionTiming = SessionTiming()
-    _said: str | None = None
     _short_lived: int = 0
     _failures: int = 0
     _random: random.Random = field(default_factory=random.Random)
@@ -166,11 +158,11 @@ class KubeletSession:
             if identity is not None and (
                 identity != tried or self.clock() - tried_at >= self.timing.kubelet_poll_later
             ):
-                if _listens(self.kubelet_path):
+                if unixsocket.refusal(self.kubelet_path) is None:
                     return
                 tried, tried_at = identity, self.clock()
             problem = "there is no such socket" if identity is None else "nobody listens on it"
-            self._away(f"no kubelet at {self.kubelet_path}: {problem}")
+            self.node.registration_ended(f"no kubelet at {self.kubelet_path}: {problem}", away=True)
             await anyio.sleep(self._poll_interval(away_since))
 
     def _poll_interval(self, since: float) -> float:
@@ -193,7 +185,7 @@ class KubeletSession:
         elif self._short_lived >= RIVAL_AFTER:
             longest = self.timing.rival_back_off_max
             seconds = min(longest, 2.0 ** min(self._short_lived - RIVAL_AFTER, 16))
-            self._warn(
+            self.node.registration_ended(
                 "the kubelet ends the stream soon after each registration: another agent seems to"
                 f" serve {self.resource_name} on this node, and each takes the other's place."
                 f" Remove one. Waiting up to {longest:.0f} s between attempts"
@@ -220,36 +212,27 @@ class KubeletSession:
                 if not ended_by_kubelet:
                     await anyio.sleep(self.timing.settle)
                 self._short_lived = self._short_lived + 1 if lived < self.timing.short_lived else 0
-                if self.state.registration_ended(ended):
-                    self._said = None
-                    log.warning("registration ended: %s; registering again", ended)
+                self.node.registration_ended(ended)
             except KubeletError as error:
                 self._failures += 1
-                self.state.registration_tried(_result(error), str(error))
-                # A kubelet that goes away just now is told when it is seen to be away.
-                if self._failures > 1 or not isinstance(error, KubeletAwayError):
-                    self._warn(f"cannot register {self.resource_name}: {error}")
+                # A kubelet that goes away just now is reported when it is seen to be away.
+                passing = self._failures == 1 and isinstance(error, KubeletAwayError)
+                result = RESULTS.get(type(error), RegistrationResult.REFUSED)
+                self.node.registration_tried(result, None if passing else str(error))
             tasks.cancel_scope.cancel()
 
     @asynccontextmanager
     async def _serving(self, plugin: DevicePlugin) -> AsyncIterator[Identity]:
         """Our socket, bound and served. Raises EndpointError."""
-        self._clear_endpoint()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        server = _PluginServer(plugin)
-        own: Identity | None = None
+        listener, server, own = self._bound(), _PluginServer(plugin), None
         try:
-            listener.bind(str(self.socket_path))
-            # Only root talks to it, and nobody before the mode is right.
-            self.socket_path.chmod(0o600)
-            own = _identity(self.stat_file(self.socket_path))
+            own = Identity.of(self.stat_file(self.socket_path))
             await server.start(sock=listener)
-        except OSError as error:
-            listener.close()
-            raise EndpointError(_os_problem("cannot bind", self.socket_path, error)) from error
-        except BaseException:
+        except BaseException as error:
             listener.close()
             self._remove(own)
+            if isinstance(error, OSError):
+                raise EndpointError(f"cannot serve {self.socket_path}: {error}") from error
             raise
         try:
             yield own
@@ -272,9 +255,7 @@ class KubeletSession:
             await anyio.lowlevel.checkpoint()
         plugin.end_streams()
         with anyio.move_on_after(self.timing.clean_end):
-            async for streams in plugin.streams.follow():
-                if streams.ended == streams.opened:
-                    break
+            await plugin.streams.until(lambda streams: streams.ended == streams.opened)
         await anyio.lowlevel.checkpoint()  # what was written last goes out
         server.close()
         server.abort_connections()
@@ -287,140 +268,51 @@ class KubeletSession:
         if own is not None and self._identity(self.socket_path) == own:
             self.socket_path.unlink(missing_ok=True)
 
-    def _clear_endpoint(self) -> None:
-        """Makes room for our socket: removes a stale one, and nothing else."""
+    def _bound(self) -> socket.socket:
+        """Our socket, bound where a stale one or none was. Raises EndpointError."""
         path = self.socket_path
         try:
-            found = path.lstat()
-        except FileNotFoundError:
-            return
+            obstacle = unixsocket.obstacle(path)
+            if obstacle is None:
+                return unixsocket.bind(path)
         except OSError as error:
-            raise EndpointError(_os_problem("cannot look at", path, error)) from error
-        if not stat.S_ISSOCK(found.st_mode):
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a file that is no socket"
-            raise EndpointError(f"{path} is {kind}; remove it")
-        if _listens(path):
-            raise EndpointError(
-                f"another process serves {path}: another agent for {self.resource_name}? Remove one"
-            )
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise EndpointError(_os_problem("cannot remove the stale", path, error)) from error
+            raise EndpointError(f"cannot bind {path}: {error.strerror or error}") from error
+        raise EndpointError(f"{obstacle}: another agent for {self.resource_name}? Remove one")
 
     async def _register(self, plugin: DevicePlugin) -> None:
-        """Registers and waits for the kubelet's stream.
-
-        Raises KubeletAwayError, RegistrationError and StreamMissingError.
-        """
+        """Registers and waits for the kubelet's stream. Raises KubeletError."""
         request = RegisterRequest(
             version=API_VERSION,
             endpoint=self.endpoint,
             resource_name=self.resource_name,
             options=plugin.options,
         )
-        try:
-            await self._call(request)
-        except GRPCError as error:
-            raise RegistrationError(
-                f"the kubelet refused with {error.status.name}: {error.message}"
-            ) from error
-        except TimeoutError as error:  # on 3.11 and newer an OSError too: before those
-            raise RegistrationError(
-                f"the kubelet did not answer Register within {self.timing.register_timeout:.0f} s"
-            ) from error
-        except Exception as error:  # grpclib and h2 stumble in many ways over a lost connection
-            raise KubeletAwayError(f"no kubelet at {self.kubelet_path}: {error}") from error
-        with anyio.move_on_after(self.timing.stream_timeout):
-            async for streams in plugin.streams.follow():
-                if streams.opened:
-                    break
-        if not plugin.streams.value.opened:
+        await call(
+            self.kubelet_path,
+            "Register",
+            lambda channel: RegistrationStub(channel).register(request),
+            within=self.timing.register_timeout,
+        )
+        with anyio.move_on_after(self.timing.stream_timeout) as waited:
+            await plugin.streams.until(lambda streams: streams.opened)
+        if waited.cancelled_caught:
             raise StreamMissingError(
                 f"the kubelet did not open its stream within {self.timing.stream_timeout:.0f} s"
             )
-        self.state.registration_tried(RegistrationResult.REGISTERED)
-        self._said = None
-        log.info("registered %s with the kubelet; it follows the list", self.resource_name)
-
-    async def _call(self, request: RegisterRequest) -> None:
-        """Calls Register. Raises what grpclib and h2 raise; only our own end cancels it."""
-        outcome: list[Exception | None] = []
-
-        async def call() -> None:
-            try:
-                async with Channel(path=str(self.kubelet_path)) as channel:
-                    await RegistrationStub(channel).register(
-                        request, timeout=self.timing.register_timeout
-                    )
-            except Exception as error:  # noqa: BLE001 - raised again below
-                outcome.append(error)
-            else:
-                outcome.append(None)
-
-        # In a task of its own: grpclib cancels the task of a call whose connection ends. Where the
-        # kubelet has refused it at the same moment, that would end us later, without a word.
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(call)
-        error = outcome[0] if outcome else ConnectionResetError("the connection was lost")
-        if error is not None:
-            raise error
+        self.node.registration_tried(RegistrationResult.REGISTERED)
 
     async def _watch(self, plugin: DevicePlugin, own: Identity) -> str:
         """Returns what ended the registration, in words."""
         while plugin.streams.value.ended == 0:
             with anyio.move_on_after(self.timing.own_socket_poll):
-                async for streams in plugin.streams.follow():
-                    if streams.ended:
-                        break
+                await plugin.streams.until(lambda streams: streams.ended)
             if self._identity(self.socket_path) != own:
                 return f"our socket {self.socket_path} was removed or replaced"
         return "the kubelet ended the stream"
 
-    # Small things
-
     def _identity(self, path: Path) -> Identity | None:
         """Which socket the path is now; None where there is none."""
         try:
-            return _identity(self.stat_file(path))
+            return Identity.of(self.stat_file(path))
         except OSError:
             return None
-
-    def _away(self, message: str) -> None:
-        self.state.registration_ended(message)
-        if self._said != message:
-            log.warning("%s; waiting for it", message)
-        self._said = message
-
-    def _warn(self, message: str) -> None:
-        """Logs what is wrong once for as long as it stays the same."""
-        if self._said != message:
-            log.error("%s", message)
-        self._said = message
-
-
-def _identity(found: os.stat_result) -> Identity:
-    return Identity(found.st_dev, found.st_ino, found.st_ctime_ns)
-
-
-def _listens(path: Path) -> bool:
-    """Whether a process accepts connections there; a stale socket refuses them."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        # EAGAIN: its queue is full; EPROTOTYPE: it is of another kind. Both live.
-        return probe.connect_ex(str(path)) in (0, errno.EAGAIN, errno.EPROTOTYPE)
-
-
-def _os_problem(what: str, path: Path, error: OSError) -> str:
-    return f"{what} {path}: {error.strerror or error}"
-
-
-def _result(error: KubeletError) -> RegistrationResult:
-    match error:
-        case EndpointError():
-            return RegistrationResult.ENDPOINT
-        case KubeletAwayError():
-            return RegistrationResult.UNREACHABLE
-        case StreamMissingError():
-            return RegistrationResult.NO_STREAM
-        case _:
-            return RegistrationResult.REFUSED

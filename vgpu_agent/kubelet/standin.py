@@ -37,7 +37,7 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
 from vgpu_agent.kubelet.plugin import HEALTHY
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES_SOCKET
 from vgpu_agent.kubelet.session import API_VERSION, KUBELET_SOCKET
-from vgpu_agent.model.state import Latest
+from vgpu_agent.model.latest import Latest
 
 DIAL_TIMEOUT = 10.0
 

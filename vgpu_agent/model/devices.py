@@ -1,6 +1,6 @@
-"""Cards and the vGPUs made of them.
+"""GPUs and the vGPUs made of them.
 
-All values are frozen. A vGPU is not an object of its own anywhere: it is the pair of its card and
+All values are frozen. A vGPU is not an object of its own anywhere: it is the pair of its GPU and
 its number, and its ID says which.
 """
 
@@ -13,7 +13,7 @@ MAX_DEVICE_ID = 63
 
 
 class Reason(StrEnum):
-    """Why a card is unhealthy: a closed set, used in logs, metrics and status alike."""
+    """Why a GPU is unhealthy: a closed set, used in logs, metrics and the report alike."""
 
     XID = "xid"
     RECOVERY_ACTION = "recovery-action"
@@ -27,24 +27,39 @@ class Reason(StrEnum):
     COMPUTE_MODE = "compute-mode"
 
 
+class Effect(StrEnum):
+    """What a fact does to a GPU, and so how a fault ends. The later, the stricter."""
+
+    NOTE = "noted"
+    COUNT = "counted"
+    UNTIL_BACK = "unhealthy until it is back"
+    UNTIL_GOOD = "unhealthy until proven good"
+    UNTIL_RESET = "unhealthy until reset"
+    UNTIL_REBOOT = "unhealthy until the node is rebooted"
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One reason for which a card is unhealthy.
+    """One reason for which a GPU is unhealthy.
 
-    `since` is in seconds since the epoch. `until_reset`: passed probes alone do not clear it.
-    `advice` says what an operator can do.
+    `since` is in seconds since the epoch. `advice` says what an operator can do.
     """
 
     reason: Reason
     since: float
     detail: str
-    until_reset: bool = False
+    effect: Effect = Effect.UNTIL_GOOD
     advice: str = ""
+
+    @property
+    def until_reset(self) -> bool:
+        """Whether passed probes alone do not end it: a reset (or a reboot, which is one) does."""
+        return self.effect in (Effect.UNTIL_RESET, Effect.UNTIL_REBOOT)
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A physical card, as its driver describes it. Memory is in bytes.
+    """A physical GPU, as its driver describes it. Memory is in bytes.
 
     `reserved_bytes` is what the driver keeps for itself (`nvmlMemory_v2_t.reserved`).
     `numa_node` is None where the platform names none (sysfs says -1).
@@ -58,11 +73,12 @@ class Gpu:
     reserved_bytes: int = 0
     numa_node: int | None = None
     compute_capability: tuple[int, int] | None = None
+    mig: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """A card that is left out, and why in words that an operator can act on."""
+    """A GPU that is not shared, and why in words that an operator can act on."""
 
     gpu: Gpu
     reason: str
@@ -71,50 +87,62 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card that is advertised: so many vGPUs, and the faults that it has now.
+    """A GPU that is advertised: so many vGPUs, and the faults that it has now.
 
-    `vgpu_bytes` is the memory of a vGPU where cards are divided by size, None where by count.
-    `server_bytes` is what the MPS server was measured to have of the card, where that counts.
-    `notes` are what an operator should know of a card that stays healthy. `recovery_wait` is for
-    how many seconds its probes have to pass before it is proven good.
+    `usable_bytes` of its memory are shared out; `vgpu_bytes` is the memory of a vGPU where GPUs are
+    divided by size, None where by count. `notes` are what an operator should know of a GPU that
+    stays healthy. `recovery_wait`: for how many seconds its probes have to pass before it is proven
+    good.
     """
 
     gpu: Gpu
     replicas: int
     faults: tuple[Fault, ...] = ()
+    usable_bytes: int = 0
     vgpu_bytes: int | None = None
-    server_bytes: int | None = None
     notes: tuple[str, ...] = ()
     recovery_wait: float = 0.0
 
     @property
     def healthy(self) -> bool:
-        """Whether the card's vGPUs may be given to pods."""
+        """Whether the GPU's vGPUs may be given to pods."""
         return not self.faults
 
     @property
     def device_ids(self) -> Iterator[str]:
-        """The IDs of the card's vGPUs, in order."""
+        """The IDs of the GPU's vGPUs, in order."""
         return (device_id(self.gpu.uuid, n) for n in range(self.replicas))
-
-    @property
-    def advice(self) -> str:
-        """What an operator can do about the faults."""
-        return "; ".join(dict.fromkeys(fault.advice for fault in self.faults if fault.advice))
 
     @property
     def fault_text(self) -> str:
         """The faults in words, for messages."""
         return "; ".join(f"{fault.reason}: {fault.detail}" for fault in self.faults)
 
+    def share_bytes(self, vgpus: int) -> int:
+        """What so many of its vGPUs are worth, in bytes; rounded down, so that shares fit."""
+        if self.vgpu_bytes is not None:
+            return self.vgpu_bytes * vgpus
+        return self.usable_bytes * vgpus // self.replicas
+
+
+def pci_order(bus_id: str) -> tuple[int, ...]:
+    """Sorts bus IDs as CUDA does with CUDA_DEVICE_ORDER=PCI_BUS_ID: by numbers, not as text.
+
+    A domain may have 32 bits (`03F8CFDD:00:00.0`). What is no bus ID comes last.
+    """
+    try:
+        return tuple(int(part, 16) for part in bus_id.replace(".", ":").split(":"))
+    except ValueError:
+        return (2**32,)
+
 
 def device_id(uuid: str, replica: int) -> str:
-    """The ID of vGPU number `replica` of a card: the form that GPU exporters already split."""
+    """The ID of vGPU number `replica` of a GPU: the form that GPU exporters already split."""
     return f"{uuid}::{replica}"
 
 
 def split_device_id(text: str) -> tuple[str, int] | None:
-    """The card's UUID and the vGPU's number, or None where `text` is no ID of ours."""
+    """The GPU's UUID and the vGPU's number, or None where `text` is no ID of ours."""
     if len(text) > MAX_DEVICE_ID:
         return None
     uuid, separator, number = text.rpartition("::")
@@ -127,16 +155,16 @@ def split_device_id(text: str) -> tuple[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The advertised cards, in the order of their index."""
+    """The advertised GPUs, in the order of their index."""
 
     cards: tuple[Card, ...] = ()
 
     def find(self, uuid: str) -> Card | None:
-        """The card of that UUID."""
+        """The GPU of that UUID."""
         return next((card for card in self.cards if card.gpu.uuid == uuid), None)
 
     def card_of(self, vgpu: str) -> Card | None:
-        """The card that a vGPU belongs to, or None where no such vGPU is advertised."""
+        """The GPU that a vGPU belongs to, or None where no such vGPU is advertised."""
         parts = split_device_id(vgpu)
         if parts is None:
             return None

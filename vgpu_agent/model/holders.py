@@ -46,12 +46,13 @@ class Recorded:
 class Holders:
     """What the kubelet said of who holds our vGPUs.
 
-    `assignments` is None where it is not known: never told, or told too long ago. `error` says why
-    the kubelet did not answer the last time.
+    `assignments` is None where it is unknown: never said, or too long ago. `error` says why the
+    kubelet did not answer the last time, `checkpoint_error` why its checkpoint is of no use.
     """
 
     error: str | None = "not asked yet"
     assignments: tuple[Assignment, ...] | None = None
+    checkpoint_error: str | None = None
 
     @property
     def up(self) -> bool:
@@ -198,13 +199,15 @@ class Used:
 class Usage:
     """Who uses what of the cards: by UUID and container, as far as processes could be told.
 
-    `unattributed` counts, by UUID, processes that belong to no container that is known.
+    `unattributed` counts, by UUID, processes that belong to no container that is known. `problem`
+    says why no process can be attributed to its container, and what to do.
     """
 
     containers: Mapping[tuple[str, Holder], Used] = field(
         default_factory=lambda: MappingProxyType({})
     )
     unattributed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    problem: str | None = None
 
 
 def attribute(

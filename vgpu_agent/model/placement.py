@@ -16,17 +16,10 @@ the smallest share decides it; `pack` fills the fullest cards and leaves the lar
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import combinations
 
 from vgpu_agent.model.devices import Inventory, device_id, split_device_id
-
-
-class Placement(StrEnum):
-    """How containers are put on cards."""
-
-    SPREAD = "spread"
-    PACK = "pack"
+from vgpu_agent.model.rules import Placement
 
 
 @dataclass(frozen=True, slots=True)

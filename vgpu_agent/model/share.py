@@ -1,38 +1,22 @@
-"""What k of the n vGPUs of a card are worth. Integer arithmetic, always rounded down.
+"""Which GPUs are shared, into how many vGPUs, and what k of the n vGPUs are worth.
 
-Rounding down is what keeps the shares of one card together within the card.
+Integer arithmetic, always rounded down: that keeps the shares of one GPU together within the GPU.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Collection
+from dataclasses import dataclass
 from fractions import Fraction
-from types import MappingProxyType
 
 from vgpu_agent.model.devices import Excluded, Gpu
-
-MIB = 2**20
-
+from vgpu_agent.model.rules import MAX_REPLICAS, MIB, SharingRules, Threads
 
 SMALL_VGPU = 2**30
-"""A vGPU with less usable memory than this, in bytes, is warned about."""
-
-
-class MpsLimits(StrEnum):
-    """Where the limits of a container's MPS clients are put.
-
-    `client`: into the container's environment, where a pod's author can lift them. `server`: as
-    the daemon's defaults, which no client can exceed; then a container has one vGPU. `none`.
-    """
-
-    CLIENT = "client"
-    SERVER = "server"
-    NONE = "none"
+"""A vGPU with less usable memory than this, in bytes, is warned about under MPS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """k of n vGPUs of one card, 1 <= k <= n."""
+    """k of n vGPUs of one GPU, 1 <= k <= n."""
 
     vgpus: int
     of: int
@@ -44,98 +28,106 @@ class Share:
     def __str__(self) -> str:
         return f"{self.vgpus}/{self.of}"
 
-    def memory_bytes(self, usable: int) -> int:
-        """The share of `usable` bytes."""
-        return usable * self.vgpus // self.of
-
-    def thread_percentage(self, factor: Fraction = Fraction(1)) -> int:
-        """The share of the card's threads times `factor`, in percent from 1 (MPS takes no 0)."""
+    def thread_percentage(self, threads: Threads | float = Threads.SHARE) -> int | None:
+        """The share of the GPU's threads in percent from 1 (MPS takes no 0); None for no limit."""
+        if threads is Threads.NONE:
+            return None
+        # By its text: a factor of 0.29 is meant, and not the nearest binary number below it.
+        factor = Fraction(1) if isinstance(threads, Threads) else Fraction(str(threads))
         return max(1, min(100, int(100 * self.vgpus * factor / self.of)))
 
 
 def fraction(memory: int, total: int) -> float:
-    """A part of a card's whole memory, rounded down to 1/10000; 0 of a card without memory.
+    """A part of a GPU's whole memory, rounded down to 1/10000; 0 of a GPU without memory.
 
     Serving frameworks take their memory limit as a fraction of all memory that CUDA shows.
     """
     return memory * 10_000 // total / 10_000 if total else 0.0
 
 
-def usable_bytes(total: int, driver_reserved: int, held_back: int) -> int:
-    """What of a card's memory can be shared out: never negative.
-
-    `held_back` is what is kept for the MPS server (setting VGPU_MEMORY_RESERVED).
-    """
-    return max(0, total - driver_reserved - held_back)
-
-
-@dataclass(frozen=True, slots=True)
-class Division:
-    """How cards are divided into vGPUs.
-
-    By count (`replicas`), or by size where `device_memory` bytes are set. `by_gpu` overrides the
-    count for single cards, by index, UUID or model name: 1 is a whole card, 0 leaves the card to
-    others. `max_clients` is the bound of MPS on a card, None without MPS. `held_back` bytes of each
-    card are kept out; where `measured`, what the MPS server is measured to have is, once known.
-    """
-
-    replicas: int
-    device_memory: int | None = None
-    by_gpu: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    max_clients: int | None = None
-    held_back: int = 0
-    measured: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Divided:
-    """What a card is divided into. `vgpu_bytes` is None where it is divided by count.
+    """What a GPU is divided into. `vgpu_bytes` is None where it is divided by count.
 
-    `note` says what an operator should know of it.
+    `usable_bytes` of its memory are shared out. `note` says what an operator should know of it.
     """
 
     replicas: int
+    usable_bytes: int
     vgpu_bytes: int | None = None
     note: str | None = None
 
 
-def divide(gpu: Gpu, division: Division) -> Divided | Excluded:
-    """The vGPUs of a card, or why it has none."""
+def divide(
+    gpu: Gpu,
+    rules: SharingRules,
+    *,
+    index: int | None = None,
+    cdi_names: Collection[str] | None = None,
+) -> Divided | Excluded:
+    """The vGPUs of a GPU, or why it has none: the one place that decides it.
+
+    `index` is the index by which settings name the GPU, its own where None. `cdi_names` are the
+    names in the host's CDI specs, where containers are given GPUs by them.
+    """
+    oldest, has = rules.min_compute_capability, gpu.compute_capability
+    if gpu.mig:
+        return Excluded(
+            gpu,
+            "mig",
+            "the GPU is in MIG mode, and only whole GPUs are shared: turn it off with"
+            f" `nvidia-smi -i {gpu.index} -mig 0`, or leave the GPU to another device plugin",
+        )
+    if oldest is not None and has is not None and has < oldest:
+        return Excluded(
+            gpu,
+            "compute-capability",
+            f"compute capability {_dotted(has)} is below {_dotted(oldest)}, which this way of"
+            " sharing requires: set VGPU_SHARING=time-slicing to share this GPU",
+        )
+    if cdi_names is not None and gpu.uuid not in cdi_names:
+        return Excluded(
+            gpu,
+            "cdi",
+            f"no CDI spec of the host names {rules.cdi_kind}={gpu.uuid}: make one on the node with"
+            " `nvidia-ctk cdi generate --device-name-strategy=uuid`, or set"
+            " VGPU_DEVICE_LIST=envvar",
+        )
+    names = (gpu.uuid, str(gpu.index if index is None else index), gpu.model)
     override = next(
-        (
-            division.by_gpu[name]
-            for name in (gpu.uuid, str(gpu.index), gpu.model)
-            if name in division.by_gpu
-        ),
-        None,
+        (rules.replicas_by_gpu[name] for name in names if name in rules.replicas_by_gpu), None
     )
     if override == 0:
-        return Excluded(gpu, "replicas", "VGPU_REPLICAS_BY_GPU leaves this card to others")
-    if override is None and division.device_memory is not None:
-        return _by_size(gpu, division.device_memory, division)
-    replicas = division.replicas if override is None else override
-    usable = usable_bytes(gpu.memory_bytes, gpu.reserved_bytes, division.held_back)
-    return Divided(replicas, note=_small(usable // replicas, division))
+        return Excluded(gpu, "replicas", "VGPU_REPLICAS_BY_GPU leaves this GPU to others")
+    usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - rules.reserved_bytes)
+    if override is None and rules.device_memory is not None:
+        return _by_size(gpu, rules.device_memory, usable, rules)
+    replicas = rules.replicas if override is None else override
+    return Divided(replicas, usable, note=_small(usable // replicas, rules))
 
 
-def _small(vgpu: int, division: Division) -> str | None:
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _small(vgpu: int, rules: SharingRules) -> str | None:
     """Under MPS every process has a CUDA context of some hundred MiB out of its share."""
-    if division.max_clients is None or vgpu >= SMALL_VGPU:
+    if not rules.mps or vgpu >= SMALL_VGPU:
         return None
     return f"a vGPU of it has only {vgpu // MIB} MiB, of which a CUDA context takes hundreds"
 
 
-def _by_size(gpu: Gpu, size: int, division: Division) -> Divided | Excluded:
-    usable = usable_bytes(gpu.memory_bytes, gpu.reserved_bytes, division.held_back)
+def _by_size(gpu: Gpu, size: int, usable: int, rules: SharingRules) -> Divided | Excluded:
     fit = usable // size
     if fit == 0:
         return Excluded(
             gpu,
             "memory",
-            f"{usable // MIB} MiB of the card are usable, less than one vGPU of"
+            f"{usable // MIB} MiB of the GPU are usable, less than one vGPU of"
             f" VGPU_DEVICE_MEMORY ({size // MIB} MiB)",
         )
-    if division.max_clients is not None and fit > division.max_clients:
-        note = f"{fit} vGPUs of that size fit; MPS serves {division.max_clients} clients of a card"
-        return Divided(division.max_clients, size, note)
-    return Divided(fit, size, _small(size, division))
+    most = rules.max_clients or MAX_REPLICAS
+    if fit > most:
+        why = f"MPS serves {most} clients" if rules.mps else f"there are at most {most}"
+        return Divided(most, usable, size, f"{fit} vGPUs of that size fit; {why} of a GPU")
+    return Divided(fit, usable, size, _small(size, rules))

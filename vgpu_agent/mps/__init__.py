@@ -1,1 +1,1 @@
-"""How a card is shared by CUDA MPS: the control daemon, its limits, and what is known of them."""
+"""How a GPU is shared by CUDA MPS: the control daemon, its limits, and what is known of them."""

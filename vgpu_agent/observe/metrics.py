@@ -1,380 +1,336 @@
-"""The metrics of the agent: one collector over one snapshot of the node, in its own registry.
+"""The metrics of the agent: a table of them, each a function of one snapshot of the node.
 
-Names, units and types follow the Prometheus conventions. Constant metrics are made at each scrape,
-so no series outlives the card that it speaks of.
+Names, units and types follow the Prometheus conventions. docs/metrics.md is made from the table.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
+from vgpu_agent.model.devices import Gpu, Reason, device_id
+from vgpu_agent.model.holders import Holder, Used
+from vgpu_agent.model.snapshot import Mps, RegistrationResult, Rules, Snapshot
 
-from vgpu_agent.model.container import Sharing, share_bytes
-from vgpu_agent.model.devices import Card, Gpu, Reason, device_id
-from vgpu_agent.model.holders import Holder, Usage, largest_free, orphaned, parts
-from vgpu_agent.model.state import RegistrationResult, Snapshot
+
+class Only(StrEnum):
+    """When a metric is there: where something is unknown there is no series, unknown is not 0."""
+
+    HOLDERS = "while it is known who holds what"
+    MPS = "under MPS"
+    USAGE = "with `VGPU_PROCESS_METRICS=on`"
+
+    def holds(self, snapshot: Snapshot) -> bool:
+        """Whether metrics of that kind are there now."""
+        known = {
+            Only.HOLDERS: snapshot.assignments,
+            Only.MPS: snapshot.mps,
+            Only.USAGE: snapshot.usage,
+        }
+        return known[self] is not None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What metrics are made from."""
+
+    version: str
+    resource: str
+    rules: Rules
+    snapshot: Snapshot
+
+
+Labels = tuple[str, ...]
+Samples = Iterable[tuple[Labels, float]]
+Sampler = Callable[[View], Samples]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A metric of the table."""
+
+    name: str
+    text: str
+    labels: Labels
+    only: tuple[Only, ...]
+    samples: Sampler
+
+    @property
+    def kind(self) -> str:
+        """Its type in Prometheus."""
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+
+RPC_DURATION = (
+    "vgpu_rpc_duration_seconds",
+    "Duration of the kubelet's unary calls, by method and gRPC status code.",
+    ("method", "code"),
+)
+"""Name, text and labels of the one histogram, which lasts from scrape to scrape."""
+
+TABLE: list[Entry] = []
+"""All metrics, in the order in which they are exposed; the functions below enter themselves."""
+
+
+def metric(name: str, *labels: str, only: tuple[Only, ...] = ()) -> Callable[[Sampler], Sampler]:
+    """Enters a metric into the table: the decorated function makes its samples.
+
+    Its docstring is what Prometheus and docs/metrics.md say of the metric.
+    """
+
+    def enter(samples: Sampler) -> Sampler:
+        TABLE.append(Entry(name, samples.__doc__ or "", labels, only, samples))
+        return samples
+
+    return enter
+
+
+def _one(name: str, text: str, value: Callable[[Snapshot], float], *only: Only) -> None:
+    """Enters a metric with one series."""
+    TABLE.append(Entry(name, text, (), only, lambda view: [((), value(view.snapshot))]))
+
+
+def _mps(name: str, text: str, value: Callable[[Mps], float]) -> None:
+    """Enters a metric with one series, of the MPS daemon."""
+    _one(name, text, lambda s: 0 if s.mps is None else value(s.mps), Only.MPS)
+
 
 _G = ("gpu_uuid", "gpu_index")
 _C = ("namespace", "pod", "container")
-_RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
-class Metrics:
-    """The registry of one agent, and where calls of the kubelet are timed."""
-
-    def __init__(
-        self, *, version: str, resource_name: str, sharing: Sharing, max_clients: int = 0
-    ) -> None:
-        self._version = version
-        self._sharing = sharing
-        self._max_clients = max_clients
-        self._resource = resource_name
-        self._timings = CollectorRegistry()
-        self._rpc = Histogram(
-            "vgpu_rpc_duration_seconds",
-            "Duration of the kubelet's unary calls, by method and gRPC status code.",
-            ("method", "code"),
-            buckets=_RPC_BUCKETS,
-            registry=self._timings,
-        )
-
-    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
-        """A call of `method` ended with a gRPC status code after so many seconds."""
-        self._rpc.labels(method, code).observe(seconds)
-
-    def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
-        """The metrics as text and its content type, in the format that `accept` asks for.
-
-        Takes 1 ms and more for every 10 vGPUs: call it in a worker thread.
-        """
-        registry = CollectorRegistry()
-        registry.register(_Families(lambda: self._families(snapshot)))
-        registry.register(_Families(lambda: _without_created(self._timings.collect())))
-        encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
-
-    def _families(self, snapshot: Snapshot) -> Iterator[Metric]:
-        cards = snapshot.inventory.cards
-        yield _gauge(
-            "vgpu_build_info", "Version of the agent.", ("version",), [((self._version,), 1)]
-        )
-        yield _gauge(
-            "vgpu_nvml_up", "Whether the GPU driver answers.", (), [((), snapshot.driver.up)]
-        )
-        yield from _card_families(cards, snapshot)
-        yield _gauge(
-            "vgpu_gpu_excluded",
-            "Cards of the node that are left out, by reason.",
-            (*_G, "reason"),
-            [((*_labels(left.gpu), left.reason), 1) for left in snapshot.excluded],
-        )
-        yield _gauge(
-            "vgpu_devices",
-            "vGPUs that are advertised, by card and health.",
-            ("resource", *_G, "health"),
-            [
-                (
-                    (self._resource, *_labels(card.gpu), health),
-                    card.replicas if card.healthy == (health == "healthy") else 0,
-                )
-                for card in cards
-                for health in ("healthy", "unhealthy")
-            ],
-        )
-        yield from self._counters(snapshot)
-        yield _gauge(
-            "vgpu_kubelet_connected",
-            "Whether the kubelet is registered with and follows the device list.",
-            (),
-            [((), snapshot.kubelet.connected)],
-        )
-
-        yield from self._holder_families(snapshot)
-        if snapshot.usage is not None:
-            yield from _usage_families(cards, snapshot.usage)
-        if snapshot.mps.wanted:
-            yield from self._mps_families(snapshot)
-
-    def _holder_families(self, snapshot: Snapshot) -> Iterator[Metric]:
-        """Who holds what. Where that is not known there is no series: unknown is not zero."""
-        inventory, holders = snapshot.inventory, snapshot.holders
-        yield _gauge(
-            "vgpu_podresources_up",
-            "Whether the kubelet said who holds which vGPU when it was last asked.",
-            (),
-            [((), holders.up)],
-        )
-        if holders.assignments is None:
-            return
-        held = parts(inventory, holders.assignments)
-        taken = {(part.card.gpu.uuid, number) for part in held for number in part.numbers}
-        yield _gauge(
-            "vgpu_device_allocated",
-            "Whether a container holds the vGPU.",
-            ("resource", *_G, "device_id"),
-            [
-                (
-                    (self._resource, *_labels(card.gpu), device_id(card.gpu.uuid, number)),
-                    (card.gpu.uuid, number) in taken,
-                )
-                for card in inventory.cards
-                for number in range(card.replicas)
-            ],
-        )
-        yield _gauge(
-            "vgpu_allocation_info",
-            "Which container holds the vGPU.",
-            ("resource", *_G, "device_id", *_C),
-            [
-                (
-                    (
-                        self._resource,
-                        *_labels(part.card.gpu),
-                        device_id(part.card.gpu.uuid, number),
-                        *_names(part.holder),
-                    ),
-                    1,
-                )
-                for part in held
-                for number in part.numbers
-            ],
-        )
-        shares = [
-            (
-                (*_labels(part.card.gpu), *_names(part.holder)),
-                share_bytes(part.card, len(part.numbers), self._sharing),
-            )
-            for part in held
-            if part.whole
-        ]
-        yield _gauge(
-            "vgpu_allocation_memory_share_bytes",
-            "Memory of the card that the vGPUs of the container are worth together.",
-            (*_G, *_C),
-            shares,
-        )
-        yield _gauge(
-            "vgpu_allocation_memory_limit_bytes_per_process",
-            "Memory of the card that MPS lets each process of the container have.",
-            (*_G, *_C),
-            shares if self._sharing.under(snapshot.mps.limits).limits_memory else (),
-        )
-        yield _gauge(
-            "vgpu_orphaned_allocations",
-            "vGPUs that containers hold though the node no longer has them.",
-            ("resource",),
-            [((self._resource,), len(orphaned(inventory, holders.assignments)))],
-        )
-        yield _gauge(
-            "vgpu_largest_free_share",
-            "vGPUs that the largest request may ask for which still fits on one card.",
-            ("resource",),
-            [((self._resource,), largest_free(inventory, holders.assignments))],
-        )
-
-    def _mps_families(self, snapshot: Snapshot) -> Iterator[Metric]:
-        mps = snapshot.mps
-        for name, text, value in (
-            ("vgpu_mps_up", "Whether the MPS daemon answers.", mps.up),
-            (
-                "vgpu_mps_limits_in_force",
-                "Whether the MPS daemon's limits were read back as this node needs them.",
-                mps.limits_in_force,
-            ),
-            (
-                "vgpu_mps_replacement_needed",
-                "Whether the MPS pod serves other settings than the agent's and must be replaced.",
-                mps.replacement is not None,
-            ),
-            (
-                "vgpu_mps_waiting_clients",
-                "MPS clients of another user that wait for their turn.",
-                mps.waiting,
-            ),
-            (
-                "vgpu_mps_max_clients",
-                "Most MPS client contexts of a card.",
-                self._max_clients,
-            ),
-        ):
-            yield _gauge(name, text, (), [((), value)])
-        yield _gauge(
-            "vgpu_mps_clients",
-            "MPS clients of a card.",
-            _G,
-            [
-                (_labels(card.gpu), mps.clients.get(card.gpu.uuid, 0))
-                for card in snapshot.inventory.cards
-            ],
-        )
-
-    def _counters(self, snapshot: Snapshot) -> Iterator[Metric]:
-        index = {card.gpu.uuid: str(card.gpu.index) for card in snapshot.inventory.cards}
-        yield _counter(
-            "vgpu_xid_errors",
-            "XIDs that the driver reported. gpu_uuid is empty where it could not tell the card.",
-            (*_G, "xid"),
-            [
-                ((uuid or "", index.get(uuid or "", ""), str(xid)), count)
-                for (uuid, xid), count in snapshot.xids.items()
-            ],
-        )
-        yield _counter(
-            "vgpu_health_transitions",
-            "Cards that became healthy or unhealthy, and the reason that did it or ended.",
-            (*_G, "to", "reason"),
-            [
-                ((uuid, index.get(uuid, ""), to, reason.value), count)
-                for (uuid, to, reason), count in snapshot.transitions.items()
-            ],
-        )
-        yield _counter(
-            "vgpu_registrations",
-            "Attempts to register with the kubelet, by result.",
-            ("result",),
-            [
-                ((result.value,), snapshot.registrations.get(result, 0))
-                for result in RegistrationResult
-            ],
-        )
-        yield _counter(
-            "vgpu_list_and_watch_updates",
-            "Device lists sent to the kubelet.",
-            (),
-            [((), snapshot.lists_sent)],
-        )
-
-
-def _usage_families(cards: Sequence[Card], usage: Usage) -> Iterator[Metric]:
-    listed = {card.gpu.uuid: card.gpu for card in cards}
-    used = [
-        ((*_labels(listed[uuid]), *_names(holder)), each)
-        for (uuid, holder), each in usage.containers.items()
-        if uuid in listed
-    ]
-    yield _gauge(
-        "vgpu_container_memory_used_bytes",
-        "Memory of the card that the processes of the container have together.",
-        (*_G, *_C),
-        [(labels, each.memory_bytes) for labels, each in used if each.memory_bytes is not None],
-    )
-    yield _gauge(
-        "vgpu_container_processes",
-        "Processes of the container with a context on the card.",
-        (*_G, *_C),
-        [(labels, each.processes) for labels, each in used],
-    )
-    yield _gauge(
-        "vgpu_unattributed_processes",
-        "Processes on the card that belong to no container that is known.",
-        _G,
-        [
-            (_labels(gpu), usage.unattributed[u])
-            for u, gpu in listed.items()
-            if u in usage.unattributed
-        ],
-    )
-
-
-def _card_families(cards: Sequence[Card], snapshot: Snapshot) -> Iterator[Metric]:
-    yield _gauge(
-        "vgpu_gpu_info",
-        "What a card is.",
-        (*_G, "model", "driver_version", "numa_node"),
-        [
-            (
-                (
-                    *_labels(card.gpu),
-                    card.gpu.model,
-                    snapshot.driver.version or "",
-                    "" if card.gpu.numa_node is None else str(card.gpu.numa_node),
-                ),
-                1,
-            )
-            for card in cards
-        ],
-    )
-    yield _gauge(
-        "vgpu_gpu_healthy",
-        "Whether the vGPUs of a card may be given to pods.",
-        _G,
-        [(_labels(card.gpu), card.healthy) for card in cards],
-    )
-    yield _gauge(
-        "vgpu_gpu_unhealthy_reason",
-        "1 for each reason for which a card is unhealthy now, 0 for the others.",
-        (*_G, "reason"),
-        [
-            (
-                (*_labels(card.gpu), reason.value),
-                any(fault.reason is reason for fault in card.faults),
-            )
-            for card in cards
-            for reason in Reason
-        ],
-    )
-    yield _gauge(
-        "vgpu_gpu_recovery_wait_seconds",
-        "For how long the probes of a card must pass before it is healthy; grows with relapses.",
-        _G,
-        [(_labels(card.gpu), card.recovery_wait) for card in cards],
-    )
-    yield _gauge(
-        "vgpu_gpu_memory_bytes",
-        "Memory of a card: all of it, what the driver reserves of it, and what is in use.",
-        (*_G, "kind"),
-        [
-            ((*_labels(card.gpu), kind), value)
-            for card in cards
-            for kind, value in (
-                ("total", card.gpu.memory_bytes),
-                ("reserved", card.gpu.reserved_bytes),
-                ("used", snapshot.memory_used.get(card.gpu.uuid)),
-            )
-            if value is not None
-        ],
-    )
-
-
-_Samples = Iterable[tuple[tuple[str, ...], float]]
-
-
-def _gauge(name: str, text: str, labels: Sequence[str], samples: _Samples) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, float(value))
-    return family
-
-
-def _counter(name: str, text: str, labels: Sequence[str], samples: _Samples) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, float(value))
-    return family
-
-
-def _labels(gpu: Gpu) -> tuple[str, str]:
+def _g(gpu: Gpu) -> Labels:
     return gpu.uuid, str(gpu.index)
 
 
-def _names(holder: Holder) -> tuple[str, str, str]:
+def _c(holder: Holder) -> Labels:
     return holder.namespace, holder.pod, holder.container
 
 
-def _without_created(families: Iterable[Metric]) -> Iterator[Metric]:
-    """Without the `_created` series, which nobody asked for and which double the series."""
-    for family in families:
-        family.samples = [each for each in family.samples if not each.name.endswith("_created")]
-        yield family
+def _index(view: View, uuid: str | None) -> str:
+    card = view.snapshot.inventory.find(uuid or "")
+    return "" if card is None else str(card.gpu.index)
 
 
-class _Families(Collector):
-    """A collector of families that are made when it is asked."""
+@metric("vgpu_build_info", "version")
+def _build_info(view: View) -> Samples:
+    """Version of the agent."""
+    yield (view.version,), 1
 
-    def __init__(self, make: Callable[[], Iterable[Metric]]) -> None:
-        self._make = make
 
-    def collect(self) -> Iterable[Metric]:
-        return self._make()
+_one("vgpu_nvml_up", "Whether the GPU driver answers.", lambda s: s.driver.up)
+
+
+# GPUs
+
+
+@metric("vgpu_gpu_info", *_G, "model", "driver_version", "numa_node")
+def _gpu_info(view: View) -> Samples:
+    """What a GPU is."""
+    for card in view.snapshot.inventory.cards:
+        gpu = card.gpu
+        numa = "" if gpu.numa_node is None else str(gpu.numa_node)
+        yield (*_g(gpu), gpu.model, view.snapshot.driver.version or "", numa), 1
+
+
+@metric("vgpu_gpu_healthy", *_G)
+def _gpu_healthy(view: View) -> Samples:
+    """Whether the vGPUs of a GPU may be given to pods."""
+    return ((_g(card.gpu), card.healthy) for card in view.snapshot.inventory.cards)
+
+
+@metric("vgpu_gpu_unhealthy_reason", *_G, "reason")
+def _unhealthy_reason(view: View) -> Samples:
+    """1 for each reason for which a GPU is unhealthy now, 0 for the others."""
+    for card in view.snapshot.inventory.cards:
+        found = {fault.reason for fault in card.faults}
+        for reason in Reason:
+            yield (*_g(card.gpu), reason.value), reason in found
+
+
+@metric("vgpu_gpu_recovery_wait_seconds", *_G)
+def _recovery_wait(view: View) -> Samples:
+    """For how long the probes of a GPU must pass before it is healthy; grows with relapses."""
+    return ((_g(card.gpu), card.recovery_wait) for card in view.snapshot.inventory.cards)
+
+
+@metric("vgpu_gpu_memory_bytes", *_G, "kind")
+def _memory(view: View) -> Samples:
+    """Memory of a GPU: all of it, what the driver reserves of it, and what is in use."""
+    for card in view.snapshot.inventory.cards:
+        gpu = card.gpu
+        yield (*_g(gpu), "total"), gpu.memory_bytes
+        yield (*_g(gpu), "reserved"), gpu.reserved_bytes
+        used = view.snapshot.memory_used.get(gpu.uuid)
+        if used is not None:
+            yield (*_g(gpu), "used"), used
+
+
+@metric("vgpu_gpu_excluded", *_G, "reason")
+def _excluded(view: View) -> Samples:
+    """GPUs of the node that are not shared."""
+    return (((*_g(each.gpu), each.reason), 1) for each in view.snapshot.excluded)
+
+
+@metric("vgpu_devices", "resource", *_G, "health")
+def _devices(view: View) -> Samples:
+    """Advertised vGPUs, by GPU and health."""
+    for card in view.snapshot.inventory.cards:
+        for health in ("healthy", "unhealthy"):
+            count = card.replicas if card.healthy == (health == "healthy") else 0
+            yield (view.resource, *_g(card.gpu), health), count
+
+
+@metric("vgpu_xid_errors_total", *_G, "xid")
+def _xids(view: View) -> Samples:
+    """XIDs that the driver reported. gpu_uuid is empty where it could not name the GPU."""
+    for (uuid, xid), count in view.snapshot.xids.items():
+        yield (uuid or "", _index(view, uuid), str(xid)), count
+
+
+@metric("vgpu_health_transitions_total", *_G, "to", "reason")
+def _transitions(view: View) -> Samples:
+    """GPUs that became healthy or unhealthy, and the reason that did it or ended."""
+    for (uuid, to, reason), count in view.snapshot.transitions.items():
+        yield (uuid, _index(view, uuid), to, reason.value), count
+
+
+# The kubelet
+
+
+@metric("vgpu_registrations_total", "result")
+def _registrations(view: View) -> Samples:
+    """Attempts to register with the kubelet, by result."""
+    for result in RegistrationResult:
+        yield (result.value,), view.snapshot.registrations.get(result, 0)
+
+
+_one(
+    "vgpu_list_and_watch_updates_total",
+    "Device lists sent to the kubelet.",
+    lambda s: s.lists_sent,
+)
+_one(
+    "vgpu_kubelet_connected",
+    "Whether the kubelet is registered with and follows the device list.",
+    lambda s: s.kubelet.connected,
+)
+_one(
+    "vgpu_podresources_up",
+    "Whether the kubelet said who holds which vGPU when it was last asked.",
+    lambda s: s.holders.up,
+)
+
+
+# Containers
+
+
+@metric("vgpu_device_allocated", "resource", *_G, "device_id", only=(Only.HOLDERS,))
+def _allocated(view: View) -> Samples:
+    """Whether a container holds the vGPU."""
+    snapshot = view.snapshot
+    held = {(part.card.gpu.uuid, n) for part in snapshot.parts for n in part.numbers}
+    for card in snapshot.inventory.cards:
+        for n in range(card.replicas):
+            uuid = card.gpu.uuid
+            yield (view.resource, *_g(card.gpu), device_id(uuid, n)), (uuid, n) in held
+
+
+@metric("vgpu_allocation_info", "resource", *_G, "device_id", *_C, only=(Only.HOLDERS,))
+def _allocation_info(view: View) -> Samples:
+    """Which container holds the vGPU."""
+    for part in view.snapshot.parts:
+        for n in part.numbers:
+            vgpu = device_id(part.card.gpu.uuid, n)
+            yield (view.resource, *_g(part.card.gpu), vgpu, *_c(part.holder)), 1
+
+
+@metric("vgpu_allocation_memory_share_bytes", *_G, *_C, only=(Only.HOLDERS,))
+def _shares(view: View) -> Samples:
+    """Memory of the GPU that the vGPUs of the container are worth together."""
+    for part in view.snapshot.parts:
+        if part.whole:
+            share = part.card.share_bytes(len(part.numbers))
+            yield (*_g(part.card.gpu), *_c(part.holder)), share
+
+
+@metric("vgpu_allocation_memory_limit_bytes_per_process", *_G, *_C, only=(Only.MPS, Only.HOLDERS))
+def _limits(view: View) -> Samples:
+    """Memory of the GPU that MPS lets each process of the container have."""
+    mps = view.snapshot.mps
+    applied = view.rules.sharing.with_applied_limits(None if mps is None else mps.limits)
+    return _shares(view) if applied.limits_memory else ()
+
+
+@metric("vgpu_orphaned_allocations", "resource", only=(Only.HOLDERS,))
+def _orphaned(view: View) -> Samples:
+    """How many vGPUs containers hold though the node no longer has them."""
+    yield (view.resource,), len(view.snapshot.orphans)
+
+
+@metric("vgpu_largest_free_share", "resource", only=(Only.HOLDERS,))
+def _largest_free(view: View) -> Samples:
+    """How many vGPUs the largest request may ask for that still fits on one GPU."""
+    yield (view.resource,), view.snapshot.largest_free
+
+
+def _used(view: View, value: Callable[[Used], float | None]) -> Samples:
+    usage = view.snapshot.usage
+    for (uuid, holder), used in usage.containers.items() if usage else ():
+        card, count = view.snapshot.inventory.find(uuid), value(used)
+        if card is not None and count is not None:
+            yield (*_g(card.gpu), *_c(holder)), count
+
+
+@metric("vgpu_container_memory_used_bytes", *_G, *_C, only=(Only.USAGE,))
+def _container_memory(view: View) -> Samples:
+    """Memory of the GPU that the processes of the container have together."""
+    return _used(view, lambda used: used.memory_bytes)
+
+
+@metric("vgpu_container_processes", *_G, *_C, only=(Only.USAGE,))
+def _container_processes(view: View) -> Samples:
+    """Processes of the container with a context on the GPU."""
+    return _used(view, lambda used: used.processes)
+
+
+@metric("vgpu_unattributed_processes", *_G, only=(Only.USAGE,))
+def _unattributed(view: View) -> Samples:
+    """Processes on the GPU that belong to no container that is known."""
+    usage = view.snapshot.usage
+    for card in view.snapshot.inventory.cards if usage else ():
+        if usage and card.gpu.uuid in usage.unattributed:
+            yield _g(card.gpu), usage.unattributed[card.gpu.uuid]
+
+
+# MPS
+
+_mps("vgpu_mps_up", "Whether the MPS daemon answers.", lambda mps: mps.up)
+_mps(
+    "vgpu_mps_limits_in_force",
+    "Whether the MPS daemon's limits were read back as this node needs them.",
+    lambda mps: mps.limits_in_effect,
+)
+_mps(
+    "vgpu_mps_replacement_needed",
+    "Whether the MPS pod serves other settings than the agent's and must be replaced.",
+    lambda mps: mps.replacement is not None,
+)
+_mps(
+    "vgpu_mps_waiting_clients",
+    "MPS clients of another user that wait for their turn.",
+    lambda mps: mps.waiting,
+)
+
+
+@metric("vgpu_mps_max_clients", only=(Only.MPS,))
+def _mps_max_clients(view: View) -> Samples:
+    """Most MPS client contexts of a GPU."""
+    yield (), view.rules.sharing.max_clients or 0
+
+
+@metric("vgpu_mps_clients", *_G, only=(Only.MPS,))
+def _mps_clients(view: View) -> Samples:
+    """MPS clients of a GPU."""
+    mps = view.snapshot.mps
+    for card in view.snapshot.inventory.cards if mps else ():
+        yield _g(card.gpu), mps.clients.get(card.gpu.uuid, 0) if mps else 0

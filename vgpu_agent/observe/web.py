@@ -23,17 +23,17 @@ from anyio import CancelScope, CapacityLimiter
 from anyio.abc import TaskStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError
-from vgpu_agent.model.state import NodeState
-from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.status import Status
-from vgpu_agent.settings import Address
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import Snapshot
+from vgpu_agent.observe.exposition import Metrics
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-MOST_CONNECTIONS = 64
+MAX_CONNECTIONS = 64
 """Connections that may be open: Prometheus, probes and people need a few."""
 
 GRACE = 1
@@ -111,26 +111,27 @@ def _always(answer: Answer) -> Page:
 class Web:
     """Serves one node's state. Owns the sign of life and the listening socket.
 
-    Without `page` there is none at /. The loop gives a sign of life every `beat` seconds, and
-    /healthz says no where there was none for `alive` seconds.
+    `report` makes /status.json, in a worker thread. Without `page` there is none at /. The loop
+    gives a sign of life every `beat` seconds, and /healthz says no where there was none for `alive`
+    seconds.
     """
 
     def __init__(
         self,
         *,
         listener: socket.socket,
-        state: NodeState,
+        node: Node,
         metrics: Metrics,
-        status: Status,
+        report: Callable[[Snapshot], bytes],
         page: bool = True,
         clock: Callable[[], float] = time.monotonic,
         beat: float = 1.0,
         alive: float = 10.0,
     ) -> None:
         self._listener = listener
-        self._state = state
+        self._node = node
         self._metrics = metrics
-        self._status = status
+        self._report = report
         self._clock = clock
         self._beat, self._alive = beat, alive
         self._last_beat = clock()
@@ -206,7 +207,7 @@ class Web:
         accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
         body, content_type = await anyio.to_thread.run_sync(
             self._metrics.render,
-            self._state.snapshot,
+            self._node.snapshot,
             accept.decode("latin-1"),
             limiter=self._rendering,
         )
@@ -214,7 +215,7 @@ class Web:
 
     async def _status_json(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
         body = await anyio.to_thread.run_sync(
-            self._status.render, self._state.snapshot, limiter=self._rendering
+            self._report, self._node.snapshot, limiter=self._rendering
         )
         return Answer(200, body, "application/json")
 
@@ -226,8 +227,8 @@ class Web:
         return Answer(200, b"ok\n")
 
     async def _readyz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
-        """Whether the kubelet is registered with and follows the list, zero cards included."""
-        kubelet = self._state.snapshot.kubelet
+        """Whether the kubelet is registered with and follows the list, also without any GPU."""
+        kubelet = self._node.snapshot.kubelet
         if kubelet.connected:
             return Answer(200, b"ready\n")
         return Answer(503, f"not registered: {kubelet.error or 'starting'}\n".encode())
@@ -250,7 +251,7 @@ class _Connection(H11Protocol):
             if isinstance(each, _Connection) and not each.transport.is_closing()
         ]
         waiting = [each for each in there if each.cycle is None or each.cycle.response_complete]
-        if len(there) > MOST_CONNECTIONS and waiting:
+        if len(there) > MAX_CONNECTIONS and waiting:
             min(waiting, key=lambda each: each.opened).transport.abort()
 
 
@@ -264,7 +265,7 @@ class _Server(uvicorn.Server):
                 interface="asgi3",
                 proxy_headers=False,
                 http=_Connection,
-                backlog=MOST_CONNECTIONS,
+                backlog=MAX_CONNECTIONS,
                 ws="none",
                 loop="none",
                 lifespan="off",
@@ -283,9 +284,14 @@ class _Server(uvicorn.Server):
         self._stopping.set()
 
     async def serve_shielded(self, listener: socket.socket) -> None:
-        """Serves until `stop`, whatever is cancelled around it."""
-        with CancelScope(shield=True):
+        """Serves until `stop`, whatever is cancelled around it.
+
+        Raises RuntimeError where it ends before that: nothing else would notice.
+        """
+        with CancelScope(shield=True), listener:
             await self.serve(sockets=[listener])
+        if not self._stopping.is_set():
+            raise RuntimeError("the web server ended by itself")
 
     async def main_loop(self) -> None:
         """Waits. uvicorn's own loop wakes up for a date header and signals that are not used."""

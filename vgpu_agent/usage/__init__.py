@@ -1,1 +1,1 @@
-"""What each container uses of the cards, by the processes that run on them."""
+"""What each container uses of the GPUs, by the processes that run on them."""

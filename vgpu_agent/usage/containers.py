@@ -17,9 +17,9 @@ _LINK = re.compile(r"([a-z0-9.-]+)_([a-z0-9-]+)_([a-z0-9-]+)-([0-9a-f]{64})\.log
 
 
 def named_by(link: str) -> tuple[str, Holder] | None:
-    """The container ID and the container that the name of a link tells; None where it is none.
+    """The container ID and the container that a link is named after; None where it is none.
 
-    The kubelet cuts names at 255 characters, and with them the ID: such a container is not told.
+    The kubelet cuts names at 255 characters, and with them the ID: such a container has no name.
     """
     match = _LINK.fullmatch(link)
     if match is None:

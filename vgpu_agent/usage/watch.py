@@ -1,30 +1,26 @@
-"""The task that looks at the processes on the cards and tells which container uses what of them.
+"""The task that attributes the processes on the GPUs to the containers that they run in.
 
-A process on a card is known by its PID on the host; /proc knows its cgroup, the cgroup its
+A process on a GPU is known by its PID on the host; /proc knows its cgroup, the cgroup its
 container, and the kubelet's links the container's name. The server of MPS has a context on every
-card: it runs in the container of the MPS pod and is told as a process of that pod, which holds no
-vGPU; no pod of a user pays for it, and it is not unattributed either.
+GPU: it runs in the container of the MPS pod and is attributed to that pod, which holds no vGPU; no
+pod of a user pays for it, and it is not unattributed either.
 
 Between the driver's list and the look into /proc a process may end. Its PID is then missing, or
-names a process that has nothing to do with the card; that lasts until the next look.
+names a process that has nothing to do with the GPU; that lasts until the next look.
 """
 
-import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
 from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.gpu.probe import CALL_LIMIT
 from vgpu_agent.model.holders import GpuProcess, Holder, Usage, attribute
-from vgpu_agent.model.state import NodeState
+from vgpu_agent.model.node import Node
 from vgpu_agent.usage.cgroups import container_id
 from vgpu_agent.usage.containers import LINKS, holders_by_id
-
-log = logging.getLogger(__name__)
 
 INTERVAL = 15.0
 """Seconds between two looks at the processes: about as often as metrics are read."""
@@ -48,21 +44,20 @@ class _Found:
 
 @dataclass
 class UsageWatch:
-    """Looks at the processes on the advertised cards, every `interval` seconds.
+    """Looks at the processes on the advertised GPUs, every `interval` seconds.
 
-    `call_limit` is how many seconds the driver has for the processes of a card. `proc` and `links`
+    `call_limit` is how many seconds the driver has for the processes of a GPU. `proc` and `links`
     stand for /proc and /var/log/containers.
     """
 
     driver: GpuDriver
-    state: NodeState
+    node: Node
     interval: float = INTERVAL
-    call_limit: float = CALL_LIMIT
+    call_limit: float = 3.0
     proc: Path = PROC
     links: Path = LINKS
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     _last: str | None = None
-    _told: str | None = None
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -71,59 +66,54 @@ class UsageWatch:
             await anyio.sleep(self.interval)
 
     async def look(self) -> None:
-        """Tells who uses what now. A card that does not answer has no usage, and no unattributed.
+        """Finds who uses what now. A GPU that does not answer has no usage, and no unattributed.
 
-        While the driver does not answer, or is let go of for a reset, it is not asked.
+        While the driver does not answer, or is released for a reset, it is not asked.
         """
-        if not self.state.snapshot.driver.up:
-            self.state.usage_told(Usage())
+        before = self.node.snapshot.usage
+        shown = None if before is None else before.problem
+        if not self.node.snapshot.driver.up:
+            self.node.set_usage(Usage(problem=shown))
             return
         processes = await self._processes()
         pids = {process.pid for running in processes.values() for process in running}
         found = await anyio.to_thread.run_sync(
             _find, pids, self.proc, self.links, abandon_on_cancel=True, limiter=self._limiter
         )
-        self.state.usage_told(attribute(processes, found.containers))
         if processes and (pids or found.alone):  # else there is nothing to judge by
-            self._judge(_problem(pids, found))
+            problem = _problem(pids, found)
+            # Believed when two looks in a row have it: processes end between two reads.
+            shown = problem if problem == self._last else shown
+            self._last = problem
+        self.node.set_usage(replace(attribute(processes, found.containers), problem=shown))
 
     async def _processes(self) -> dict[str, Collection[GpuProcess]]:
-        """The processes on each card that tells them within the time it has, all asked at once."""
-        told: dict[str, Collection[GpuProcess]] = {}
+        """The processes on each GPU that lists them within the time it has, all asked at once."""
+        found: dict[str, Collection[GpuProcess]] = {}
 
         async def ask(uuid: str) -> None:
             with anyio.move_on_after(self.call_limit):
                 running = await self.driver.processes(uuid)
                 if running is not None:
-                    told[uuid] = running
+                    found[uuid] = running
 
         async with anyio.create_task_group() as tasks:
-            for card in self.state.snapshot.inventory.cards:
+            for card in self.node.snapshot.inventory.cards:
                 tasks.start_soon(ask, card.gpu.uuid)
-        return told
-
-    def _judge(self, problem: str | None) -> None:
-        """Logs a problem once, when two looks in a row have it: processes end between two reads."""
-        if problem == self._last and problem != self._told:
-            if problem is None:
-                log.info("usage can be told to containers again")
-            else:
-                log.warning("%s (docs/usage.md)", problem)
-            self._told = problem
-        self._last = problem
+        return found
 
 
 def _problem(pids: Collection[int], found: _Found) -> str | None:
-    """Why no process can be told to its container, and what to do; None where they can."""
+    """Why no process can be attributed to its container, and what to do; None where they can."""
     if not found.visible:
         return (
-            "the processes on the cards are not in the PID namespace of this container, so no usage"
-            " can be told to a container: run this pod with `hostPID: true`"
+            "the processes on the GPUs are not in the PID namespace of this container, so no usage"
+            " can be attributed to containers: run this pod with `hostPID: true`"
         )
     if pids and found.links_error is not None:
         return (
-            f"the names of containers cannot be read ({found.links_error}), so no usage can be told"
-            f" to a container: mount {LINKS} of the node into this pod, read-only"
+            f"the names of containers cannot be read ({found.links_error}), so no usage can be"
+            f" attributed to containers: mount {LINKS} of the node into this pod, read-only"
         )
     return None
 

@@ -63,50 +63,11 @@ vgpu-agent/pool: {{ .pool.name | quote }}
 {{/* The environment of every container of a pool: the driver's variables, then every setting that
 has a value. Both workloads have the same, so that the agent and MPS agree. */}}
 {{- define "vgpu-agent.env" -}}
-{{- $settings := dict
-  "CDI_KIND" .cdiKind
-  "CRITICAL_XIDS" .health.criticalXids
-  "DEVICE_LIST" .deviceList
-  "DEVICE_MEMORY" .deviceMemory
-  "DRIVER_WAIT" .health.driverWait
-  "GPU_DRIVER" .gpuDriver
-  "HEALTH_CHECKS" .health.checks
-  "HEALTH_INTERVAL" .health.interval
-  "IGNORED_XIDS" .health.ignoredXids
-  "KUBELET_DIR" .kubeletDir
-  "LOG_FORMAT" .log.format
-  "LOG_LEVEL" .log.level
-  "LOST_CARD_SECONDS" .health.lostCardSeconds
-  "MEMORY_RESERVED" .memoryReserved
-  "METRICS_ADDRESS" (printf (ternary "[%s]:%d" "%s:%d" (contains ":" .metrics.address)) .metrics.address (int .metrics.port))
-  "PLACEMENT" .placement
-  "PODRESOURCES_INTERVAL" .podResourcesInterval
-  "PROCESS_METRICS" .processMetrics
-  "RECOVERY_SECONDS" .health.recoverySeconds
-  "REPLICAS" .replicas
-  "REPLICAS_BY_GPU" .replicasByGpu
-  "RESOURCE_NAME" .resourceName
-  "SHARING" .sharing
-  "STATE_DIRECTORY" .stateDirectory
-  "STATUS_PAGE" .statusPage
--}}
-{{- if eq .sharing "mps" }}{{ $settings = merge $settings (dict
-  "MPS_COMPUTE_MODE" .mps.computeMode
-  "MPS_DIRECTORY" .mps.directory
-  "MPS_LIMITS" .mps.limits
-  "MPS_MAX_CLIENTS" .mps.maxClients
-  "MPS_MULTIUSER" .mps.multiuser
-  "MPS_SHM" .mps.shm
-  "MPS_SHM_DIRECTORY" .mps.shmDirectory
-  "MPS_THREADS" .mps.threads
-) }}{{ end -}}
-{{- if eq .gpuDriver "simulated" }}{{ $settings = merge $settings (dict
-  "SIMULATED_GPUS" .simulated.gpus
-  "SIMULATED_MEMORY" .simulated.memory
-  "SIMULATED_MODEL" .simulated.model
-  "SIMULATED_NUMA_NODES" .simulated.numaNodes
-) }}{{ else -}}
-# The NVIDIA runtime puts the driver's libraries and programs into a container that asks for cards.
+{{- $settings := include "vgpu-agent.settings" . | fromJson }}
+{{- $address := printf (ternary "[%s]:%d" "%s:%d" (contains ":" .metrics.address)) .metrics.address (int .metrics.port) }}
+{{- $settings = set $settings "VGPU_METRICS_ADDRESS" $address }}
+{{- if ne .gpuDriver "simulated" -}}
+# The NVIDIA runtime puts the driver's libraries and programs into a container that asks for GPUs.
 - name: NVIDIA_VISIBLE_DEVICES
   value: {{ ternary "/var/run/nvidia-container-devices" "all" (eq .deviceList "volume-mounts") }}
 - name: NVIDIA_DRIVER_CAPABILITIES
@@ -114,7 +75,7 @@ has a value. Both workloads have the same, so that the agent and MPS agree. */}}
 {{- end }}
 {{- range $name, $value := $settings }}
 {{- if not (has (toJson $value) (list "null" "\"\"" "[]" "{}")) }}
-- name: VGPU_{{ $name }}
+- name: {{ $name }}
   value: {{ include "vgpu-agent.text" $value | quote }}
 {{- end }}
 {{- end }}

@@ -1,0 +1,314 @@
+"""The node: each input is replaced as a whole, and what follows is published as one change."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.model.strategies import a_gpu
+from vgpu_agent.model.devices import Effect, Gpu, Reason
+from vgpu_agent.model.facts import (
+    Applied,
+    AppliedGpu,
+    DaemonLook,
+    Reading,
+    RecoveryActionChanged,
+    Scan,
+    XidEvent,
+)
+from vgpu_agent.model.health import HealthEvent, Moment, Probed, ResetDone
+from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
+from vgpu_agent.model.node import MAX_UNLISTED, Node
+from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import (
+    Driver,
+    FirstSeen,
+    Kubelet,
+    RegistrationResult,
+    Rules,
+    Snapshot,
+)
+
+REGISTERED = RegistrationResult.REGISTERED
+APPLICATION, UNPROVEN, RESET = 13, 74, 95
+ONE, TWO = a_gpu(0), a_gpu(1)
+GOOD = Probed(Reading())
+
+
+class Clocked(Node):
+    """A node that is given the time, and keeps what it published."""
+
+    def __init__(self, *, mps: bool = False, **health: object) -> None:
+        self.now = 0.0
+        self.changes: list[tuple[Snapshot, Snapshot]] = []
+        super().__init__(
+            Rules(SharingRules(mps=mps, replicas=2), HealthRules(**health)),
+            clock=lambda: Moment(self.now, 1000 + self.now),
+            published=lambda before, after: self.changes.append((before, after)),
+        )
+
+    def looked(self, *gpus: Gpu, events: dict[str, HealthEvent] | None = None) -> None:
+        happened = {gpu.uuid: (GOOD,) for gpu in gpus}
+        happened |= {uuid: (event,) for uuid, event in (events or {}).items()}
+        self.driver_looked(Driver("1", None), Scan("1", gpus), happened, memory_used={})
+
+    def xid(self, *xids: tuple[str | None, int]) -> None:
+        self.driver_events([XidEvent(uuid, xid) for uuid, xid in xids])
+
+    @property
+    def healthy(self) -> list[str]:
+        return [card.gpu.uuid for card in self.snapshot.inventory.cards if card.healthy]
+
+    @property
+    def listed(self) -> list[str]:
+        return [card.gpu.uuid for card in self.snapshot.inventory.cards]
+
+
+@pytest.fixture
+def node() -> Clocked:
+    node = Clocked()
+    node.looked(ONE, TWO)
+    node.changes.clear()
+    return node
+
+
+def test_nothing_is_known_at_first():
+    snapshot = Clocked().snapshot
+    assert (snapshot.driver.up, snapshot.kubelet.connected) == (False, False)
+    assert (snapshot.inventory.cards, snapshot.assignments, snapshot.orphans) == ((), None, ())
+
+
+# One change
+
+
+@pytest.mark.parametrize(
+    ("events", "healthy", "counted"),
+    [
+        ([(ONE.uuid, APPLICATION)], ["gpu-0", "gpu-1"], 1),
+        ([(ONE.uuid, UNPROVEN)], ["gpu-1"], 1),
+        ([(ONE.uuid, RESET)], ["gpu-1"], 1),
+        ([(None, UNPROVEN)], [], 1),
+        ([(ONE.uuid, RESET), (TWO.uuid, RESET)], [], 2),
+        ([(ONE.uuid, UNPROVEN)] * 1000, ["gpu-1"], 1000),
+        ([("GPU-of-somebody-else", RESET)], ["gpu-0", "gpu-1"], 1),
+    ],
+)
+def test_events_are_counted_judged_and_published_at_once(node, events, healthy, counted):
+    """Fault 10: an XID was counted, marked and logged in two publishes."""
+    node.xid(*events)
+    assert len(node.changes) == 1
+    (before, after), *_ = node.changes
+    assert (before.xids, sum(after.xids.values())) == ({}, counted)
+    assert node.healthy == healthy
+    assert after is node.snapshot is node.latest.value
+    unhealthy = {"gpu-0", "gpu-1"} - set(healthy)
+    assert after.transitions == {(uuid, "unhealthy", Reason.XID): 1 for uuid in unhealthy}
+    # What an older snapshot says does not change.
+    assert all(card.healthy for card in before.inventory.cards)
+    with pytest.raises(TypeError):
+        after.xids["gpu-0", 79] = 0
+
+
+def test_a_look_with_losses_returns_and_new_faults_is_one_change(node):
+    node.looked(TWO, events={TWO.uuid: Probed(Reading(error="no"))})
+    assert len(node.changes) == 1
+    assert node.healthy == []
+    lost = {(ONE.uuid, "unhealthy", Reason.LOST): 1, (TWO.uuid, "unhealthy", Reason.PROBE): 1}
+    assert node.snapshot.transitions == lost
+    for node.now in range(5, 70, 5):
+        node.looked(ONE, TWO)
+    assert node.healthy == ["gpu-0", "gpu-1"]
+    back = {(ONE.uuid, "healthy", Reason.LOST): 1, (TWO.uuid, "healthy", Reason.PROBE): 1}
+    assert node.snapshot.transitions == lost | back
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda node: node.looked(TWO, ONE),
+        lambda node: node.driver_events([RecoveryActionChanged("gpu-0")]),
+        lambda node: node.driver_events([]),
+        lambda node: node.set_store_error(None),
+        lambda node: node.gpus_happened([], ResetDone()),
+        lambda node: node.registration_ended(None),
+    ],
+)
+def test_what_is_no_news_is_not_published(node, again: Callable[[Clocked], None]):
+    again(node)
+    assert node.changes == []
+
+
+# GPUs
+
+
+def test_a_lost_gpu_stays_listed_with_its_vgpus_and_leaves_after_its_time():
+    node = Clocked(lost_card_seconds=60.0)
+    node.looked(ONE, TWO)
+    for node.now in (5, 64):
+        node.looked(TWO)
+        assert (node.listed, node.healthy) == (["gpu-0", "gpu-1"], ["gpu-1"])
+    node.now = 65
+    node.looked(TWO)
+    assert node.listed == ["gpu-1"]
+    assert node.snapshot.health.keys() == {"gpu-1"}
+    node.looked(ONE, TWO)
+    assert node.healthy == ["gpu-0", "gpu-1"]  # it is a new one
+
+
+@pytest.mark.parametrize("away", ["lost for long", "excluded", "not listed yet"])
+def test_a_gpu_that_is_not_listed_keeps_its_faults(away):
+    """Fault 15: they moved between three containers at an absence or an exclusion."""
+    node = Clocked(lost_card_seconds=60.0)
+    node.looked(*([TWO] if away == "not listed yet" else [ONE, TWO]))
+    node.xid((ONE.uuid, RESET))
+    if away == "excluded":
+        mig = Gpu(**{**{f: getattr(ONE, f) for f in ONE.__slots__}, "mig": True})
+        node.looked(mig, TWO)
+        assert [each.reason for each in node.snapshot.excluded] == ["mig"]
+    elif away == "lost for long":
+        node.looked(TWO)
+        node.now = 100
+        node.looked(TWO)
+    assert node.listed == ["gpu-1"]
+    assert node.snapshot.health[ONE.uuid].waits_for_reset
+    node.now += 5
+    node.looked(ONE, TWO)
+    (card, _) = node.snapshot.inventory.cards
+    # What was away for long was initialized again; it has to be proven good.
+    expected = Reason.LOST if away == "lost for long" else Reason.XID
+    assert [fault.reason for fault in card.faults] == [expected]
+
+
+def test_a_gpu_that_takes_the_index_of_another_is_not_named_by_it(node):
+    node.looked(TWO, a_gpu(0, uuid="new"))
+    seen = {uuid: each.index for uuid, each in node.snapshot.first_seen.items()}
+    assert seen == {"gpu-0": 0, "gpu-1": 1, "new": None}
+
+
+def test_unlisted_gpus_have_a_bound_and_are_forgotten():
+    node = Clocked(lost_card_seconds=60.0)
+    node.looked(ONE, TWO)
+    node.xid(*((f"GPU-{n}", UNPROVEN) for n in range(2 * MAX_UNLISTED)))
+    assert len(node.snapshot.health) == MAX_UNLISTED
+    assert node.healthy == ["gpu-0", "gpu-1"]
+    node.looked(ONE, TWO)
+    node.now = 100
+    node.looked(ONE, TWO)
+    assert node.snapshot.health.keys() == {"gpu-0", "gpu-1"}
+
+
+def test_without_health_checks_a_gpu_that_is_gone_is_no_fault():
+    node = Clocked(health_checks=False)
+    node.driver_looked(Driver("1", None), Scan("1", (ONE,)), {}, memory_used={})
+    node.driver_looked(Driver("1", None), Scan("1", ()), {}, memory_used={})
+    assert node.healthy == ["gpu-0"]
+
+
+def test_a_release_says_until_when_and_keeps_what_is_known(node):
+    node.xid((ONE.uuid, RESET))
+    node.driver_released(1060.0)
+    assert node.snapshot.driver == Driver("1", "released for a reset", 1060.0)
+    assert (node.listed, node.healthy) == (["gpu-0", "gpu-1"], ["gpu-1"])
+
+
+def test_what_the_agent_before_kept_is_known_before_the_first_look(node):
+    node.xid((ONE.uuid, RESET))
+    after = Clocked()
+    after.recalled({ONE.uuid: FirstSeen(7, 2**30, 0)}, {ONE.uuid: node.snapshot.health[ONE.uuid]})
+    assert after.listed == []
+    after.looked(ONE, TWO)
+    assert after.healthy == ["gpu-1"]
+    assert after.snapshot.first_seen[ONE.uuid].index == 7
+    assert after.snapshot.transitions == {}  # it was never healthy here
+
+
+# The MPS daemon
+
+
+def a_look(**known: object) -> DaemonLook:
+    gpus = (AppliedGpu(ONE.uuid, 0, 2, None), AppliedGpu(TWO.uuid, 1, 2, None))
+    applied = Applied("1", MpsLimits.CLIENT, None, gpus, None, "1")
+    return DaemonLook(**{"generation": "1", "applied": applied, **known})
+
+
+def test_a_fault_of_the_mps_daemon_that_goes_on_keeps_its_time_and_ends_at_once():
+    node = Clocked(mps=True)
+    node.looked(ONE, TWO)
+    for node.now, look in ((5, DaemonLook(error="gone")), (9, DaemonLook(error="no answer"))):
+        node.set_daemon(look)
+    (fault,) = node.snapshot.inventory.cards[0].faults
+    assert (fault.reason, fault.since, fault.detail) == (Reason.MPS, 1005, "no answer")
+    assert fault.effect is Effect.UNTIL_BACK
+    for node.now in range(10, 200, 5):
+        node.looked(ONE, TWO)  # passed probes prove nothing of the daemon
+    assert node.healthy == []
+    node.set_daemon(a_look(faulty=(7, 8)))
+    (fault,) = node.snapshot.inventory.cards[0].faults
+    assert (fault.reason, fault.detail) == (Reason.MPS_FAULT, "status FAULT of MPS server 7, 8")
+    node.set_daemon(a_look())
+    assert node.healthy == ["gpu-0", "gpu-1"]
+
+
+@pytest.mark.parametrize(
+    ("look", "words"),
+    [
+        (DaemonLook(applied_error="damaged"), "damaged"),
+        (DaemonLook(generation="1"), "nobody has applied"),
+        (a_look(generation="2"), "a new one"),
+        (a_look(applied=Applied("1", MpsLimits.CLIENT, None, (), "half", "1")), "half"),
+    ],
+)
+def test_limits_that_are_not_in_effect_are_a_fault_of_every_gpu(look, words):
+    node = Clocked(mps=True)
+    node.looked(ONE, TWO)
+    node.set_daemon(look)
+    assert node.healthy == []
+    assert words in node.snapshot.mps.problem
+    assert not node.snapshot.mps.limits_in_effect
+
+
+# The kubelet
+
+
+def test_every_attempt_to_register_is_counted_by_its_result(node):
+    for result in RegistrationResult:
+        node.registration_tried(REGISTERED)
+        node.registration_tried(result, "why")
+        registered, away = result is REGISTERED, result is RegistrationResult.UNREACHABLE
+        assert node.snapshot.kubelet == Kubelet(registered=registered, error="why", away=away)
+    others = [each for each in RegistrationResult if each is not REGISTERED]
+    counted = {REGISTERED: len(RegistrationResult) + 1, **dict.fromkeys(others, 1)}
+    assert node.snapshot.registrations == counted
+    node.registration_ended("the stream ended")
+    assert node.snapshot.kubelet == Kubelet(error="the stream ended")
+
+
+def test_a_kubelet_is_connected_while_it_is_registered_with_and_follows(node):
+    node.stream_opened()
+    node.stream_opened()
+    assert not node.snapshot.kubelet.connected
+    node.registration_tried(REGISTERED)
+    assert node.snapshot.kubelet.connected
+    node.registration_ended("why")
+    assert node.snapshot.kubelet.streams == 2
+    node.registration_tried(REGISTERED)
+    node.stream_ended()
+    node.stream_ended()
+    assert not node.snapshot.kubelet.connected
+    node.list_sent()
+    node.allocated()
+    assert (node.snapshot.lists_sent, node.snapshot.allocates) == (1, 1)
+
+
+def test_who_holds_what_is_believed_until_it_is_too_old(node):
+    held = (Assignment(Holder("ns", "pod", "main"), ("gpu-0::0", "gone::1")),)
+    node.set_assignments(held, "no checkpoint")
+    assert node.snapshot.holders == Holders(None, held, "no checkpoint")
+    assert node.snapshot.orphans == ("gone::1",)
+    assert [part.numbers for part in node.snapshot.parts] == [(0,)]
+    assert node.snapshot.largest_free == 2
+    node.assignments_failed("away", forget=False)
+    assert node.snapshot.holders == Holders("away", held, "no checkpoint")
+    node.assignments_failed("away", forget=True)
+    assert (node.snapshot.assignments, node.snapshot.parts) == (None, ())
+    node.set_usage(Usage(problem="no cgroups"))
+    assert node.snapshot.usage == Usage(problem="no cgroups")

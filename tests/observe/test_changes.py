@@ -1,0 +1,172 @@
+"""Log lines of the parts of the state whose lines no other test reads."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+from tests.model.strategies import a_gpu
+from vgpu_agent.model.devices import Excluded, Fault, Reason
+from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
+from vgpu_agent.model.health import ActiveFault, GpuHealth
+from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
+from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver, Inputs, Kubelet, Rules, Snapshot, compose
+from vgpu_agent.observe.changes import NAMED, changes, write
+
+RULES = Rules(SharingRules(replicas=2), HealthRules(ignored_xids=frozenset({79})))
+GPU = a_gpu(0)
+APPLIED = Applied("1", MpsLimits.CLIENT, None, (AppliedGpu("gpu-0", 0, 2, None),), None, "1")
+UP = DaemonLook(generation="1", applied=APPLIED)
+HELD = Holders(None, (Assignment(Holder("ns", "pod", "main"), ("gone::0",)),))
+MANY = Holders(
+    None, (Assignment(Holder("ns", "pod", "main"), tuple(f"gone::{n}" for n in range(10))),)
+)
+EIGHT = ", ".join(f"gone::{n}" for n in range(NAMED))
+XID = Fault(Reason.XID, 0.0, "XID 74", advice="look")
+RESET, PROBE = replace(XID, detail="XID 95"), Fault(Reason.PROBE, 0.0, "no", advice="see")
+
+
+def base(**known: object) -> Inputs:
+    known = {
+        "driver": Driver("1", None),
+        "gpus": {"gpu-0": GPU},
+        "present": frozenset({"gpu-0"}),
+        **known,
+    }
+    return replace(Inputs(), **known)
+
+
+def ill(*faults: Fault) -> dict[str, object]:
+    return {"health": {"gpu-0": GpuHealth(tuple(ActiveFault(fault, 0.0) for fault in faults))}}
+
+
+def kubelet(**known: object) -> dict[str, object]:
+    return {"kubelet": Kubelet(**known)}
+
+
+CASES = [
+    ({}, {"driver": Driver("1", "no", 60.0)}, ["WARNING released all GPUs; reset them now"]),
+    (
+        {"driver": Driver("1", "no", 60.0)},
+        {"driver": Driver("1", "no", 90.0)},
+        ["INFO the release is longer"],
+    ),
+    ({"driver": Driver("1", "no", 60.0)}, {}, ["INFO driver 1 answers"]),
+    ({}, {"driver": Driver("1", "broken")}, ["ERROR no GPU can be used: broken"]),
+    ({}, {"xids": {("gpu-0", 13): 1}}, ["INFO XID 13 (Graphics Engine Exception): counted"]),
+    ({}, {"xids": {("gpu-0", 79): 1}}, ["INFO XID 79 (GPU has fallen off the bus): counted"]),
+    ({}, {"xids": {("gpu-0", 74): 1}}, []),
+    ({}, ill(XID), ["WARNING 2 vGPUs are unhealthy: xid: XID 74. Next: look"]),
+    (
+        ill(XID),
+        ill(XID, PROBE),
+        ["WARNING 2 vGPUs are unhealthy: xid: XID 74; probe: no. Next: see"],
+    ),
+    (ill(XID, PROBE), ill(XID), ["INFO no longer probe; still unhealthy: xid: XID 74"]),
+    (ill(XID), {}, ["INFO 2 vGPUs are healthy again (no longer xid: XID 74)"]),
+    (ill(XID), ill(RESET), []),
+    ({"gpus": {}}, {}, ["INFO advertising 2 vGPUs"]),
+    ({}, {"gpus": {}, "present": frozenset()}, ["WARNING lost for 60 minutes: no longer listed"]),
+    ({}, {"undescribed": (Excluded(a_gpu(1), "error", "mute"),)}, ["WARNING GPU excluded: mute"]),
+    (
+        {"undescribed": (Excluded(a_gpu(1), "error", "mute"),)},
+        {"undescribed": (Excluded(a_gpu(1, reserved_bytes=7), "error", "mute"),)},
+        [],
+    ),
+    ({}, {"daemon": UP}, ["INFO the MPS daemon answers and its limits are in effect"]),
+    (
+        {},
+        {"daemon": DaemonLook("gone")},
+        ["WARNING no vGPU can be given: gone. Next: see the MPS pod of the node"],
+    ),
+    (
+        {"daemon": DaemonLook("gone")},
+        {"daemon": UP},
+        ["INFO the MPS daemon answers and its limits are in effect"],
+    ),
+    (
+        {"daemon": UP},
+        {"daemon": replace(UP, waiting=2)},
+        ["WARNING MPS clients of another user wait for their turn"],
+    ),
+    ({}, kubelet(registered=True), ["INFO registered with the kubelet; it follows the list"]),
+    ({}, kubelet(error="no kubelet", away=True), ["WARNING no kubelet; waiting for it"]),
+    ({}, kubelet(error="refused"), ["ERROR cannot register: refused"]),
+    (
+        kubelet(registered=True),
+        kubelet(error="gone"),
+        ["WARNING registration ended: gone; registering again"],
+    ),
+    (kubelet(error="refused"), kubelet(error="refused", streams=1), []),
+    (
+        {},
+        {"holders": HELD},
+        [
+            "INFO the kubelet says who holds which vGPU",
+            "WARNING held, but no longer advertised: gone::0",
+        ],
+    ),
+    (
+        {"holders": HELD},
+        {"holders": MANY},
+        [f"WARNING held, but no longer advertised: {EIGHT} and 2 more"],
+    ),
+    (
+        {"holders": HELD},
+        {"holders": Holders(None, ())},
+        ["INFO every vGPU that is held is advertised again"],
+    ),
+    (
+        {"holders": Holders(None, ())},
+        {"holders": Holders("away", ())},
+        ["WARNING cannot ask the kubelet who holds which vGPU: away"],
+    ),
+    (
+        {"holders": Holders("away", ())},
+        {"holders": Holders("away")},
+        ["WARNING forgetting who holds which vGPU: the kubelet's answer is too old"],
+    ),
+    (
+        {"holders": Holders(None, (), "bad")},
+        {"holders": Holders(None, ())},
+        ["INFO the kubelet's checkpoint is of use again"],
+    ),
+    (
+        {"usage": Usage()},
+        {"usage": Usage(problem="no cgroups")},
+        ["WARNING no cgroups (docs/usage.md)"],
+    ),
+    (
+        {"usage": Usage(problem="no cgroups")},
+        {"usage": Usage()},
+        ["INFO usage is attributed to containers again"],
+    ),
+    ({"store_error": "cannot write"}, {}, ["INFO the state file is written again"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), CASES, ids=range(len(CASES)))
+def test_a_change_is_logged_once_in_these_words(before, after, expected):
+    old, new = compose(base(**before), RULES), compose(base(**after), RULES)
+    lines = list(changes(old, new, RULES))
+    assert [f"{logging.getLevelName(line.level)} {line.message}" for line in lines] == expected
+    assert list(changes(new, new, RULES)) == []
+    assert list(changes(new, compose(base(**after), RULES), RULES)) == []
+
+
+def test_a_line_carries_fields(caplog):
+    caplog.set_level(logging.INFO)
+    before = Snapshot()
+    write(changes(before, compose(base(**ill(XID, PROBE)), RULES), RULES))
+    *_, record = caplog.records
+    assert record.fields == {"gpu": 0, "uuid": "gpu-0", "reason": "xid,probe"}
+    assert record.levelname == "WARNING"
+
+
+def test_a_failed_write_says_what_it_means():
+    old, new = compose(base(), RULES), compose(base(store_error="cannot write /s: full"), RULES)
+    (line,) = changes(old, new, RULES)
+    assert line.message.startswith(
+        "cannot write /s: full; tried again. A restart of the agent would"
+    )

@@ -1,0 +1,106 @@
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from vgpu_agent import store
+from vgpu_agent.errors import StoreError
+
+
+def damage(path: Path, how: str) -> None:
+    """Makes something at the path that is no file of ours."""
+    match how:
+        case "pipe":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as one:
+                one.bind(str(path))
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "loop":
+            path.symlink_to(path)
+        case "half":
+            path.write_text('{"a": [1, 2')
+        case "nested":
+            path.write_text("[" * 100_000)
+        case "list":
+            path.write_text("[]")
+        case "bytes":
+            path.write_bytes(b"\xff\xfe\x00")
+        case "empty":
+            path.write_text("")
+        case "huge":
+            path.write_text('{"a": "' + "x" * store.MAX_BYTES + '"}')
+        case "digits":
+            path.write_text('{"a": ' + "9" * 5000 + "}")
+
+
+NOT_REGULAR = ["pipe", "directory", "socket", "device", "loop"]
+NOT_JSON = ["half", "nested", "list", "bytes", "empty", "huge", "digits"]
+
+
+@pytest.mark.parametrize("how", NOT_REGULAR + NOT_JSON)
+def test_what_is_no_file_of_ours_is_an_error_that_names_it_at_once(kubelet_dir, how):
+    """Neither waited for (fault 6 was a pipe), nor kept open."""
+    path = kubelet_dir / "file"
+    damage(path, how)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StoreError) as caught:
+        store.read(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_is_not_there_is_nothing(tmp_path):
+    assert store.read(tmp_path / "none") is None
+    assert store.read_bytes(tmp_path / "none" / "below") is None
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """Fault 11 is one that was written in place."""
+    path = tmp_path / "new" / "file"
+    store.write(path, {"a": 1})
+    assert store.read(path) == {"a": 1}
+
+    def killed(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(path, {"a": 2, "b": "x" * 100_000})
+    assert store.read(path) == {"a": 1}
+    monkeypatch.undo()
+    store.write(path, {"a": 3}, mode=0o600)
+    assert store.read(path) == {"a": 3}
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["the directory is a file", "the file is a directory", "a full disk"]
+)
+def test_what_cannot_be_written_is_an_error_that_names_it(tmp_path, monkeypatch, obstacle):
+    path = tmp_path / "state" / "file"
+    if obstacle == "the directory is a file":
+        path.parent.write_text("")
+    elif obstacle == "the file is a directory":
+        path.mkdir(parents=True)
+    else:
+        monkeypatch.setattr(json, "dump", _full)
+    with pytest.raises(StoreError, match=f"^cannot write {path}: "):
+        store.write(path, {})
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_boot_is_named_by_the_kernel_and_by_nothing_where_it_cannot(tmp_path):
+    assert store.boot_id() == store.BOOT_ID.read_text().strip() != ""
+    (tmp_path / "id").write_bytes(b"\xff")
+    assert store.boot_id(tmp_path / "id") == store.boot_id(tmp_path / "none") == ""

@@ -1,0 +1,241 @@
+"""`vgpu-agent doctor`: looks at everything that the agent needs, and says what is wrong.
+
+What a running agent reports is its word; where none answers, the same code looks once at driver,
+GPUs and MPS. It changes nothing and holds nothing open. A check that cannot be done is a failed
+check, never an error, and nothing that hangs, a driver included, makes the whole take ten seconds.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from vgpu_agent import __version__, control, store
+from vgpu_agent import settings as configuration
+from vgpu_agent.commands import ask
+from vgpu_agent.commands.doctor import preflight
+from vgpu_agent.commands.doctor.checks import (
+    TIMEOUTS,
+    Check,
+    Checking,
+    Timeouts,
+    Verdict,
+    guarded,
+    in_thread,
+    late,
+    render_json,
+    render_text,
+    unexpected,
+    worst,
+)
+from vgpu_agent.commands.doctor.judge import checks_of, checks_of_look
+from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
+from vgpu_agent.gpu import memory
+from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.gpu.watch import GpuWatch, Intervals
+from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.health import Moment
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import Rules
+from vgpu_agent.mps.daemon import Daemon
+from vgpu_agent.observe.report import Identity, Report, make_report
+from vgpu_agent.settings import GpuDriverKind, Settings
+from vgpu_agent.settings_unknown import unknown_variables
+
+__all__ = ["Check", "Timeouts", "Verdict", "examine", "render_json", "render_text", "worst"]
+
+OTHER_MPS = Path("/tmp/nvidia-mps")  # noqa: S108 - where CUDA looks for MPS by itself
+
+
+async def examine(
+    settings: Settings | SettingsError,
+    *,
+    environment: Mapping[str, str],
+    make_driver: Callable[[Settings], GpuDriver],
+    make_daemon: Callable[[Settings], Daemon | None],
+    make_watch: Callable[[Settings, GpuDriver, Node], GpuWatch],
+    other_mps: Path = OTHER_MPS,
+    timeouts: Timeouts = TIMEOUTS,
+) -> tuple[Check, ...]:
+    """All checks, the first cause first. Raises nothing, and takes less than 10 s.
+
+    Where the settings are wrong, the others are checked with the default of every wrong one.
+    """
+    checks = guarded("settings", partial(check_settings, settings, environment))
+    if isinstance(settings, SettingsError):
+        assumed = configuration.assume(environment)
+        if assumed is None:
+            return checks
+        settings = assumed
+    reports: list[Report] = []
+    asking = partial(_ask, settings.state_directory, reports)
+    answered = await in_thread("agent", asking, timeouts.ask)
+    report = reports[0] if reports else None
+    found: dict[str, tuple[Check, ...]] = {}
+    checkings = _preflight(settings, report, environment, other_mps)
+
+    async def look() -> None:
+        nonlocal answered
+        if report is None:
+            parts = (partial(make_driver, settings), partial(make_daemon, settings))
+            answered += await look_once(
+                settings, *parts, partial(make_watch, settings), timeouts=timeouts
+            )
+
+    async def check(name: str, checking: Checking) -> None:
+        found[name] = await in_thread(name, checking, timeouts.look)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(look)
+        for name, checking in checkings.items():
+            tasks.start_soon(check, name, checking)
+    return checks + answered + tuple(each for name in checkings for each in found[name])
+
+
+def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
+    """What the running agent reports; none where no agent answers."""
+    try:
+        report = ask.by_socket(directory).report
+    except NoAgentError as error:
+        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+            where = directory / control.SOCKET
+            yield Check("agent", Verdict.OK, f"none serves {where}: looking at the node itself")
+        else:
+            advice = "see the agent's log; its liveness probe restarts it if it hangs"
+            yield Check("agent", Verdict.WARN, str(error), advice)
+        return
+    reports.append(report)
+    yield Check("agent", Verdict.OK, f"version {report.version} runs, and reports what follows")
+    yield from checks_of(report)
+
+
+async def look_once(
+    settings: Settings,
+    make_driver: Callable[[], GpuDriver],
+    make_daemon: Callable[[], Daemon | None],
+    make_watch: Callable[[GpuDriver, Node], GpuWatch],
+    *,
+    timeouts: Timeouts = TIMEOUTS,
+) -> tuple[Check, ...]:
+    """What the agent would report of driver, GPUs and MPS. Raises nothing, and does not hang."""
+    rules = Rules(settings.sharing_rules(), settings.health_rules())
+    node = Node(rules, clock=lambda: Moment(time.monotonic(), time.time()))
+    kept = guarded("kept faults", partial(_recall, settings.state_directory, node))
+    failed: list[Check] = []
+
+    async def look_at_gpus() -> None:
+        try:
+            driver = make_driver()
+            await driver.__aenter__()
+            try:
+                watch = make_watch(driver, node)
+                watch.intervals = Intervals(call_limit=timeouts.call)
+                with anyio.move_on_after(timeouts.look) as scope:
+                    await watch.look()
+                if scope.cancelled_caught:
+                    failed.append(late("driver", timeouts.look, "see the kernel log of the node"))
+            finally:
+                with anyio.move_on_after(timeouts.leave, shield=True):
+                    await driver.__aexit__(None, None, None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is said
+            failed.append(unexpected("driver", error))
+
+    async def look_at_daemon() -> None:
+        if rules.sharing.mps:
+            node.set_daemon(await _daemon(make_daemon, timeouts.look))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(look_at_gpus)
+        tasks.start_soon(look_at_daemon)
+    report = make_report(
+        node.snapshot, rules, Identity(__version__, "", settings.resource_name), time.time()
+    )
+    found = guarded("report", partial(checks_of_look, report))
+    if failed:
+        found = tuple(each for each in found if each.name != "driver")
+    return (*failed, *found, *kept, *_absent(node))
+
+
+async def _daemon(make: Callable[[], Daemon | None], seconds: float) -> DaemonLook:
+    """A look at the daemon, also where it hangs or stumbles."""
+    try:
+        with anyio.move_on_after(seconds):
+            daemon = make()
+            return DaemonLook(error="there is none") if daemon is None else await daemon.look()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is said
+        return DaemonLook(error=f"it could not be asked: {type(error).__name__}: {error}")
+    return DaemonLook(error=f"no answer within {seconds:g} s")
+
+
+def _recall(directory: Path, node: Node) -> Iterable[Check]:
+    """Begins with what the last agent kept, as the next one will."""
+    name = "kept faults"
+    try:
+        kept = memory.load(directory, store.boot_id())
+    except StoreError as error:
+        advice = "remove it: the agent writes it again"
+        yield Check(name, Verdict.WARN, str(error), advice)
+        return
+    if kept is not None:
+        node.recalled(kept.first_seen, kept.health)
+    count = len(kept.faults) if kept else 0
+    yield Check(name, Verdict.OK, f"of {count} GPUs that waited for a reset" if count else "none")
+
+
+def _absent(node: Node) -> Iterable[Check]:
+    """The GPUs that wait for a reset and are not listed."""
+    for uuid, health in node.snapshot.health.items():
+        if health.waits_for_reset and node.snapshot.inventory.find(uuid) is None:
+            fault = next(each for each in health.faults if each.until_reset)
+            detail = f"{uuid} is not listed, and waits for a reset: {fault.detail}"
+            yield Check("kept faults", Verdict.FAIL, detail, fault.advice)
+
+
+def _preflight(
+    settings: Settings, report: Report | None, environment: Mapping[str, str], other_mps: Path
+) -> dict[str, Checking]:
+    """What blocks, by the name under which a failure is reported."""
+    real = settings.gpu_driver is GpuDriverKind.NVML
+    endpoint = settings.plugin_directory / settings.endpoint
+    control_socket = settings.state_directory / control.SOCKET
+    sockets = [endpoint, control_socket]
+    checks: dict[str, Checking] = {}
+    if real and settings.sharing_rules().mps:
+        sockets.append(settings.mps_directory / "pipe" / "control")
+        shm = settings.mps_shm_directory if settings.mps_shm else None
+        checks["mps binary"] = lambda: [preflight.check_binary(environment)]
+        checks["mps directories"] = lambda: preflight.check_mps_directories(
+            settings.mps_directory, shm
+        )
+    if real:
+        checks["other mps"] = lambda: [preflight.check_other_mps(other_mps)]
+    return checks | {
+        "socket path": lambda: preflight.check_socket_paths(*sockets),
+        "kubelet": lambda: preflight.check_kubelet(settings.plugin_directory),
+        "endpoint": lambda: [
+            preflight.check_endpoint(endpoint, control_socket, report, settings.resource_name)
+        ],
+        "metrics address": lambda: [preflight.check_metrics(settings.metrics_address)],
+        "state directory": lambda: [preflight.check_state_directory(settings.state_directory)],
+    }
+
+
+def check_settings(
+    settings: Settings | SettingsError, environment: Mapping[str, str]
+) -> Iterable[Check]:
+    """Every wrong variable, and every unknown one."""
+    if isinstance(settings, SettingsError):
+        advice = "set what is allowed: `vgpu-agent run` ends with exit code 2 as it is"
+        lines = str(settings).splitlines()
+        for line in lines[1:] or lines:
+            yield Check("settings", Verdict.FAIL, line.strip(), advice)
+    else:
+        known = {configuration.variable(name) for name in Settings.model_fields}
+        count = sum(name.upper() in known for name in environment)
+        yield Check("settings", Verdict.OK, f"{count} VGPU_* variables are set, and right")
+    for name, nearest in unknown_variables(environment).items():
+        detail = f"{name}: unknown setting, ignored"
+        advice = f"did you mean {nearest}?" if nearest else "remove it"
+        yield Check("settings", Verdict.WARN, detail, advice)

@@ -1,0 +1,215 @@
+"""What no report can know of a node: its paths, sockets, permissions and programs."""
+
+import os
+import shutil
+import socket
+import stat
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vgpu_agent.address import Address
+from vgpu_agent.commands.ask import get
+from vgpu_agent.commands.doctor.checks import Check, Verdict
+from vgpu_agent.errors import ListenError, NoAgentError
+from vgpu_agent.kubelet.session import KUBELET_SOCKET
+from vgpu_agent.mps.control import BINARY
+from vgpu_agent.observe.report import Report
+from vgpu_agent.observe.web import listen
+from vgpu_agent.unixsocket import MAX_PATH, refusal
+
+# Small questions about files and sockets
+
+
+def writable(path: Path) -> bool:
+    """Whether this process can make files in a directory."""
+    return os.access(path, os.W_OK | os.X_OK)
+
+
+def selinux_label(path: Path) -> str | None:
+    """The label of a file; None where it has none."""
+    try:
+        return os.getxattr(path, "security.selinux").rstrip(b"\0").decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def listener_pid(path: Path) -> int | None:
+    """The process that listens on a unix socket; None where it cannot be seen from here."""
+    credentials = struct.Struct("3i")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+        except OSError:
+            return None
+    pid: int = credentials.unpack(raw)[0]
+    return pid or None  # 0: of another PID namespace
+
+
+def _directory(
+    name: str,
+    path: Path,
+    advice: str,
+    *,
+    bad: Verdict = Verdict.FAIL,
+    write: bool = False,
+    others: int = 0,
+) -> Check:
+    """A directory in which this process must be able to `write`; mode bits that others need."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return Check(name, bad, f"{path}: {error.strerror}", advice)
+    if not stat.S_ISDIR(found.st_mode):
+        return Check(name, bad, f"{path} is not a directory", f"remove it; {advice}")
+    mode, can_write, label = stat.S_IMODE(found.st_mode), writable(path), selinux_label(path)
+    detail = f"{path} (owner {found.st_uid}:{found.st_gid}, mode {mode:04o}"
+    detail += f", {'writable' if can_write else 'not writable from here'}"
+    detail += f"{f', SELinux {label}' if label else ''})"
+    if write and not can_write:
+        return Check(name, bad, detail, advice)
+    if mode & others != others:
+        detail += ": containers of other users cannot use it"
+        return Check(name, Verdict.WARN, detail, f"`chmod {mode | others:o} {path}` on the node")
+    if others and label is not None and label.split(":")[2:3] != ["container_file_t"]:
+        detail += ": where SELinux is enforcing, containers cannot use it"
+        return Check(name, Verdict.WARN, detail, f"`chcon -t container_file_t {path}` on the node")
+    return Check(name, Verdict.OK, detail)
+
+
+# The kubelet and the agent's own sockets
+
+
+def check_socket_paths(*paths: Path) -> Iterable[Check]:
+    """Whether paths of sockets fit into what a socket's address can hold."""
+    for path in paths:
+        length = len(bytes(path))
+        detail = f"{path} takes {length} of {MAX_PATH} bytes"
+        if length <= MAX_PATH:
+            yield Check("socket path", Verdict.OK, detail)
+        else:
+            advice = "set the variable of that directory (VGPU_..._DIR...) to a shorter path"
+            yield Check("socket path", Verdict.FAIL, detail, advice)
+
+
+def check_kubelet(directory: Path) -> Iterable[Check]:
+    """The directory in which kubelet and plugins meet, and whether a kubelet listens there."""
+    advice = "mount the kubelet's directory at the same path, writable, or set VGPU_KUBELET_DIR"
+    yield _directory("kubelet directory", directory, advice, write=True)
+    if not directory.is_dir():
+        return
+    path = directory / KUBELET_SOCKET
+    reason = refusal(path)
+    if reason is None:
+        yield Check("kubelet socket", Verdict.OK, f"a kubelet listens at {path}")
+        return
+    advice = "start the node's kubelet, or set VGPU_KUBELET_DIR to the directory that it uses"
+    yield Check("kubelet socket", Verdict.FAIL, f"no kubelet at {path}: {reason}", advice)
+
+
+def check_endpoint(path: Path, control: Path, agent: Report | None, resource: str) -> Check:
+    """Our own socket: free, left by an agent that is gone, or served, then by whom.
+
+    `agent` is the report of the running agent and `control` its control socket.
+    """
+    name = "endpoint"
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return Check(name, Verdict.OK, f"{path} is free")
+    if not stat.S_ISSOCK(mode):
+        return Check(name, Verdict.FAIL, f"{path} is not a socket", "remove it")
+    if refusal(path) is not None:
+        return Check(name, Verdict.OK, f"{path} is stale; the agent replaces it")
+    pid, agent_pid = listener_pid(path), listener_pid(control)
+    # Processes of other PID namespaces are not named: then the agent's own word counts.
+    unnamed = pid is None and agent_pid is None
+    ours = agent is not None and (agent.kubelet.error is None if unnamed else pid == agent_pid)
+    if ours:
+        return Check(name, Verdict.OK, f"{path} is served by the running agent")
+    detail = f"another process{f', {pid},' if pid else ''} serves {path}"
+    return Check(name, Verdict.FAIL, detail, f"another agent for {resource}? Remove one")
+
+
+def check_metrics(address: Address) -> Check:
+    """The metrics address: free, or served by the running agent."""
+    name = "metrics address"
+    code, body = 0, b""
+    if address.port:
+        try:
+            code, body = get(address, "/healthz")
+        except NoAgentError:
+            code = 0
+    text = body.decode(errors="replace").strip()
+    if code == 200 and text == "ok":
+        return Check(name, Verdict.OK, f"{address} is served by the running agent")
+    if code == 503 and text.startswith("no sign of life"):
+        advice = "see the agent's log; its liveness probe restarts it"
+        return Check(name, Verdict.FAIL, f"the agent at {address} is stuck: {text}", advice)
+    try:
+        listen(address).close()
+    except ListenError as error:
+        advice = "set another VGPU_METRICS_ADDRESS, or end what uses this one"
+        return Check(name, Verdict.FAIL, str(error).partition("; set another")[0], advice)
+    return Check(name, Verdict.OK, f"{address} is free")
+
+
+def check_state_directory(path: Path) -> Check:
+    """Where the agent keeps faults. It runs without, and forgets."""
+    name = "state directory"
+    parent = next(each for each in (path, *path.parents) if each.exists())
+    if parent != path and parent.is_dir() and writable(parent):
+        return Check(name, Verdict.OK, f"{path} is not there yet; the agent makes it")
+    advice = (
+        "mount a writable directory there, or set VGPU_STATE_DIRECTORY: without it a restart of the"
+        " agent would forget which GPUs wait for a reset"
+    )
+    return _directory(name, path, advice, bad=Verdict.WARN, write=True)
+
+
+# MPS
+
+
+def check_binary(environment: Mapping[str, str]) -> Check:
+    """Whether the daemon's control program is there: the daemon is asked through it."""
+    found = shutil.which(BINARY, path=environment.get("PATH", os.defpath))
+    if found is not None:
+        return Check("mps binary", Verdict.OK, found)
+    advice = (
+        "run this container with the NVIDIA runtime and"
+        " NVIDIA_DRIVER_CAPABILITIES=compute,utility, which brings it in"
+    )
+    return Check("mps binary", Verdict.FAIL, f"{BINARY} is not on PATH", advice)
+
+
+def check_other_mps(path: Path) -> Check:
+    """Another MPS on the node, in the directory that the NVIDIA runtime mounts everywhere."""
+    name = "other mps"
+    if not path.exists():
+        return Check(name, Verdict.OK, f"{path} is not there")
+    alive = refusal(path / "control") is None
+    detail = (
+        f"{path} is there ({'a daemon serves it' if alive else 'left behind'}): the NVIDIA runtime"
+        " mounts it into every GPU container, and those that name no other directory become"
+        " clients there, without limits"
+    )
+    advice = f"{'end that daemon, then ' if alive else ''}remove {path} on the node"
+    return Check(name, Verdict.WARN, detail, advice)
+
+
+def check_mps_directories(directory: Path, shm: Path | None) -> Iterable[Check]:
+    """The daemon's directories. Containers of every user must get into `pipe`, and write to shm.
+
+    The agent needs only `pipe`: where that is there, the others may be mounted elsewhere.
+    """
+    advice = "`vgpu-agent mps prepare` in the MPS pod makes it: see that pod's log"
+    pipe = directory / "pipe"
+    yield _directory("mps pipe", pipe, advice, others=stat.S_IROTH | stat.S_IXOTH)
+    shared = [] if shm is None else [("mps shm", shm, stat.S_IRWXO)]
+    for name, path, others in [("mps log", directory / "log", 0), *shared]:
+        if pipe.is_dir() and not path.exists():
+            yield Check(name, Verdict.OK, f"{path} is not mounted here")
+        else:
+            yield _directory(name, path, advice, others=others)

@@ -1,0 +1,139 @@
+"""Real GPUs, by NVML. The only package that imports pynvml.
+
+Every NVML call can block, for long where a GPU is failing, so none is made on the event loop.
+Calls go through lanes of one worker thread each: one for looking at all GPUs, one for waiting for
+events, and for each GPU one for probes and one for lists of processes, so that a GPU that hangs
+holds up no other, and a long list no probe.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pynvml
+
+from vgpu_agent.errors import DriverError
+from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.gpu.nvml import calls
+from vgpu_agent.gpu.nvml.lanes import Lane
+from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, SLICE_SECONDS, Session
+from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
+from vgpu_agent.model.holders import GpuProcess
+
+log = logging.getLogger(__name__)
+
+SLICES = 2
+"""So many slices are waited for events at a time."""
+
+
+class NvmlDriver(GpuDriver):
+    """The GPUs of this machine. See `GpuDriver` for what the methods promise.
+
+    NVML is opened by `scan` and closed on leaving, after which it may be entered again. `numa_root`
+    is sysfs's folder of PCI devices, `proc_root` the driver's own list of its GPUs. NVML lists the
+    GPUs of its start for ever: a session that is older than `reopen_seconds` is opened again where
+    the driver's list has another length.
+    """
+
+    def __init__(
+        self,
+        *,
+        numa_root: Path = Path("/sys/bus/pci/devices"),
+        proc_root: Path = Path("/proc/driver/nvidia/gpus"),
+        reopen_seconds: float = 30,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._calls = Lane()
+        self._waits = Lane()
+        self._probes: dict[str, Lane] = {}
+        self._lists: dict[str, Lane] = {}
+        self._session = Session(
+            describe=partial(calls.describe, numa_root=numa_root),
+            proc_root=proc_root,
+            reopen_seconds=reopen_seconds,
+            monotonic=monotonic,
+        )
+
+    async def scan(self) -> Scan:
+        """Opens NVML if need be. Raises DriverError if it cannot be opened or lists no GPUs."""
+        return await self._calls.run(self._session.scan)
+
+    async def probe(self, uuid: str) -> Reading:
+        """See `GpuDriver`."""
+        lane = self._probes.setdefault(uuid, Lane())
+        return await lane.run(partial(self._session.probe, uuid))
+
+    async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
+        """NVML lists a client of MPS in the one list, the other or both, by the driver's version.
+
+        Does not open NVML: while that is released there is no answer.
+        """
+        lane = self._lists.setdefault(uuid, Lane())
+        return await lane.run(partial(self._session.processes, uuid))
+
+    async def next_events(self) -> Sequence[GpuEvent]:
+        """Where there is nothing to wait for (no GPU has events, the wait fails) it sleeps."""
+        for _ in range(SLICES):
+            waited = await self._waits.run(self._session.wait)
+            if events := self._session.take_events():
+                return events
+            if not waited:
+                await anyio.sleep(SLICE_SECONDS)
+        return ()
+
+    async def release(self) -> bool:
+        """Closes NVML until the next scan; False where a call that hangs keeps it open."""
+        with anyio.move_on_after(CLOSE_SECONDS):
+            await self._calls.run(self._session.close)
+        if not self._session.is_open:
+            return True
+        log.warning("NVML was left open: a call to the driver does not return")
+        return False
+
+
+# Single questions that open NVML for themselves. They block.
+
+
+@contextmanager
+def _opened(what: str) -> Iterator[None]:
+    """NVML, open for a moment. Raises DriverError that says what could not be done."""
+    calls.open_nvml()
+    try:
+        yield
+    except pynvml.NVMLError as error:
+        help_ = "see nvidia-smi and the node's kernel log"
+        if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
+            help_ = "run this container as root with the capability SYS_ADMIN"
+        raise DriverError(f"{what} ({error}): {help_}") from error
+    finally:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def set_compute_mode(uuid: str, mode: ComputeMode) -> bool:
+    """Sets who may open a CUDA context on a GPU; False where the GPU has no such setting.
+
+    The driver asks for root, which in a container is CAP_SYS_ADMIN as well, and forgets the mode
+    with the next boot. Raises DriverError with what to do.
+    """
+    with _opened(f"compute mode of {uuid} cannot be set"):
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            pynvml.nvmlDeviceSetComputeMode(handle, int(mode))
+        except pynvml.NVMLError_NotSupported:
+            return False
+    return True
+
+
+def process_memory(uuid: str) -> dict[int, int]:
+    """Bytes of a GPU that each process has, by its PID on the host; those that NVML reports.
+
+    Raises DriverError.
+    """
+    with _opened(f"processes on {uuid} cannot be listed"):
+        found = calls.running(pynvml.nvmlDeviceGetHandleByUUID(uuid), "Compute")
+    return {pid: memory for pid, memory in found if memory is not None}

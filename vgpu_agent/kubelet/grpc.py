@@ -1,0 +1,164 @@
+"""What grpclib lacks: connections that can be cut, and calls whose end is not ours.
+
+grpclib never closes a connection, and cancels the task of a call whose connection ends.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Self, cast
+
+import anyio
+from grpclib import GRPCError, Status
+from grpclib.client import Channel
+from grpclib.encoding.proto import ProtoCodec
+from grpclib.exceptions import StreamTerminatedError
+from grpclib.protocol import H2Protocol
+
+from vgpu_agent.errors import KubeletAwayError, KubeletError
+
+MAX_BYTES = 16 * 2**20
+"""Most bytes of an answer that are read."""
+
+
+class Connection(H2Protocol):
+    """A connection of a grpclib server or channel that can be cut."""
+
+    transport: asyncio.Transport | None = None
+
+    @classmethod
+    def like(cls, base: H2Protocol) -> Self:
+        """With the handler and the settings of what grpclib's own factory makes."""
+        return cls(base.handler, base.config, base.h2_config)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was made and is over, or about to be."""
+        return self.transport is not None and self.transport.is_closing()
+
+    def abort(self) -> None:
+        """Cuts the connection, also where the peer reads nothing."""
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class _Bounded(Connection):
+    """A connection with a bound. What it stumbles over is kept from asyncio, which would log it."""
+
+    trouble: str | None = None
+    received = 0
+    max_bytes = MAX_BYTES
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        if self.received > self.max_bytes:
+            self._give_up(f"the kubelet's answer is larger than {self.max_bytes / 2**20:g} MiB")
+            return
+        try:
+            super().data_received(data)
+        except Exception as error:  # noqa: BLE001 - grpclib and h2 stumble in many ways
+            self._give_up(f"the kubelet's answer is no gRPC: {error!r}")
+
+    def _give_up(self, trouble: str) -> None:
+        self.trouble = trouble
+        self.abort()
+
+
+class _BytesCodec(ProtoCodec):
+    """Hands answers out as they came: betterproto is too slow for the event loop."""
+
+    def decode(self, data: bytes, message_type: Any) -> Any:  # noqa: ARG002
+        return data
+
+
+class _Channel(Channel):
+    """grpclib's channel for one call."""
+
+    connection: _Bounded | None = None
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        super().__init__(path=str(path), codec=_BytesCodec())
+        self._max_bytes = max_bytes
+
+    def _protocol_factory(self) -> H2Protocol:
+        self.connection = _Bounded.like(super()._protocol_factory())
+        self.connection.max_bytes = self._max_bytes
+        return self.connection
+
+    def abort(self) -> None:
+        """Leaves no connection behind."""
+        if self.connection is not None:
+            self.connection.abort()
+        self.close()
+
+
+async def call(
+    path: Path,
+    what: str,
+    request: Callable[[Channel], Awaitable[object]],
+    *,
+    within: float,
+    max_bytes: int = MAX_BYTES,
+) -> bytes:
+    """Calls the kubelet over a connection of its own, so that any kubelet will do.
+
+    `request` makes the call, which is named `what`, and has so many seconds. Returns the encoded
+    answer. Raises KubeletError, and nothing else but cancellation.
+    """
+    channel = _Channel(path, max_bytes)
+    answers: list[bytes] = []
+    errors: list[KubeletError] = []
+
+    async def run() -> None:
+        try:
+            answers.append(cast("bytes", await request(channel)))
+        except Exception as error:  # noqa: BLE001 - grpclib and h2 stumble in many ways
+            errors.append(_explained(error, path, what, channel.connection))
+        finally:
+            channel.abort()
+
+    try:
+        # In a task of its own: grpclib's cancellation must not be taken for our own end, nor for
+        # that of the time that the call has.
+        with anyio.fail_after(within):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run)
+    except TimeoutError:
+        raise KubeletError(f"the kubelet did not answer {what} within {within:g} s") from None
+    if answers:
+        return answers[0]
+    raise errors[0] if errors else _ended()
+
+
+def _ended() -> KubeletError:
+    return KubeletAwayError("the kubelet ended the call before its answer")
+
+
+def _explained(
+    error: Exception, path: Path, what: str, connection: _Bounded | None
+) -> KubeletError:
+    """The same words for the same trouble, which grpclib puts into several."""
+    if connection is not None and connection.trouble is not None:
+        return KubeletAwayError(connection.trouble)
+    match error:
+        case FileNotFoundError():
+            return KubeletAwayError(f"there is no {path}")
+        case ConnectionRefusedError():
+            return KubeletAwayError(f"nobody listens on {path}")
+        case OSError():
+            return KubeletAwayError(f"cannot connect to {path}: {error.strerror or error}")
+        case GRPCError(status=Status.UNIMPLEMENTED):
+            return KubeletError(f"the kubelet does not serve {what}")
+        case GRPCError():
+            return KubeletError(f"the kubelet refused with {error.status.name}: {error.message}")
+        case StreamTerminatedError():
+            return _ended()
+        case _ if connection is not None and connection.ended:
+            return _ended()
+        case _:
+            return KubeletAwayError(f"the kubelet's answer cannot be read: {error!r}")

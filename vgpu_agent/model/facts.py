@@ -1,0 +1,158 @@
+"""What the edges report, as values: the driver's answers and the MPS daemon's.
+
+Nothing here says what a fact means (`health`, `node`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+
+from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.rules import MpsLimits
+
+
+class RecoveryAction(IntEnum):
+    """What the driver says a GPU needs (NVML field `GET_GPU_RECOVERY_ACTION`, 230)."""
+
+    NONE = 0
+    GPU_RESET = 1
+    NODE_REBOOT = 2
+    DRAIN_P2P = 3
+    DRAIN_AND_RESET = 4
+    IMEX_DOMAIN_RESET = 5
+    BUS_RESET = 6
+    SYSTEM_REBOOT = 7
+
+
+class ComputeMode(IntEnum):
+    """Who may open a CUDA context on a GPU (`nvmlComputeMode_t`)."""
+
+    DEFAULT = 0
+    EXCLUSIVE_THREAD = 1
+    PROHIBITED = 2
+    EXCLUSIVE_PROCESS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """All GPUs that the driver sees now. A GPU that is lost is not among them.
+
+    `undescribed`: GPUs that are there and do not say what they are, with the reason.
+    """
+
+    driver_version: str
+    gpus: tuple[Gpu, ...]
+    undescribed: tuple[Excluded, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one probe of a GPU read. None: the GPU or the driver does not offer it.
+
+    `error` is the driver's word for a call that failed, `hung` says that a call did not return;
+    `lost` says that the GPU is gone from its handle. `uncorrectable_ecc` and `energy_millijoules`
+    count since the driver initialized the GPU. `recovery_action` is a number, since drivers may
+    know more of them than we do.
+    """
+
+    lost: bool = False
+    error: str | None = None
+    hung: bool = False
+    uncorrectable_ecc: int | None = None
+    remap_failed: bool | None = None
+    remap_pending: bool | None = None
+    recovery_action: int | None = None
+    compute_mode: ComputeMode | None = None
+    memory_used_bytes: int | None = None
+    energy_millijoules: int | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether the GPU said how it is."""
+        return not (self.lost or self.hung or self.error is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class XidEvent:
+    """The driver reported an XID. `uuid` is None where it could not name the GPU."""
+
+    uuid: str | None
+    xid: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryActionChanged:
+    """The driver changed its mind about what a GPU needs: read it again."""
+
+    uuid: str | None
+
+
+GpuEvent = XidEvent | RecoveryActionChanged
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedGpu:
+    """A GPU as the MPS daemon knows it. `ordinal` is its CUDA number there.
+
+    `memory_limit_bytes` is the daemon's default limit of pinned memory for one client; None is no
+    limit. `server_bytes` is what the daemon's server has of the GPU itself, None until one ran.
+    """
+
+    uuid: str
+    ordinal: int
+    replicas: int
+    memory_limit_bytes: int | None
+    server_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What is in effect at one MPS daemon.
+
+    `generation` names the daemon. `thread_percentage` is its default for one client, None for 100.
+    `problem` says why the limits are not in effect; None: they were read back right, and every
+    running server is younger than they are. `version` is that of the writer.
+    """
+
+    generation: str
+    limits: MpsLimits
+    thread_percentage: int | None
+    gpus: tuple[AppliedGpu, ...]
+    problem: str | None
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonLook:
+    """The MPS daemon at one moment.
+
+    `error` says why it does not answer, None where it does. `generation` names the daemon that
+    serves the pipe directory now. `applied` is what the MPS pod says is in effect, and
+    `applied_error` why that cannot be understood. `faulty` are the servers whose status is FAULT.
+    `clients` counts clients by the UUID of their GPU, `waiting` those of another user.
+    """
+
+    error: str | None = None
+    generation: str | None = None
+    applied: Applied | None = None
+    applied_error: str | None = None
+    faulty: tuple[int, ...] = ()
+    clients: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    waiting: int = 0
+
+    def applied_to(self, uuid: str) -> AppliedGpu | None:
+        """What the daemon was set up for on a GPU; None where it does not know the GPU."""
+        gpus = () if self.applied is None else self.applied.gpus
+        return next((each for each in gpus if each.uuid == uuid), None)
+
+    @property
+    def problem(self) -> str | None:
+        """Why no vGPU can be given; None where all is well."""
+        if self.error is not None or self.applied_error is not None:
+            return self.error or self.applied_error
+        if self.applied is None:
+            return "nobody has applied the limits yet: `vgpu-agent mps watch` does, in the MPS pod"
+        if self.applied.generation != self.generation:
+            return "the daemon is a new one, and its limits are not applied yet"
+        return self.applied.problem

@@ -1,0 +1,286 @@
+"""The node: the one owner of what its edges report.
+
+Each input is replaced as a whole by a plain method, called on the event loop only; the snapshot is
+composed anew of all of them. Nothing here awaits, so there is no lock and no torn view.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TypeVar
+
+from vgpu_agent.model.devices import Gpu, Reason
+from vgpu_agent.model.facts import DaemonLook, GpuEvent, Scan, XidEvent
+from vgpu_agent.model.health import (
+    Away,
+    GpuHealth,
+    HealthEvent,
+    Moment,
+    Unwatched,
+    XidSeen,
+    advance,
+)
+from vgpu_agent.model.holders import Assignment, Holders, Usage
+from vgpu_agent.model.latest import Latest
+from vgpu_agent.model.policy import Fact, Finding
+from vgpu_agent.model.snapshot import (
+    Driver,
+    FirstSeen,
+    Inputs,
+    RegistrationResult,
+    Rules,
+    Snapshot,
+    compose,
+    flips,
+)
+
+K = TypeVar("K")
+
+MAX_UNLISTED = 256
+"""Most GPUs whose health is kept; no node has as many, and nothing grows without a bound."""
+
+
+Publication = Callable[[Snapshot, Snapshot], None]
+"""Is called with the snapshots before and after each change, none left out."""
+
+
+class Node:
+    """The only mutable thing of the model.
+
+    `clock` says what time it is. `published` is called on each change.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        clock: Callable[[], Moment],
+        published: Publication = lambda _before, _after: None,
+    ) -> None:
+        self.rules = rules
+        self._clock = clock
+        self._published = published
+        self._inputs = Inputs()
+        self.latest = Latest(compose(self._inputs, rules))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is known now."""
+        return self.latest.value
+
+    def _update(self, **inputs: object) -> None:
+        changed = replace(self._inputs, **inputs)  # type: ignore[arg-type]  # by their names
+        if changed == self._inputs:
+            return
+        before = self.snapshot
+        after = compose(changed, self.rules, before)
+        transitions = changed.transitions
+        if after.inventory is not before.inventory:
+            for flip in flips(before.inventory, after.inventory):
+                to = "healthy" if flip.card.healthy else "unhealthy"
+                transitions = counted(transitions, (flip.card.gpu.uuid, to, flip.reason))
+        if transitions is not changed.transitions:
+            changed = replace(changed, transitions=transitions)
+            after = compose(changed, self.rules, after)
+        self._inputs = changed
+        self.latest.publish(after)
+        self._published(before, after)
+
+    # The driver
+
+    def driver_looked(
+        self,
+        driver: Driver,
+        scan: Scan | None,
+        events: Mapping[str, Sequence[HealthEvent]],
+        *,
+        memory_used: Mapping[str, int],
+        cdi_names: frozenset[str] | None = None,
+    ) -> None:
+        """A look at the GPUs: all that was found, as one change.
+
+        `scan` is None where the driver did not say which GPUs there are. `events` are by UUID, in
+        the order in which they happened.
+        """
+        known = self._inputs
+        changed: dict[str, object] = {
+            "driver": driver,
+            "memory_used": MappingProxyType(dict(memory_used)),
+            "cdi_names": cdi_names,
+        }
+        all_events = {uuid: list(each) for uuid, each in events.items()}
+        gpus = known.gpus
+        if scan is not None:
+            gpus = {**gpus, **{gpu.uuid: gpu for gpu in scan.gpus}}
+            there = {each.uuid for each in (*scan.gpus, *(e.gpu for e in scan.undescribed))} - {""}
+            changed["present"] = frozenset(there)
+            changed["undescribed"] = scan.undescribed
+            changed["first_seen"] = _first_seen(known.first_seen, scan.gpus)
+            if self.rules.health.health_checks:
+                for uuid in (known.gpus.keys() | known.health.keys()) - there:
+                    all_events.setdefault(uuid, []).append(Away())
+        health = self._advanced(all_events)
+        if scan is not None:
+            gone = {uuid for uuid, each in health.items() if each.expired and uuid not in there}
+            gpus = {uuid: gpu for uuid, gpu in gpus.items() if uuid not in gone}
+            health = {
+                uuid: each
+                for uuid, each in health.items()
+                if uuid not in gone or each.waits_for_reset
+            }
+            changed["gpus"] = MappingProxyType(gpus)
+        self._update(**changed, health=MappingProxyType(health))
+
+    def driver_events(self, events: Iterable[GpuEvent]) -> None:
+        """The driver reported these events, in this order: counted and judged as one change."""
+        xids, by_gpu = self._inputs.xids, dict[str, list[HealthEvent]]()
+        for event in events:
+            if not isinstance(event, XidEvent):
+                continue
+            xids = counted(xids, (event.uuid, event.xid))
+            # An event whose GPU is unknown concerns all of them.
+            concerned = self._inputs.gpus if event.uuid is None else (event.uuid,)
+            for uuid in concerned:
+                by_gpu.setdefault(uuid, []).append(XidSeen(event.xid))
+        if xids is not self._inputs.xids:
+            self._update(xids=xids, health=MappingProxyType(self._advanced(by_gpu)))
+
+    def driver_released(self, until: float) -> None:
+        """NVML is closed until then, in seconds since the epoch; nothing is probed meanwhile."""
+        known = self._inputs
+        self._update(
+            driver=Driver(known.driver.version, "released for a reset", until),
+            health=MappingProxyType(self._advanced(dict.fromkeys(known.health, (Unwatched(),)))),
+        )
+
+    def gpus_happened(self, uuids: Collection[str], event: HealthEvent) -> None:
+        """The same happened to all these GPUs."""
+        events = dict.fromkeys(uuids, (event,))
+        self._update(health=MappingProxyType(self._advanced(events)))
+
+    def _advanced(self, events: Mapping[str, Sequence[HealthEvent]]) -> dict[str, GpuHealth]:
+        health, now = dict(self._inputs.health), self._clock()
+        for uuid, each in events.items():
+            if uuid not in health and len(health) >= MAX_UNLISTED:
+                continue
+            for event in each:
+                health[uuid] = advance(
+                    health.get(uuid, GpuHealth()),
+                    event,
+                    now,
+                    self.rules.health,
+                    sharing=self.rules.sharing,
+                )
+        return health
+
+    def recalled(
+        self, first_seen: Mapping[str, FirstSeen], health: Mapping[str, GpuHealth]
+    ) -> None:
+        """What the agent before this one kept, of the same boot of the node."""
+        self._update(
+            first_seen=MappingProxyType(dict(first_seen)), health=MappingProxyType(dict(health))
+        )
+
+    def set_store_error(self, error: str | None) -> None:
+        """Why what must outlive the agent could not be written; None: it is written."""
+        self._update(store_error=error)
+
+    # The MPS daemon
+
+    def set_daemon(self, look: DaemonLook) -> None:
+        """The MPS daemon was looked at. A fault that goes on keeps its time."""
+        findings = [] if look.problem is None else [Finding(Fact.MPS_DOWN, look.problem)]
+        if look.faulty:
+            pids = ", ".join(map(str, look.faulty))
+            findings.append(Finding(Fact.MPS_FAULT, f"status FAULT of MPS server {pids}"))
+        since = {fault.reason: fault.since for fault in self._inputs.daemon_faults}
+        now = self._clock().wall
+        faults = [each.fault(since.get(each.rule.reason or Reason.MPS, now)) for each in findings]
+        not_applied = None
+        if look.applied is not None and look.applied.gpus:
+            words = "the MPS daemon does not know this GPU: the MPS pod must be replaced"
+            not_applied = self._inputs.not_applied or Finding(Fact.MPS_DOWN, words).fault(now)
+        self._update(
+            daemon=look, daemon_faults=tuple(filter(None, faults)), not_applied=not_applied
+        )
+
+    # Who holds what
+
+    def allocated(self) -> None:
+        """The kubelet was told what a container gets."""
+        self._update(allocates=self._inputs.allocates + 1)
+
+    def set_assignments(
+        self, assignments: tuple[Assignment, ...], checkpoint_error: str | None = None
+    ) -> None:
+        """The kubelet said who holds our vGPUs."""
+        self._update(holders=Holders(None, assignments, checkpoint_error))
+
+    def assignments_failed(self, error: str, *, forget: bool) -> None:
+        """The kubelet did not say; `forget`: what it said last is too old to be believed."""
+        holders = self._inputs.holders
+        assignments = None if forget else holders.assignments
+        self._update(holders=replace(holders, error=error, assignments=assignments))
+
+    def set_usage(self, usage: Usage) -> None:
+        """The processes on the GPUs were looked at."""
+        self._update(usage=usage)
+
+    # The kubelet
+
+    def registration_tried(self, result: RegistrationResult, error: str | None = None) -> None:
+        """An attempt to register ended so."""
+        self._update(
+            registrations=counted(self._inputs.registrations, result),
+            kubelet=replace(
+                self._inputs.kubelet,
+                registered=result is RegistrationResult.REGISTERED,
+                error=error,
+                away=result is RegistrationResult.UNREACHABLE,
+            ),
+        )
+
+    def registration_ended(self, error: str, *, away: bool = False) -> None:
+        """The kubelet no longer knows us; `away`: there is none."""
+        self._update(
+            kubelet=replace(self._inputs.kubelet, registered=False, error=error, away=away)
+        )
+
+    def stream_opened(self) -> None:
+        """The kubelet opened a ListAndWatch stream."""
+        self._streams(+1)
+
+    def stream_ended(self) -> None:
+        """A ListAndWatch stream ended."""
+        self._streams(-1)
+
+    def _streams(self, change: int) -> None:
+        kubelet = self._inputs.kubelet
+        self._update(kubelet=replace(kubelet, streams=kubelet.streams + change))
+
+    def list_sent(self) -> None:
+        """A device list went out on a stream."""
+        self._update(lists_sent=self._inputs.lists_sent + 1)
+
+
+def counted(counts: Mapping[K, int], key: K) -> Mapping[K, int]:
+    """The counts with one more of `key`."""
+    return MappingProxyType({**counts, key: counts.get(key, 0) + 1})
+
+
+def _first_seen(known: Mapping[str, FirstSeen], gpus: Iterable[Gpu]) -> Mapping[str, FirstSeen]:
+    new = [gpu for gpu in gpus if gpu.uuid not in known]
+    if not new:
+        return known
+    taken = {each.index for each in known.values()}
+    return MappingProxyType(
+        {
+            **known,
+            **{
+                gpu.uuid: FirstSeen(
+                    None if gpu.index in taken else gpu.index, gpu.memory_bytes, gpu.reserved_bytes
+                )
+                for gpu in new
+            },
+        }
+    )

@@ -1,0 +1,257 @@
+"""What a fact about a GPU means: policy as data, and the judgement of an XID and of a probe.
+
+`POLICY` is the whole policy; docs/health.md is made from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+
+from vgpu_agent.model.devices import Effect, Fault, Reason
+from vgpu_agent.model.facts import ComputeMode, Reading, RecoveryAction
+from vgpu_agent.model.rules import HealthRules, SharingRules
+from vgpu_agent.model.xids import CATALOGUE
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What is done about one kind of fact, in words that the documentation uses too.
+
+    `reason` is None where the GPU stays healthy. `advice` is for the operator.
+    """
+
+    what: str
+    found_by: str
+    effect: Effect
+    reason: Reason | None
+    advice: str
+
+
+class Fact(Enum):
+    """The kinds of facts that there are about a GPU."""
+
+    RECOVERY_ACTION = "recovery action"
+    XID_OF_APPLICATION = "application's XID"
+    XID_UNPROVEN = "XID"
+    XID_RESET = "XID that needs a reset"
+    XID_REBOOT = "XID that needs a reboot"
+    PROBE_FAILED = "probe error"
+    PROBE_TIMEOUT = "probe timeout"
+    ECC = "uncorrectable memory errors"
+    REMAP_FAILED = "failed row remap"
+    REMAP_PENDING = "pending row remap"
+    LOST = "lost GPU"
+    COMPUTE_MODE = "compute mode"
+    OPEN_MODE = "open compute mode"
+    MPS_DOWN = "MPS down"
+    MPS_FAULT = "MPS server fault"
+
+
+_RESET = "drain the GPU's pods, release it (`vgpu-agent release`), reset it"
+_REBOOT = "drain and reboot the node; see its kernel log"
+
+POLICY: Mapping[Fact, Rule] = MappingProxyType(
+    {
+        Fact.RECOVERY_ACTION: Rule(
+            "the driver asks for a recovery action (reset, reboot, drain ...)",
+            "NVML field 230 at every probe, and its event",
+            Effect.UNTIL_RESET,
+            Reason.RECOVERY_ACTION,
+            f"do what the driver asks for; for a reset: {_RESET}",
+        ),
+        Fact.XID_OF_APPLICATION: Rule(
+            "an XID of an application by the catalogue, or that says nothing by itself",
+            "NVML event",
+            Effect.COUNT,
+            None,
+            "look at the application that ran on the GPU; nothing to do for the GPU",
+        ),
+        Fact.XID_UNPROVEN: Rule(
+            "an XID of any other kind, unknown ones included",
+            "NVML event",
+            Effect.UNTIL_GOOD,
+            Reason.XID,
+            "nothing at once; if it comes again, see the XID in NVIDIA's catalogue",
+        ),
+        Fact.XID_RESET: Rule(
+            "an XID after which the GPU needs a reset",
+            "NVML event",
+            Effect.UNTIL_RESET,
+            Reason.XID,
+            _RESET,
+        ),
+        Fact.XID_REBOOT: Rule(
+            "an XID after which the node needs a reboot",
+            "NVML event",
+            Effect.UNTIL_REBOOT,
+            Reason.XID,
+            _REBOOT,
+        ),
+        Fact.PROBE_FAILED: Rule(
+            "the GPU answers with an error, or the driver cannot be asked",
+            "probe",
+            Effect.UNTIL_GOOD,
+            Reason.PROBE,
+            "see nvidia-smi and the kernel log of the node",
+        ),
+        Fact.PROBE_TIMEOUT: Rule(
+            "a call to the driver does not return",
+            "probe",
+            Effect.UNTIL_GOOD,
+            Reason.TIMEOUT,
+            "see the kernel log of the node; a driver that hangs needs a reboot",
+        ),
+        Fact.ECC: Rule(
+            "more uncorrectable memory errors than at the start",
+            "probe",
+            Effect.UNTIL_RESET,
+            Reason.ECC,
+            _RESET,
+        ),
+        Fact.REMAP_FAILED: Rule(
+            "a failing row of memory could not be remapped",
+            "probe",
+            Effect.UNTIL_RESET,
+            Reason.REMAP,
+            "the GPU has no spare rows left: replace it",
+        ),
+        Fact.REMAP_PENDING: Rule(
+            "a failing row of memory waits for the next reset to be remapped",
+            "probe",
+            Effect.NOTE,
+            None,
+            "reset the GPU when it suits",
+        ),
+        Fact.LOST: Rule(
+            "the driver no longer sees the GPU",
+            "probe, and a look at all GPUs",
+            Effect.UNTIL_GOOD,
+            Reason.LOST,
+            _REBOOT,
+        ),
+        Fact.COMPUTE_MODE: Rule(
+            "the GPU's compute mode does not let several containers in",
+            "probe",
+            Effect.UNTIL_GOOD,
+            Reason.COMPUTE_MODE,
+            "set it back: `nvidia-smi -i <index> -c DEFAULT`",
+        ),
+        Fact.OPEN_MODE: Rule(
+            "compute mode DEFAULT under MPS, though `VGPU_MPS_COMPUTE_MODE=exclusive`",
+            "probe",
+            Effect.NOTE,
+            None,
+            "see the MPS pod of the node: its container `prepare` sets the mode",
+        ),
+        Fact.MPS_DOWN: Rule(
+            "the MPS daemon does not answer, or its limits are not in effect",
+            "the daemon's watch",
+            Effect.UNTIL_BACK,
+            Reason.MPS,
+            "see the MPS pod of the node",
+        ),
+        Fact.MPS_FAULT: Rule(
+            "a client's fault ends all MPS clients of the GPU",
+            "the MPS server's status",
+            Effect.UNTIL_BACK,
+            Reason.MPS_FAULT,
+            "nothing: it is over when the clients are gone; find the client that failed",
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A fact about a GPU, in words."""
+
+    fact: Fact
+    detail: str
+
+    @property
+    def rule(self) -> Rule:
+        """What is done about it."""
+        return POLICY[self.fact]
+
+    def fault(self, now: float) -> Fault | None:
+        """The fault that it is, from `now` (seconds since the epoch) on; None for none."""
+        rule = self.rule
+        if rule.reason is None:
+            return None
+        return Fault(rule.reason, now, self.detail, rule.effect, rule.advice)
+
+
+_OF_APPLICATION = frozenset({"IGNORE", "RESTART_APP", "WORKFLOW_XID_45", "XID_154"})
+_NEEDS_RESET = frozenset({"RESET_GPU", "WORKFLOW_XID_48"})
+_NEEDS_REBOOT = frozenset({"RESTART_BM", "RESTART_VM"})
+
+XID_RECOVERY_ACTION_CHANGED = 154
+
+
+def judge_xid(xid: int, rules: HealthRules) -> Finding:
+    """What an XID means, by the resolution bucket of NVIDIA's catalogue.
+
+    A bucket that is not known here, an empty one and an XID that the catalogue does not know mark
+    the GPU until it is proven good: too careful costs a minute, too trusting a pod. An XID that
+    is critical by setting does so too, unless the catalogue asks for a reset.
+    """
+    row = CATALOGUE.get(xid)
+    detail = f"XID {xid} ({'not in the catalogue' if row is None else row.event})"
+    bucket = "" if row is None else row.bucket
+    if xid in rules.ignored_xids:
+        fact = Fact.XID_OF_APPLICATION
+    elif bucket in _NEEDS_REBOOT:
+        fact = Fact.XID_REBOOT
+    elif bucket in _NEEDS_RESET:
+        fact = Fact.XID_RESET
+    elif bucket in _OF_APPLICATION and xid not in rules.critical_xids:
+        fact = Fact.XID_OF_APPLICATION
+    else:
+        fact = Fact.XID_UNPROVEN
+    return Finding(fact, detail)
+
+
+_ACTIONS = {
+    RecoveryAction.GPU_RESET: "a reset of the GPU",
+    RecoveryAction.NODE_REBOOT: "a reboot of the node",
+    RecoveryAction.DRAIN_P2P: "draining its peer-to-peer traffic",
+    RecoveryAction.DRAIN_AND_RESET: "draining it and a reset",
+    RecoveryAction.IMEX_DOMAIN_RESET: "a reset of its IMEX domain",
+    RecoveryAction.BUS_RESET: "a reset of its bus",
+    RecoveryAction.SYSTEM_REBOOT: "a reboot of the system",
+}
+
+
+def judge_reading(
+    reading: Reading, *, ecc_baseline: int | None, sharing: SharingRules
+) -> tuple[Finding, ...]:
+    """What a probe shows. `ecc_baseline` is the number of uncorrectable errors at the start."""
+    if reading.hung:
+        return (Finding(Fact.PROBE_TIMEOUT, reading.error or "a call does not return"),)
+    if reading.lost:
+        return (Finding(Fact.LOST, reading.error or "the GPU no longer answers from its handle"),)
+    if reading.error is not None:
+        return (Finding(Fact.PROBE_FAILED, reading.error),)
+    findings = []
+    action = reading.recovery_action
+    if action is not None and action != RecoveryAction.NONE:
+        known = action in tuple(RecoveryAction)
+        words = _ACTIONS[RecoveryAction(action)] if known else f"action {action}"
+        findings.append(Finding(Fact.RECOVERY_ACTION, f"the driver asks for {words}"))
+    errors = reading.uncorrectable_ecc
+    if errors is not None and ecc_baseline is not None and errors > ecc_baseline:
+        since = f"{errors - ecc_baseline} uncorrectable memory errors since the start"
+        findings.append(Finding(Fact.ECC, since))
+    if reading.remap_failed:
+        findings.append(Finding(Fact.REMAP_FAILED, "a row of memory could not be remapped"))
+    if reading.remap_pending:
+        findings.append(Finding(Fact.REMAP_PENDING, "a row remap waits for the next reset"))
+    mode = reading.compute_mode
+    if mode is ComputeMode.DEFAULT:
+        if sharing.mps and sharing.mps_exclusive:
+            detail = "its compute mode is DEFAULT: processes can bypass MPS and its limits"
+            findings.append(Finding(Fact.OPEN_MODE, detail))
+    elif mode is ComputeMode.PROHIBITED or (mode is not None and not sharing.mps):
+        findings.append(Finding(Fact.COMPUTE_MODE, f"its compute mode is {mode.name}"))
+    return tuple(findings)

@@ -1,0 +1,323 @@
+"""What the edges report (`Inputs`), and the pure function that makes a `Snapshot` of it.
+
+`compose` decides which GPUs are advertised, as how many vGPUs, and which of their faults are in
+effect. Everything that is shown of the node is a function of a snapshot.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from types import MappingProxyType
+from typing import TypeVar
+
+from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.health import GpuHealth
+from vgpu_agent.model.holders import Assignment, Holders, Part, Usage, largest_free, orphaned, parts
+from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.share import Divided, divide
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class RegistrationResult(StrEnum):
+    """How an attempt to register with the kubelet ended."""
+
+    REGISTERED = "registered"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    NO_STREAM = "no-stream"
+    ENDPOINT = "endpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The source of GPUs: its version, or why it cannot be asked.
+
+    `released_until`: NVML is closed for a reset until then, in seconds since the epoch.
+    """
+
+    version: str | None = None
+    error: str | None = "not asked yet"
+    released_until: float | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the driver answered when it was last asked."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class Kubelet:
+    """The session with the kubelet. `streams` counts the ListAndWatch streams open now.
+
+    `error` says why the last attempt to register failed, or why the registration ended; `away` that
+    it is for want of a kubelet.
+    """
+
+    registered: bool = False
+    streams: int = 0
+    error: str | None = None
+    away: bool = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether the kubelet is registered with and follows the device list."""
+        return self.registered and self.streams > 0
+
+
+@dataclass(frozen=True, slots=True)
+class FirstSeen:
+    """What a GPU was when it was first seen in this boot: its division must not change with it.
+
+    `index` is the index by which settings name the GPU for the boot, None where another GPU has it:
+    indices shift when a GPU drops out. Drivers change the bytes that they reserve.
+    """
+
+    index: int | None
+    memory_bytes: int
+    reserved_bytes: int
+
+
+def _empty() -> Mapping[K, V]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the edges reported last.
+
+    `gpus` are all GPUs that the driver described, by UUID, and `present` those that its last
+    complete look found. `cdi_names` are what the host's CDI specs name, None where that does not
+    matter. `health` is kept by UUID, listed now or not. `daemon_faults` are of all GPUs,
+    `not_applied` of those that the MPS daemon was not set up for. `memory_used` is in bytes by
+    UUID. `usage` is None where processes are not looked at. `allocates` counts the calls of
+    Allocate that were answered. `store_error` says why what must outlive the agent is not written.
+    """
+
+    driver: Driver = Driver()
+    gpus: Mapping[str, Gpu] = field(default_factory=_empty)
+    present: frozenset[str] = frozenset()
+    undescribed: tuple[Excluded, ...] = ()
+    cdi_names: frozenset[str] | None = None
+    first_seen: Mapping[str, FirstSeen] = field(default_factory=_empty)
+    health: Mapping[str, GpuHealth] = field(default_factory=_empty)
+    memory_used: Mapping[str, int] = field(default_factory=_empty)
+    daemon: DaemonLook | None = None
+    daemon_faults: tuple[Fault, ...] = ()
+    not_applied: Fault | None = None
+    kubelet: Kubelet = Kubelet()
+    holders: Holders = Holders()
+    usage: Usage | None = None
+    store_error: str | None = None
+    xids: Mapping[tuple[str | None, int], int] = field(default_factory=_empty)
+    transitions: Mapping[tuple[str, str, Reason], int] = field(default_factory=_empty)
+    registrations: Mapping[RegistrationResult, int] = field(default_factory=_empty)
+    lists_sent: int = 0
+    allocates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mps:
+    """What is known of the MPS daemon of the node, where GPUs are shared by MPS.
+
+    `problem` says why no vGPU can be given, None where all is well; `replacement` why the MPS pod
+    must be replaced, though it serves. `limits` is what the daemon was set up for. `clients` counts
+    clients by the UUID of their GPU, `waiting` those of another user that wait for their turn.
+    """
+
+    up: bool
+    problem: str | None
+    replacement: str | None
+    limits: MpsLimits | None
+    clients: Mapping[str, int]
+    waiting: int
+
+    @property
+    def limits_in_effect(self) -> bool:
+        """Whether the daemon's limits were read back as this node needs them."""
+        return self.problem is None
+
+
+@dataclass(frozen=True)
+class Snapshot(Inputs):
+    """The inputs at one moment, and what follows from them. Every view is a function of this.
+
+    `mps` is None where GPUs are not shared by MPS.
+    """
+
+    inventory: Inventory = Inventory()
+    excluded: tuple[Excluded, ...] = ()
+    mps: Mps | None = None
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...] | None:
+        """Who holds what; None where that is unknown."""
+        return self.holders.assignments
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What each container holds of each advertised GPU; empty where that is unknown."""
+        return parts(self.inventory, self.assignments or ())
+
+    @cached_property
+    def orphans(self) -> tuple[str, ...]:
+        """The vGPUs that are held though the node no longer has them.
+
+        Before the driver's first answer every vGPU would be one.
+        """
+        if self.driver.version is None:
+            return ()
+        return orphaned(self.inventory, self.assignments or ())
+
+    @cached_property
+    def largest_free(self) -> int:
+        """How many vGPUs the largest request may ask for that still fits on one healthy GPU."""
+        return largest_free(self.inventory, self.assignments or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The settings that the model's decisions depend on, and the name of what is shared."""
+
+    sharing: SharingRules = SharingRules()
+    health: HealthRules = HealthRules()
+    resource: str = "k8s.amazonaws.com/vgpu"
+
+
+# From inputs to a snapshot
+
+_ADVERTISED = (
+    "driver",
+    "gpus",
+    "present",
+    "undescribed",
+    "cdi_names",
+    "first_seen",
+    "health",
+    "daemon",
+    "daemon_faults",
+    "not_applied",
+)
+"""The inputs on which the advertised GPUs depend."""
+
+
+def compose(inputs: Inputs, rules: Rules, last: Snapshot | None = None) -> Snapshot:
+    """The snapshot of these inputs. From `last` is taken over what depends on the same inputs."""
+    if last is not None and all(getattr(inputs, n) is getattr(last, n) for n in _ADVERTISED):
+        return Snapshot(
+            **vars(inputs), inventory=last.inventory, excluded=last.excluded, mps=last.mps
+        )
+    cards: list[Card] = []
+    excluded = [each for each in inputs.undescribed if each.gpu.uuid not in inputs.gpus]
+    for gpu in inputs.gpus.values():
+        divided = _divided(gpu, inputs, rules.sharing)
+        if isinstance(divided, Divided):
+            cards.append(_card(gpu, divided, inputs, rules))
+        elif gpu.uuid in inputs.present:
+            excluded.append(divided)
+    order = [(card.gpu.index, card.gpu.uuid, card) for card in cards]
+    inventory = Inventory(tuple(card for *_, card in sorted(order, key=lambda each: each[:2])))
+    mps = _mps(inputs, rules.sharing) if rules.sharing.mps else None
+    return Snapshot(**vars(inputs), inventory=inventory, excluded=tuple(excluded), mps=mps)
+
+
+def _divided(gpu: Gpu, inputs: Inputs, sharing: SharingRules) -> Divided | Excluded:
+    """As the settings say, by what the GPU was when it was first seen."""
+    first = inputs.first_seen.get(gpu.uuid)
+    if first is None:
+        return divide(gpu, sharing, cdi_names=inputs.cdi_names)
+    memory, reserved = first.memory_bytes, first.reserved_bytes
+    divided = divide(
+        replace(gpu, memory_bytes=memory, reserved_bytes=reserved),
+        sharing,
+        index=-1 if first.index is None else first.index,
+        cdi_names=inputs.cdi_names,
+    )
+    return replace(divided, gpu=gpu) if isinstance(divided, Excluded) else divided
+
+
+def _card(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Card:
+    # Without health checks what was kept of before is kept, and means nothing.
+    health = inputs.health.get(gpu.uuid) if rules.health.health_checks else None
+    health = health or GpuHealth()
+    applied = None if inputs.daemon is None else inputs.daemon.applied_to(gpu.uuid)
+    # What the MPS daemon was set up for is in effect until the daemon is replaced.
+    replicas = divided.replicas if applied is None else applied.replicas
+    vgpu_bytes = divided.vgpu_bytes
+    if vgpu_bytes is not None:
+        vgpu_bytes = min(vgpu_bytes, divided.usable_bytes // replicas)
+    notes = [*filter(None, (divided.note,)), *health.notes]
+    server, reserved = (applied and applied.server_bytes) or 0, rules.sharing.reserved_bytes
+    if server > reserved:
+        notes.append(
+            f"the MPS server has {server // MIB} MiB of it, and {reserved // MIB} MiB are kept out"
+            " of the shares: set VGPU_MEMORY_RESERVED to more"
+        )
+    faults = list(health.faults)
+    if rules.sharing.mps:
+        faults += inputs.daemon_faults
+        down = any(fault.reason is Reason.MPS for fault in faults)
+        if inputs.not_applied is not None and applied is None and not down:
+            faults.append(inputs.not_applied)
+    return Card(
+        gpu,
+        replicas,
+        tuple(faults),
+        usable_bytes=divided.usable_bytes,
+        vgpu_bytes=vgpu_bytes,
+        notes=tuple(notes),
+        recovery_wait=health.recovery_wait or rules.health.recovery_seconds,
+    )
+
+
+def _mps(inputs: Inputs, sharing: SharingRules) -> Mps:
+    look = inputs.daemon
+    if look is None:
+        return Mps(False, "not asked yet", None, None, _empty(), 0)
+    return Mps(
+        up=look.error is None,
+        problem=look.problem,
+        replacement=_replacement(look, inputs, sharing),
+        limits=None if look.applied is None else look.applied.limits,
+        clients=look.clients,
+        waiting=look.waiting,
+    )
+
+
+def _replacement(look: DaemonLook, inputs: Inputs, sharing: SharingRules) -> str | None:
+    """Where the daemon was set up for something else than the settings say now."""
+    applied, server = look.applied, MpsLimits.SERVER
+    if applied is None:
+        return None
+    differing = []
+    if (applied.limits is server) != (sharing.mps_limits is server):
+        differing.append(
+            f"it serves VGPU_MPS_LIMITS={applied.limits} instead of {sharing.mps_limits}"
+        )
+    for gpu in inputs.gpus.values():
+        divided, has = _divided(gpu, inputs, sharing), look.applied_to(gpu.uuid)
+        wanted = divided.replicas if isinstance(divided, Divided) else 0
+        if has is not None and has.replicas != wanted:
+            differing.append(f"GPU {gpu.index} has {has.replicas} vGPUs instead of {wanted}")
+    return f"the MPS pod must be replaced: {', '.join(differing)}" if differing else None
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A GPU that became healthy or unhealthy; `reason` is what did it, or what ended."""
+
+    card: Card
+    reason: Reason
+
+
+def flips(before: Inventory, after: Inventory) -> tuple[Flip, ...]:
+    """The GPUs whose vGPUs may be given now and could not before, or the other way round."""
+    found = []
+    for card in after.cards:
+        known = before.find(card.gpu.uuid)
+        if known is not None and known.healthy != card.healthy:
+            found.append(Flip(card, (known.faults or card.faults)[0].reason))
+    return tuple(found)

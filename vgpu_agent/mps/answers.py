@@ -1,0 +1,152 @@
+"""Reads the answers of the MPS control daemon, and its log.
+
+Most have no documented form. Each parser says which form it expects and where it was seen; it takes
+what cannot be misread and refuses the rest.
+"""
+
+import re
+
+from vgpu_agent.errors import MpsRefusedError
+from vgpu_agent.model.rules import MIB
+
+GIB = 1024 * MIB
+
+
+def parse_pids(text: str) -> tuple[int, ...]:
+    """PIDs, one a line (documented as a list of PIDs), none for nothing.
+
+    Raises MpsRefusedError for anything else: a server that is overlooked could be one without
+    limits.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not all(re.fullmatch(r"[0-9]{1,10}", line) for line in lines):
+        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {text!r}")
+    return tuple(int(line) for line in lines)
+
+
+def parse_fault(text: str) -> bool:
+    """Whether a server's status is FAULT: the word is documented, what stands around it is not."""
+    return "FAULT" in re.findall(r"[A-Z]+", text.upper())
+
+
+_UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z-]+")
+
+
+def parse_clients(text: str) -> tuple[str, ...]:
+    """The GPU of each client, as the daemon names it: by UUID or ordinal, empty where unclear.
+
+    The form of the list is documented only for the command `ps`. Taken are its table (`PID ID
+    SERVER DEVICE NAMESPACE COMMAND`), and, as guesses, lines of a device and PIDs (either first,
+    the device a UUID or, as the smaller number, an ordinal) and lines of a device alone above lines
+    of PIDs. What is left counts: each line that begins with a number is a client.
+    """
+    clients: list[str] = []
+    table = False
+    device = ""
+    for line in text.splitlines():
+        words = line.replace(":", " ").replace(",", " ").split()
+        if not words:
+            continue
+        if words[0].upper() == "PID":
+            table = "SERVER" in (word.upper() for word in words)
+            continue
+        uuid = next((word for word in words if _UUID.fullmatch(word)), None)
+        numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,10}", word)]
+        if table and len(words) >= 4 and len(numbers) >= 3:
+            clients.append(words[3])
+        elif re.match(r"(?i)device\b", line.strip()) and len(numbers) == 1:
+            device = str(numbers[0])
+        elif uuid is not None:
+            if not numbers:
+                device = uuid
+            clients += [uuid] * len(numbers)
+        elif len(numbers) == len(words) == 2:
+            clients.append(str(min(numbers)))
+        elif words[0].isdecimal():
+            clients.append(device)
+    return tuple(clients)
+
+
+def parse_percentage(text: str) -> int:
+    """A percentage such as `50.0` (seen). Raises MpsRefusedError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,3})(?:\.[0-9]+)?\s*%?", text.strip())
+    if match is None or not 0 <= int(match[1]) <= 100:
+        raise MpsRefusedError(f"the MPS daemon answers no thread percentage, but {text!r}")
+    return int(match[1])
+
+
+_UNITS = {"": 1, "K": 1024, "M": MIB, "G": GIB, "T": 1024 * GIB}
+
+
+def parse_memory(text: str) -> int | None:
+    """A limit of memory such as `8G` (seen) or `512M`, in bytes.
+
+    None, no limit, for zero or nothing: what the daemon answers where no limit is set is not known.
+    Raises MpsRefusedError for anything else.
+    """
+    text = text.strip().upper()
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)I?B?", text)
+    if match is None:
+        raise MpsRefusedError(f"the MPS daemon answers no limit of memory, but {text!r}")
+    return int(match[1]) * _UNITS[match[2]] or None
+
+
+def same_limit(wanted: int | None, found: int | None) -> bool:
+    """Whether a limit that was read back can be the one that was set, both in bytes.
+
+    The daemon was seen to answer in whole GiB, and such an answer may be rounded down: from 1 GiB
+    on it is taken for any limit of that many GiB.
+    """
+    if wanted is None or found is None:
+        return wanted is found
+    wanted = wanted // MIB * MIB
+    return found in {wanted, wanted // GIB * GIB}
+
+
+_LOG_LINE = re.compile(
+    r"NEW CLIENT (?P<client>\d+) from user (?P<user>\d+): (?P<said>.*)"
+    r"|Starting new server (?P<started>\d+) for user (?P<owner>\d+)"
+    r"|NEW SERVER (?P<ready>\d+): Ready"
+    r"|Server (?P<ended>\d+) exited"
+)
+
+
+def waiting_clients(log_text: str) -> set[tuple[int, int]]:
+    """PID and UID of the clients of another user than the running server's: they wait for its end.
+
+    From `control.log`, whose lines are not documented. Seen in reports, and used here:
+
+        NEW CLIENT 812 from user 0: Server is not ready, push client to pending list
+        NEW CLIENT 812 from user 1000: Server already exists
+        Starting new server 640 for user 1000
+        NEW SERVER 640: Ready
+        Server 640 exited with status 0
+
+    A guess is that a client no longer waits when a server of its user is ready: no line says so. A
+    client that ended while it waited shows no more than that, so it stays until then.
+    """
+    owners: dict[str, int] = {}
+    running: int | None = None
+    waiting: set[tuple[int, int]] = set()
+    for line in log_text.splitlines():
+        match = _LOG_LINE.search(line)
+        if match is None:
+            continue
+        if match["client"]:
+            pid, uid = int(match["client"]), int(match["user"])
+            if "pending" in match["said"]:
+                waiting.add((pid, uid))
+            else:
+                running = uid
+                waiting.discard((pid, uid))
+        elif match["started"]:
+            running = owners[match["started"]] = int(match["owner"])
+        elif match["ready"]:
+            running = owners.get(match["ready"])
+            waiting = {(pid, uid) for pid, uid in waiting if uid != running}
+        elif match["ended"]:
+            owners.pop(match["ended"], None)
+            running = next(reversed(owners.values()), None)
+    return {(pid, uid) for pid, uid in waiting if running is not None and uid != running}

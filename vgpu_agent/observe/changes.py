@@ -1,0 +1,212 @@
+"""What to log when the node changes: the only place that words a change of its state.
+
+A line is an event: a short message and fields. A warning says what happened, what it means for
+pods, and what to do next.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import MappingProxyType
+
+from vgpu_agent.model.devices import Card, Effect, Gpu
+from vgpu_agent.model.policy import judge_xid
+from vgpu_agent.model.rules import HealthRules
+from vgpu_agent.model.snapshot import Rules, Snapshot
+
+log = logging.getLogger("vgpu_agent")
+
+NAMED = 8
+"""So many orphaned vGPUs are named in a log line."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of the log. Fields are `gpu`, `uuid`, `xid`, `reason` and the like."""
+
+    level: int
+    message: str
+    fields: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def write(lines: Iterator[LogLine]) -> None:
+    """Sends the lines to the log."""
+    for line in lines:
+        log.log(line.level, line.message, extra={"fields": line.fields})
+
+
+def changes(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
+    """The lines for one change. Each part of the state has its own function below."""
+    yield from _driver(before, after)
+    if after.xids is not before.xids:
+        yield from _xids(before, after, rules.health)
+    if after.inventory is not before.inventory or after.excluded is not before.excluded:
+        yield from _gpus(before, after, rules.health)
+    yield from _mps(before, after)
+    yield from _kubelet(before, after, rules.resource)
+    yield from _holders(before, after)
+    if after.store_error != before.store_error:
+        if after.store_error is None:
+            yield LogLine(logging.INFO, "the state file is written again")
+        else:
+            yield LogLine(
+                logging.WARNING,
+                f"{after.store_error}; tried again. A restart of the agent would forget which GPUs"
+                " wait for a reset: look at VGPU_STATE_DIRECTORY",
+            )
+
+
+def _info(message: str, **fields: object) -> LogLine:
+    return LogLine(logging.INFO, message, fields)
+
+
+def _warning(message: str, **fields: object) -> LogLine:
+    return LogLine(logging.WARNING, message, fields)
+
+
+def _driver(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
+    old, new = before.driver, after.driver
+    if old == new:
+        return
+    if new.released_until is not None:
+        if old.released_until is None:
+            yield _warning("released all GPUs; reset them now", until=_time(new.released_until))
+        else:
+            yield _info("the release is longer", until=_time(new.released_until))
+    elif new.error is not None:
+        yield LogLine(logging.ERROR, f"no GPU can be used: {new.error}")
+    elif not old.up:
+        yield _info(f"driver {new.version} answers", gpus=len(after.present))
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _xids(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:
+    """XIDs that are only counted; the others show as faults."""
+    for (uuid, xid), count in after.xids.items():
+        if count == before.xids.get((uuid, xid), 0):
+            continue
+        finding = judge_xid(xid, rules)
+        if finding.rule.effect is Effect.COUNT:
+            known = after.gpus.get(uuid or "")
+            index = {} if known is None else {"gpu": known.index}
+            which = "of an unknown GPU, " if uuid is None else ""
+            yield _info(f"{finding.detail}: {which}counted", **index, uuid=uuid, xid=xid)
+
+
+def _gpus(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:
+    for card in after.inventory.cards:
+        known = before.inventory.find(card.gpu.uuid)
+        gpu = _fields(card.gpu)
+        if known is None:
+            yield _info(f"advertising {card.replicas} vGPUs", **gpu, model=card.gpu.model)
+        elif known.replicas != card.replicas:
+            yield _info(f"advertising {card.replicas} vGPUs instead of {known.replicas}", **gpu)
+        yield from _faults(known, card)
+        for note in card.notes:
+            if known is None or note not in known.notes:
+                yield _warning(note, **gpu)
+    listed = {card.gpu.uuid for card in after.inventory.cards}
+    for card in before.inventory.cards:
+        if card.gpu.uuid not in listed and card.gpu.uuid not in after.present:
+            minutes = rules.lost_card_seconds / 60
+            yield _warning(f"lost for {minutes:.0f} minutes: no longer listed", **_fields(card.gpu))
+    known_excluded = {(e.gpu.uuid, e.gpu.index, e.reason) for e in before.excluded}
+    for each in after.excluded:
+        if (each.gpu.uuid, each.gpu.index, each.reason) not in known_excluded:
+            yield _warning(f"GPU excluded: {each.detail}", **_fields(each.gpu), reason=each.reason)
+
+
+def _faults(known: Card | None, card: Card) -> Iterator[LogLine]:
+    """A new fault with what to do about it, or the end of some."""
+    gpu = _fields(card.gpu)
+    old = {} if known is None else {each.reason: each for each in known.faults}
+    new = {each.reason: each for each in card.faults}
+    news = [
+        each
+        for each in card.faults
+        if each.reason not in old or old[each.reason].effect is not each.effect
+    ]
+    if news:
+        advice = "; ".join(dict.fromkeys(each.advice for each in news if each.advice))
+        yield _warning(
+            f"{card.replicas} vGPUs are unhealthy: {card.fault_text}. Next: {advice}",
+            **gpu,
+            reason=",".join(each.reason for each in news),
+        )
+    elif old and not new:
+        ended = "; ".join(f"no longer {each.reason}: {each.detail}" for each in old.values())
+        yield _info(f"{card.replicas} vGPUs are healthy again ({ended})", **gpu)
+    elif old.keys() - new.keys():
+        ended = ", ".join(reason for reason in old if reason not in new)
+        yield _info(f"no longer {ended}; still unhealthy: {card.fault_text}", **gpu)
+
+
+def _fields(gpu: Gpu) -> dict[str, object]:
+    return {"gpu": gpu.index, "uuid": gpu.uuid}
+
+
+def _mps(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
+    old, new = before.mps, after.mps
+    if new is None or after.daemon is None or old == new:
+        return
+    first = before.daemon is None or old is None
+    problem = None if first or old is None else old.problem
+    if new.problem is not None and new.problem != problem:
+        yield _warning(f"no vGPU can be given: {new.problem}. Next: see the MPS pod of the node")
+    elif new.problem is None and (first or problem is not None):
+        yield _info("the MPS daemon answers and its limits are in effect")
+    if new.replacement is not None and (old is None or new.replacement != old.replacement):
+        yield _warning(new.replacement)
+    if new.waiting > (0 if old is None else old.waiting):
+        yield _warning("MPS clients of another user wait for their turn", clients=new.waiting)
+
+
+def _kubelet(before: Snapshot, after: Snapshot, resource: str) -> Iterator[LogLine]:
+    old, new = before.kubelet, after.kubelet
+    if new.registered and not old.registered:
+        yield _info("registered with the kubelet; it follows the list", resource=resource)
+    elif new.error is not None and new.error != old.error:
+        if old.registered:
+            yield _warning(f"registration ended: {new.error}; registering again", resource=resource)
+        elif new.away:
+            yield _warning(f"{new.error}; waiting for it", resource=resource)
+        else:
+            yield LogLine(logging.ERROR, f"cannot register: {new.error}", {"resource": resource})
+
+
+def _holders(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
+    old, new = before.holders, after.holders
+    if old is not new:
+        if new.up and not old.up:
+            yield _info("the kubelet says who holds which vGPU")
+        elif new.error is not None and new.error != old.error:
+            yield _warning(f"cannot ask the kubelet who holds which vGPU: {new.error}")
+        if new.assignments is None and old.assignments is not None:
+            yield _warning("forgetting who holds which vGPU: the kubelet's answer is too old")
+        if new.checkpoint_error != old.checkpoint_error:
+            if new.checkpoint_error is None:
+                yield _info("the kubelet's checkpoint is of use again")
+            else:
+                yield _warning(
+                    "the kubelet's checkpoint is of no use, so List alone says who holds which"
+                    f" vGPU: {new.checkpoint_error}"
+                )
+    if (old is not new or before.inventory is not after.inventory) and (
+        before.orphans != after.orphans
+    ):
+        if after.orphans:
+            more = len(after.orphans) - NAMED
+            names = ", ".join(after.orphans[:NAMED]) + (f" and {more} more" if more > 0 else "")
+            yield _warning(f"held, but no longer advertised: {names}", vgpus=len(after.orphans))
+        else:
+            yield _info("every vGPU that is held is advertised again")
+    problem = None if after.usage is None else after.usage.problem
+    if problem != (None if before.usage is None else before.usage.problem):
+        if problem is None:
+            yield _info("usage is attributed to containers again")
+        else:
+            yield _warning(f"{problem} (docs/usage.md)")

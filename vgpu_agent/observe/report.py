@@ -1,0 +1,366 @@
+"""What the agent says of its node, as values: the one schema of /status.json.
+
+The running agent makes a `Report` from a snapshot and writes it as JSON; `status`, `doctor` and the
+page read it. Memory is in bytes, times are ISO 8601 in UTC. docs/status.md is made from the
+classes below.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from vgpu_agent.model.devices import Card
+from vgpu_agent.model.holders import Part, Used
+from vgpu_agent.model.snapshot import Mps, Rules, Snapshot
+from vgpu_agent.store import decoded
+
+FORMAT = 1
+"""Grows when a field goes away or means something else; new fields may come at any time."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriverReport:
+    """The source of GPUs: its version, once it answered; `error` is null while it answers.
+
+    `released_until`: NVML is closed until then, so that GPUs can be reset; null where it is not.
+    """
+
+    up: bool
+    version: str | None
+    error: str | None
+    released_until: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class KubeletReport:
+    """The session with the kubelet. `connected`: it is registered with and follows the list.
+
+    `streams` counts its open streams of the list. `error` says why the last registration failed or
+    ended; null while it holds.
+    """
+
+    connected: bool
+    registered: bool
+    streams: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MpsReport:
+    """The MPS daemon; null where GPUs are not shared by MPS. `up`: it answers.
+
+    `limits_in_effect`: its limits were read back as this node needs them. `problem` says why no
+    vGPU can be given, `replacement` why its pod must be replaced, though it serves. `clients`
+    counts clients by the UUID of their GPU, `waiting_clients` those of another user that wait.
+    """
+
+    up: bool
+    limits_in_effect: bool
+    problem: str | None
+    replacement: str | None
+    clients: dict[str, int]
+    waiting_clients: int
+
+
+@dataclass(frozen=True, slots=True)
+class PodResourcesReport:
+    """Whether the kubelet says who holds what, and why not."""
+
+    up: bool
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The vGPUs of the node, or of a GPU: `total` is `free` + `held` + `unhealthy`.
+
+    `free` can be given to a pod, if the report is `schedulable`; `held` are held by a container,
+    `held_unhealthy` of them on an unhealthy GPU; `unhealthy` are neither. Without knowing who holds
+    what `free`, `held` and `held_unhealthy` are null, and `unhealthy` are all of an unhealthy GPU.
+    """
+
+    total: int
+    free: int | None
+    held: int | None
+    unhealthy: int
+    held_unhealthy: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FaultReport:
+    """A reason for which a GPU is unhealthy, in words too, and what to do about it.
+
+    `until_reset`: passed probes alone do not end it.
+    """
+
+    reason: str
+    since: str
+    detail: str
+    until_reset: bool
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReport:
+    """An advertised GPU: `healthy` where it has no `faults`. `notes` are worth knowing anyway.
+
+    `memory_used_bytes` and `unattributed_processes` (of no container that holds its vGPUs) are null
+    where they are not known; `numa_node` where the platform names none. `vgpu_bytes` is what one
+    vGPU is worth. For `recovery_wait_seconds` its probes must pass before it is proven good.
+    """
+
+    uuid: str
+    index: int
+    model: str
+    memory_bytes: int
+    memory_used_bytes: int | None
+    pci_bus_id: str
+    numa_node: int | None
+    healthy: bool
+    vgpus: Counts
+    vgpu_bytes: int
+    faults: tuple[FaultReport, ...]
+    notes: tuple[str, ...]
+    recovery_wait_seconds: float
+    unattributed_processes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExcludedReport:
+    """A GPU that is not shared, and why."""
+
+    uuid: str
+    index: int
+    model: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationReport:
+    """What a container holds and uses of a GPU: the `numbers` of its vGPUs.
+
+    `memory_share_bytes` is what they are worth, null where some of them are no longer advertised;
+    `memory_limited`: a process of the container is held to it. `memory_used_bytes` and `processes`
+    are null where processes are not looked at.
+    """
+
+    namespace: str
+    pod: str
+    container: str
+    gpu_uuid: str
+    gpu_index: int
+    numbers: tuple[int, ...]
+    memory_share_bytes: int | None
+    memory_limited: bool
+    memory_used_bytes: int | None
+    processes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The node. `schedulable`: the kubelet can give the free vGPUs to pods now.
+
+    `resource` is the name of the vGPUs in Kubernetes. `health_checks` and `process_metrics`:
+    whether GPUs are probed, and processes looked at; `names_pods`: whether this document names
+    pods. `problems` are troubles of the agent itself that have no place elsewhere.
+
+    `largest_free`: the most vGPUs of one GPU that a container can be given, if `schedulable`.
+    `orphaned`: the vGPUs that are held and no longer advertised. These two and `allocations` are
+    null where it is unknown who holds what; `allocations` also where `names_pods` is false.
+    """
+
+    format: int
+    version: str
+    host: str
+    time: str
+    resource: str
+    schedulable: bool
+    vgpus: Counts
+    largest_free: int | None
+    driver: DriverReport
+    kubelet: KubeletReport
+    mps: MpsReport | None
+    podresources: PodResourcesReport
+    health_checks: bool
+    process_metrics: bool
+    names_pods: bool
+    problems: tuple[str, ...]
+    gpus: tuple[GpuReport, ...]
+    excluded: tuple[ExcludedReport, ...]
+    allocations: tuple[AllocationReport, ...] | None
+    orphaned: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who reports. Without `names_pods` it is not said which containers hold what."""
+
+    version: str
+    host: str
+    resource: str
+    names_pods: bool = True
+
+
+def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float) -> Report:
+    """The report of a snapshot; `now` is in seconds since the epoch."""
+    driver, kubelet, cards = snapshot.driver, snapshot.kubelet, snapshot.inventory.cards
+    known = snapshot.assignments is not None
+    usage = None if snapshot.usage is None else snapshot.usage.problem
+    held = _held(snapshot) if known else None
+    counts = [_counts(card, held) for card in cards]
+    applied = None if snapshot.mps is None else snapshot.mps.limits
+    limited = rules.sharing.with_applied_limits(applied).limits_memory
+    return Report(
+        format=FORMAT,
+        version=identity.version,
+        host=identity.host,
+        time=_time(now),
+        resource=identity.resource,
+        schedulable=kubelet.connected,
+        vgpus=_total(counts, known=known),
+        largest_free=snapshot.largest_free if known else None,
+        driver=DriverReport(
+            driver.up,
+            driver.version,
+            driver.error,
+            None if driver.released_until is None else _time(driver.released_until),
+        ),
+        kubelet=KubeletReport(
+            kubelet.connected, kubelet.registered, kubelet.streams, kubelet.error
+        ),
+        mps=None if snapshot.mps is None else _mps(snapshot.mps),
+        podresources=PodResourcesReport(snapshot.holders.up, snapshot.holders.error),
+        health_checks=rules.health.health_checks,
+        process_metrics=snapshot.usage is not None,
+        names_pods=identity.names_pods,
+        problems=tuple(
+            filter(None, (snapshot.store_error, snapshot.holders.checkpoint_error, usage))
+        ),
+        gpus=tuple(_gpu(card, each, snapshot) for card, each in zip(cards, counts, strict=True)),
+        excluded=tuple(
+            ExcludedReport(e.gpu.uuid, e.gpu.index, e.gpu.model, e.reason, e.detail)
+            for e in snapshot.excluded
+        ),
+        allocations=tuple(_allocation(part, snapshot, limited=limited) for part in snapshot.parts)
+        if known and identity.names_pods
+        else None,
+        orphaned=snapshot.orphans if known else None,
+    )
+
+
+def _held(snapshot: Snapshot) -> Counter[str]:
+    """How many vGPUs of each GPU are held: several containers of a pod may hold the same one."""
+    advertised = {(p.card.gpu.uuid, number) for p in snapshot.parts for number in p.numbers}
+    return Counter(uuid for uuid, _ in advertised)
+
+
+def _counts(card: Card, held: Counter[str] | None) -> Counts:
+    total = card.replicas
+    if held is None:
+        return Counts(total, None, None, 0 if card.healthy else total, None)
+    here = held[card.gpu.uuid]
+    if card.healthy:
+        return Counts(total, total - here, here, 0, 0)
+    return Counts(total, 0, here, total - here, here)
+
+
+def _total(counts: list[Counts], *, known: bool) -> Counts:
+    total = sum(each.total for each in counts)
+    if not known:
+        return Counts(total, None, None, sum(each.unhealthy for each in counts), None)
+    return Counts(
+        total,
+        sum(each.free or 0 for each in counts),
+        sum(each.held or 0 for each in counts),
+        sum(each.unhealthy for each in counts),
+        sum(each.held_unhealthy or 0 for each in counts),
+    )
+
+
+def _mps(mps: Mps) -> MpsReport:
+    return MpsReport(
+        mps.up, mps.limits_in_effect, mps.problem, mps.replacement, dict(mps.clients), mps.waiting
+    )
+
+
+def _gpu(card: Card, counts: Counts, snapshot: Snapshot) -> GpuReport:
+    gpu, usage = card.gpu, snapshot.usage
+    return GpuReport(
+        uuid=gpu.uuid,
+        index=gpu.index,
+        model=gpu.model,
+        memory_bytes=gpu.memory_bytes,
+        memory_used_bytes=snapshot.memory_used.get(gpu.uuid),
+        pci_bus_id=gpu.pci_bus_id,
+        numa_node=gpu.numa_node,
+        healthy=card.healthy,
+        vgpus=counts,
+        vgpu_bytes=card.share_bytes(1),
+        faults=tuple(
+            FaultReport(f.reason, _time(f.since), f.detail, f.until_reset, f.advice)
+            for f in card.faults
+        ),
+        notes=card.notes,
+        recovery_wait_seconds=card.recovery_wait,
+        unattributed_processes=None if usage is None else usage.unattributed.get(gpu.uuid),
+    )
+
+
+def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationReport:
+    gpu, holder, usage = part.card.gpu, part.holder, snapshot.usage
+    used = None if usage is None else usage.containers.get((gpu.uuid, holder), Used(0, 0))
+    return AllocationReport(
+        namespace=holder.namespace,
+        pod=holder.pod,
+        container=holder.container,
+        gpu_uuid=gpu.uuid,
+        gpu_index=gpu.index,
+        numbers=part.numbers,
+        memory_share_bytes=part.card.share_bytes(len(part.numbers)) if part.whole else None,
+        memory_limited=limited,
+        memory_used_bytes=None if used is None else used.memory_bytes,
+        processes=None if used is None else used.processes,
+    )
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+# As JSON
+
+
+def to_json(report: Report) -> bytes:
+    """The report as it is served."""
+    return json.dumps(asdict(report), indent=2).encode() + b"\n"
+
+
+def from_json(text: bytes) -> Report:
+    """Reads what `to_json` wrote. Raises ValueError with the reason.
+
+    Fields that are not known here are passed over. All text is fit for a terminal.
+    """
+    try:
+        data: object = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not JSON that anybody means") from error
+    if not isinstance(data, Mapping) or "format" not in data:
+        raise ValueError("not a report of a vgpu-agent")
+    if data["format"] != FORMAT:
+        found = repr(data["format"])[:20]
+        raise ValueError(f"a report of format {found}; this version reads format {FORMAT}")
+    try:
+        report: Report = decoded(Report, data, "report", visible)
+    except OverflowError as error:
+        raise ValueError("a number is too large") from error
+    return report
+
+
+def visible(text: str) -> str:
+    """The text with everything that is no plain character written out: pods name themselves."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )

@@ -1,0 +1,39 @@
+"""VGPU_* variables that are no setting."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+
+from vgpu_agent.settings import PREFIX, Settings, variable
+
+# What Kubernetes puts into a pod for each Service of the namespace; a Service whose name begins
+# with "vgpu" makes variables that look like ours. NAME_PORT is told by its value.
+_SERVICE_VARIABLE = re.compile(
+    r"VGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _from_service(name: str, value: str) -> bool:
+    by_value = name.endswith("_PORT") and _SERVICE_URL.match(value)
+    return bool(by_value or _SERVICE_VARIABLE.fullmatch(name))
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """VGPU_* variables that are no setting, each with the nearest name that is one."""
+    known = {variable(name) for name in Settings.model_fields}
+    return {
+        name: next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
+        for name, value in sorted(environment.items())
+        if name.upper().startswith(PREFIX)
+        and name.upper() not in known
+        and not _from_service(name, value)
+    }
+
+
+def unknown_setting_warnings(environment: Mapping[str, str]) -> Iterator[str]:
+    """A line for each VGPU_* variable that is no setting."""
+    for name, nearest in unknown_variables(environment).items():
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        yield f"{name}: unknown setting, ignored{hint}"

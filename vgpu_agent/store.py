@@ -1,0 +1,123 @@
+"""The one way to keep a small JSON file, and to read one that others may have damaged.
+
+Both functions block: call them in a worker thread.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from vgpu_agent.errors import StoreError
+
+T = TypeVar("T")
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+MAX_BYTES = 2**20
+
+
+def boot_id(file: Path = BOOT_ID) -> str:
+    """Names this boot of the node; what was noted in another one is void. Empty if unknown."""
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes | None:
+    """A regular file's content; None where there is no such file.
+
+    Never waits: neither for a pipe nor for a device. Raises StoreError with the path and the
+    reason, also where the file has more than `limit` bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)  # open() of a directory would leave it open
+            raise StoreError(f"{path} is not a regular file")
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor has no path
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > limit:
+        raise StoreError(f"{path} is larger than {limit / 2**20:g} MiB")
+    return content
+
+
+def read(path: Path) -> Mapping[str, object] | None:
+    """A JSON object; None where there is no such file. Raises StoreError for anything else."""
+    content = read_bytes(path)
+    if content is None:
+        return None
+    try:
+        data: object = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}"[:500]) from error
+    if not isinstance(data, dict):
+        raise StoreError(f"{path} is damaged: no JSON object")
+    return data
+
+
+def read_as(kind: type[T], path: Path) -> T | None:
+    """What `asdict` of a dataclass was written from; None for no file. Raises StoreError."""
+    data = read(path)
+    try:
+        return None if data is None else decoded(kind, data, "it")
+    except (ValueError, OverflowError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+
+
+def decoded(kind: Any, value: object, name: str, text: Callable[[str], str] = str) -> Any:
+    """A value of that type, made of what JSON holds; fields that are not known are passed over.
+
+    `text` is applied to every string. Raises ValueError that names the field.
+    """
+    arguments, origin = get_args(kind), get_origin(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is not an object")
+        hints, names = get_type_hints(kind), [each.name for each in fields(kind)]
+        missing = [each for each in names if each not in value]
+        if missing:
+            raise ValueError(f"{name} has no {missing[0]}")
+        return kind(**{each: decoded(hints[each], value[each], each, text) for each in names})
+    if origin is UnionType:
+        return None if value is None else decoded(arguments[0], value, name, text)
+    if origin is tuple and isinstance(value, list):
+        return tuple(decoded(arguments[0], each, name, text) for each in value)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {text(str(k)): decoded(arguments[1], v, name, text) for k, v in value.items()}
+    if origin is None and issubclass(kind, Enum):
+        return kind(value)
+    if kind is float and type(value) in (int, float):
+        return float(value)  # type: ignore[arg-type]  # it is one of the two
+    if kind is not type(value):
+        raise ValueError(f"{name} is of another type")
+    return text(value) if isinstance(value, str) else value
+
+
+def write(path: Path, data: Mapping[str, object], *, mode: int = 0o644) -> None:
+    """Replaces the file as a whole, so that a crash leaves the old one or the new one.
+
+    Raises StoreError.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.unlink(missing_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "w") as file:  # noqa: PTH123 - a descriptor has no path
+            json.dump(data, file)
+            file.flush()
+            os.fsync(descriptor)
+        new.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
