@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 
-from tests.fake_nvml import FakeCard, FakeNvml, build
+from tests.fake_nvml import FakeGpu, FakeNvml, build
 from tests.kubelet.podresources_peer import PodResourcesPeer, a_pod, encoded
 from tests.kubelet.rig import RESOURCE
 from tests.kubelet_peer import KubeletPeer
 
 IDLE = 30.0
-CARDS, REPLICAS = 4, 10
+GPUS, REPLICAS = 4, 10
 
 
 def ms(seconds: float) -> str:
@@ -67,11 +67,11 @@ def node() -> Iterator[tuple[KubeletPeer, Path]]:
 
 
 @contextmanager
-def agent(directory: Path, cards: int, replicas: int, **variables: str) -> Iterator[int]:
+def agent(directory: Path, gpus: int, replicas: int, **variables: str) -> Iterator[int]:
     """The agent on that node, with simulated GPUs unless the variables say otherwise; its PID."""
     environment = os.environ | {
         "VGPU_GPU_DRIVER": "simulated",
-        "VGPU_SIMULATED_GPUS": str(cards),
+        "VGPU_SIMULATED_GPUS": str(gpus),
         "VGPU_REPLICAS": str(replicas),
         "VGPU_KUBELET_DIR": str(directory),
         "VGPU_STATE_DIRECTORY": f"{directory}/state",
@@ -90,9 +90,9 @@ def agent(directory: Path, cards: int, replicas: int, **variables: str) -> Itera
 def main() -> None:
     with node() as (kubelet, directory):
         started = time.monotonic()
-        with agent(directory, CARDS, REPLICAS) as pid:
+        with agent(directory, GPUS, REPLICAS) as pid:
             kubelet.wait_list(1)
-            print(f"{CARDS} GPUs x {REPLICAS}, Python {sys.version.split()[0]}")
+            print(f"{GPUS} GPUs x {REPLICAS}, Python {sys.version.split()[0]}")
             first = kubelet.registrations[0].time
             print(f"process start to Register      {ms(first - started)}")
             print(f"Register to first list         {ms(kubelet.lists[0].time - first)}")
@@ -111,16 +111,16 @@ def main() -> None:
         measure_faults(16, 48)
 
 
-def measure_faults(cards: int, replicas: int) -> None:
+def measure_faults(gpus: int, replicas: int) -> None:
     """From an XID in the driver to the list at the kubelet, by NVML; needs a C compiler."""
     with node() as (kubelet, directory):
         nvml = FakeNvml(build(directory), directory / "nvml")
-        uuids = [f"GPU-a0000000-1111-2222-3333-{n:012d}" for n in range(cards)]
-        nvml.set_cards(
-            *(FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(uuids))
+        uuids = [f"GPU-a0000000-1111-2222-3333-{n:012d}" for n in range(gpus)]
+        nvml.set_gpus(
+            *(FakeGpu(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(uuids))
         )
         real = {"VGPU_GPU_DRIVER": "nvml", "VGPU_SHARING": "time-slicing", **nvml.environment()}
-        with agent(directory, cards, replicas, **real):
+        with agent(directory, gpus, replicas, **real):
             kubelet.wait_list(1)
             times = []
             for n, uuid in enumerate(uuids):
@@ -130,8 +130,8 @@ def measure_faults(cards: int, replicas: int) -> None:
                 kubelet.wait_list(n + 2)
                 times.append(kubelet.lists[n + 1].time - began)
             print(
-                f"XID to list at {cards * replicas:4} vGPUs      {ms(median(times))}"
-                f"  (median of {cards}; the fake driver looks every millisecond)"
+                f"XID to list at {gpus * replicas:4} vGPUs      {ms(median(times))}"
+                f"  (median of {gpus}; the fake driver looks every millisecond)"
             )
 
 
@@ -143,7 +143,7 @@ for _ in range(60):
 """
 
 
-def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
+def measure_scrapes(gpus: int, replicas: int, pods: int) -> None:
     """What a scrape costs with so many pods, and what an Allocate that comes meanwhile waits."""
     variables = {
         "VGPU_RESOURCE_NAME": RESOURCE,
@@ -154,14 +154,14 @@ def measure_scrapes(cards: int, replicas: int, pods: int) -> None:
     with node() as (kubelet, directory):
         holders = PodResourcesPeer(directory)
         holders.start()
-        with agent(directory, cards, replicas, **variables):
-            kubelet.wait_list(lambda devices: len(devices) == cards * replicas)
+        with agent(directory, gpus, replicas, **variables):
+            kubelet.wait_list(lambda devices: len(devices) == gpus * replicas)
             ids = [device.id for device in kubelet.devices]
             each = len(ids) // pods
             answer = encoded(
                 *(a_pod(f"pod-{n}", *ids[n * each : (n + 1) * each]) for n in range(pods))
             )
-            print(f"{cards} GPUs x {replicas}, {pods} pods with {each} vGPUs each")
+            print(f"{gpus} GPUs x {replicas}, {pods} pods with {each} vGPUs each")
 
             def allocate(until: Callable[[], bool]) -> list[float]:
                 times = []
@@ -226,7 +226,7 @@ def measure_registrations(kubelet: KubeletPeer) -> None:
         began = time.monotonic()
         kubelet.wait_registrations(count + 1)
         restarts.append(kubelet.registrations[-1].time - began)
-        kubelet.wait_list(lambda devices: len(devices) == CARDS * REPLICAS)
+        kubelet.wait_list(lambda devices: len(devices) == GPUS * REPLICAS)
     print(f"new kubelet.sock to Register   {ms(median(restarts))}  (median of {len(restarts)})")
     for _ in range(3):
         time.sleep(5.5)
@@ -235,7 +235,7 @@ def measure_registrations(kubelet: KubeletPeer) -> None:
         kubelet.drop_stream()
         kubelet.wait_registrations(count + 1)
         drops.append(kubelet.registrations[-1].time - began)
-        kubelet.wait_list(lambda devices: len(devices) == CARDS * REPLICAS)
+        kubelet.wait_list(lambda devices: len(devices) == GPUS * REPLICAS)
     print(f"dropped stream to Register     {ms(median(drops))}  (median of {len(drops)})")
 
 

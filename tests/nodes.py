@@ -44,7 +44,7 @@ def probed(node: Node, uuid: str, reading: Reading) -> None:
 
 def fault_of(node: Node, uuid: str) -> Fault:
     """Its only fault."""
-    card = node.snapshot.inventory.find(uuid)
-    assert card is not None
-    (fault,) = card.faults
+    shared = node.snapshot.inventory.find(uuid)
+    assert shared is not None
+    (fault,) = shared.faults
     return fault

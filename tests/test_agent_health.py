@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from tests.agent_process import Agent, execute, running
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer
 
 pytestmark = pytest.mark.slow
 
 UUIDS = [f"GPU-a000000{n}-1111-2222-3333-00000000000{n}" for n in range(4)]
-CARDS = [FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(UUIDS)]
+GPUS = [FakeGpu(uuid, bus=f"00000000:{n + 1:02X}:00.0") for n, uuid in enumerate(UUIDS)]
 ALL = {"c0": 10, "c1": 10, "c2": 10, "c3": 10}
 
 SETTINGS = {
@@ -39,12 +39,12 @@ class Node:
         self.kubelet, self.agent, self.nvml = kubelet, agent, nvml
 
     def wait(self, **healthy: int) -> list[Any]:
-        """Waits for a list with so many healthy vGPUs by card (`c0=10`) and no others."""
+        """Waits for a list with so many healthy vGPUs by GPU (`c0=10`) and no others."""
         expected = {UUIDS[int(name[1:])]: count for name, count in healthy.items() if count}
-        return self.kubelet.wait_list(lambda devices: by_card(devices) == expected)
+        return self.kubelet.wait_list(lambda devices: by_gpu(devices) == expected)
 
     def wait_healthy(self, total: int) -> None:
-        self.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == total)
+        self.kubelet.wait_list(lambda devices: sum(by_gpu(devices).values()) == total)
 
     def status(self) -> dict[str, Any]:
         return json.loads(self.get("/status.json"))
@@ -52,8 +52,8 @@ class Node:
     def get(self, path: str) -> str:
         return self.agent.get(path)[1]
 
-    def faults(self, card: int) -> set[str]:
-        (found,) = [each for each in self.status()["gpus"] if each["uuid"] == UUIDS[card]]
+    def faults(self, shared: int) -> set[str]:
+        (found,) = [each for each in self.status()["gpus"] if each["uuid"] == UUIDS[shared]]
         return {fault["reason"] for fault in found["faults"]}
 
     def updates(self) -> int:
@@ -63,7 +63,7 @@ class Node:
         return {device.id for device in self.kubelet.lists[-1].devices}
 
 
-def by_card(devices: list[Any]) -> Counter[str]:
+def by_gpu(devices: list[Any]) -> Counter[str]:
     return Counter(device.id.split("::")[0] for device in devices if device.health == "Healthy")
 
 
@@ -72,31 +72,31 @@ Start = Callable[..., AbstractContextManager[Node]]
 
 @pytest.fixture
 def node(kubelet_dir: Path, fake_nvml: FakeNvml) -> Start:
-    """Starts an agent whose driver names these cards, and which then has so many healthy vGPUs."""
+    """Starts an agent whose driver names these GPUs, and which then has so many healthy vGPUs."""
 
     @contextmanager
     def start(
-        *cards: FakeCard, vgpus: int = 40, changes: str = "", **settings: str
+        *gpus: FakeGpu, vgpus: int = 40, changes: str = "", **settings: str
     ) -> Iterator[Node]:
-        fake_nvml.set_cards(*cards)
+        fake_nvml.set_gpus(*gpus)
         values = SETTINGS | {"VGPU_RECOVERY_SECONDS": "1"} | settings
         with (
             KubeletPeer(kubelet_dir) as kubelet,
             running(kubelet_dir, changes=changes, **values, **fake_nvml.environment()) as agent,
         ):
             kubelet.wait_list(1)
-            assert sum(by_card(kubelet.lists[0].devices).values()) == vgpus
+            assert sum(by_gpu(kubelet.lists[0].devices).values()) == vgpus
             yield Node(kubelet, agent, fake_nvml)
 
     return start
 
 
-def described(**values: Any) -> list[FakeCard]:
-    return [dataclasses.replace(card, **values) for card in CARDS]
+def described(**values: Any) -> list[FakeGpu]:
+    return [dataclasses.replace(shared, **values) for shared in GPUS]
 
 
 def test_xids_of_each_bucket_do_what_their_bucket_says(node: Start) -> None:
-    with node(*CARDS, VGPU_RECOVERY_SECONDS="2") as it:
+    with node(*GPUS, VGPU_RECOVERY_SECONDS="2") as it:
         # RESTART_APP, IGNORE and the two workflows
         for counted in (13, 31, 43, 45, 63, 94, 154):
             it.nvml.xid(UUIDS[0], counted)
@@ -106,27 +106,27 @@ def test_xids_of_each_bucket_do_what_their_bucket_says(node: Start) -> None:
         it.nvml.xid(UUIDS[1], UNPROVEN)
         it.wait(c0=10, c1=0, c2=10, c3=10)
         it.wait(c0=10, c1=10, c2=10, c3=10)  # proven good
-        assert it.updates() == 3  # all vGPUs of a card in one
+        assert it.updates() == 3  # all vGPUs of a GPU in one
 
-        it.nvml.xid(None, UNPROVEN)  # whose card cannot be told concerns all cards
+        it.nvml.xid(None, UNPROVEN)  # whose GPU cannot be told concerns all GPUs
         it.wait_healthy(0)
         assert it.updates() == 4
         it.wait_healthy(40)
 
-        for card, reset in ((0, 46), (1, 79), (2, 151), (3, 48)):  # GPU, BM, VM, ECC workflow
-            it.nvml.xid(UUIDS[card], reset)
+        for shared, reset in ((0, 46), (1, 79), (2, 151), (3, 48)):  # GPU, BM, VM, ECC workflow
+            it.nvml.xid(UUIDS[shared], reset)
         it.wait_healthy(0)
-        assert [it.faults(card) for card in range(4)] == [{"xid"}] * 4
+        assert [it.faults(shared) for shared in range(4)] == [{"xid"}] * 4
         metrics = it.get("/metrics")
-        for card, xid in ((0, 13), (0, 154), (1, UNPROVEN), (3, 48)):
+        for shared, xid in ((0, 13), (0, 154), (1, UNPROVEN), (3, 48)):
             assert re.search(
-                rf'vgpu_xid_errors_total{{gpu_index="{card}",.*,xid="{xid}"}} 1.0', metrics
+                rf'vgpu_xid_errors_total{{gpu_index="{shared}",.*,xid="{xid}"}} 1.0', metrics
             )
         assert f'vgpu_gpu_healthy{{gpu_index="2",gpu_uuid="{UUIDS[2]}"}} 0.0' in metrics
 
 
 def test_settings_overrule_the_catalogue(node: Start) -> None:
-    with node(*CARDS, VGPU_IGNORED_XIDS="79,74", VGPU_CRITICAL_XIDS="31") as it:
+    with node(*GPUS, VGPU_IGNORED_XIDS="79,74", VGPU_CRITICAL_XIDS="31") as it:
         it.nvml.xid(UUIDS[0], 79)
         it.nvml.xid(UUIDS[0], 74)
         it.nvml.xid(UUIDS[1], 31)
@@ -162,7 +162,7 @@ def test_where_the_driver_does_not_offer_it_a_reset_is_told_by_counts_that_fell(
         it.wait(c0=10, c1=10, c2=10, c3=10)
 
 
-def test_a_fault_marks_its_card_in_one_update_and_is_over_with_its_cause(node: Start) -> None:
+def test_a_fault_marks_its_gpu_in_one_update_and_is_over_with_its_cause(node: Start) -> None:
     causes = [
         ({"ecc": 8}, {"ecc": 0}, {"ecc"}),  # above those at the start, until its reset
         ({"compute_mode": 3}, {"compute_mode": 0}, {"compute-mode"}),
@@ -173,22 +173,22 @@ def test_a_fault_marks_its_card_in_one_update_and_is_over_with_its_cause(node: S
         ids = it.ids()
         time.sleep(1.5)  # seven errors at the start are no news
         assert it.updates() == 1
-        for card, (cause, end, faults) in enumerate(causes):
-            it.nvml.update(UUIDS[card], **cause)
+        for shared, (cause, end, faults) in enumerate(causes):
+            it.nvml.update(UUIDS[shared], **cause)
             if "xid" in faults:
-                it.nvml.xid(UUIDS[card], 79)
+                it.nvml.xid(UUIDS[shared], 79)
                 it.agent.wait_line("XID 79")
-            it.wait(**ALL | {f"c{card}": 0})
+            it.wait(**ALL | {f"c{shared}": 0})
             it.agent.wait_line(f"{min(faults)}: ")
-            assert it.faults(card) == faults
-            it.nvml.update(UUIDS[card], **end)
+            assert it.faults(shared) == faults
+            it.nvml.update(UUIDS[shared], **end)
             it.wait(**ALL)
             assert it.ids() == ids
         assert it.updates() == 9
 
 
 def test_row_remaps(node: Start) -> None:
-    with node(*CARDS) as it:
+    with node(*GPUS) as it:
         it.nvml.update(UUIDS[0], remap_pending=1)
         it.agent.wait_line("a row remap waits for the next reset")
         assert it.updates() == 1  # told, not marked
@@ -197,8 +197,8 @@ def test_row_remaps(node: Start) -> None:
         assert it.faults(1) == {"remap"}
 
 
-def test_a_card_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node: Start) -> None:
-    with node(*CARDS, VGPU_LOST_CARD_SECONDS="2") as it:
+def test_a_gpu_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node: Start) -> None:
+    with node(*GPUS, VGPU_LOST_CARD_SECONDS="2") as it:
         ids = it.ids()
         it.nvml.update(UUIDS[3], lost=True)
         it.wait(c0=10, c1=10, c2=10, c3=0)
@@ -211,10 +211,10 @@ def test_a_card_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node:
         assert it.ids() == ids
 
 
-def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_card(
+def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_gpu(
     kubelet_dir: Path, node: Start
 ) -> None:
-    with node(*CARDS) as it:
+    with node(*GPUS) as it:
         it.nvml.update(UUIDS[0], hang=30)
         it.wait(c0=0, c1=10, c2=10, c3=10)
         assert it.faults(0) == {"timeout"}
@@ -226,9 +226,9 @@ def test_a_call_that_hangs_for_long_delays_nothing_but_its_own_card(
             it.kubelet.allocate([f"{UUIDS[1]}::0"])
             assert it.get("/healthz") == "ok\n"
             assert time.monotonic() - began < 0.5
-        time.sleep(4)  # more looks, and no more threads: at most one waits for a card
+        time.sleep(4)  # more looks, and no more threads: at most one waits for a GPU
         assert len(list(tasks.iterdir())) <= threads
-        it.nvml.update(UUIDS[2], error=999)  # other cards go on being probed
+        it.nvml.update(UUIDS[2], error=999)  # other GPUs go on being probed
         it.wait(c0=0, c1=10, c2=0, c3=10)
 
         code, seconds = it.agent.end()
@@ -245,25 +245,25 @@ agent.GpuWatch = partial(GpuWatch, intervals=Intervals(driver_retry=1.0))
 """
 
 
-def test_no_card_then_four_then_two_then_four(node: Start) -> None:
+def test_no_gpu_then_four_then_two_then_four(node: Start) -> None:
     with node(vgpus=0, changes=LOOK_SOON) as it:
         assert it.get("/readyz") == "ready\n"
-        it.nvml.set_cards(*CARDS)
-        it.kubelet.wait_list(lambda devices: sum(by_card(devices).values()) == 40)
-        it.nvml.set_cards(*CARDS[:2])
+        it.nvml.set_gpus(*GPUS)
+        it.kubelet.wait_list(lambda devices: sum(by_gpu(devices).values()) == 40)
+        it.nvml.set_gpus(*GPUS[:2])
         it.wait(c0=10, c1=10, c2=0, c3=0)
         assert len(it.ids()) == 40
-        it.nvml.set_cards(*CARDS)
+        it.nvml.set_gpus(*GPUS)
         it.wait(c0=10, c1=10, c2=10, c3=10)
 
 
-def test_a_card_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
+def test_a_gpu_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
     kubelet_dir: Path, node: Start
 ) -> None:
     with node(*described(energy=5000)) as it:
         it.nvml.xid(UUIDS[0], RESET)
         it.nvml.xid(UUIDS[1], UNPROVEN)
-        it.kubelet.wait_list(lambda devices: by_card(devices)[UUIDS[0]] == 0)
+        it.kubelet.wait_list(lambda devices: by_gpu(devices)[UUIDS[0]] == 0)
         state = kubelet_dir / "state" / "gpus.json"
         deadline = time.monotonic() + 5
         while not state.exists() or "xid" not in state.read_text():
@@ -272,7 +272,7 @@ def test_a_card_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
         it.agent.end(signal.SIGKILL)
     # What only had to be proven good is: its probe at the start passed.
     with node(*described(energy=5000), vgpus=30) as it:
-        assert by_card(it.kubelet.lists[0].devices) == dict.fromkeys(UUIDS[1:], 10)
+        assert by_gpu(it.kubelet.lists[0].devices) == dict.fromkeys(UUIDS[1:], 10)
         it.nvml.update(UUIDS[0], energy=1)
         it.wait_healthy(40)
 
@@ -280,7 +280,7 @@ def test_a_card_that_waits_for_its_reset_still_does_after_the_agent_was_killed(
 def test_release_lets_go_of_the_driver_and_nothing_else_stops(
     kubelet_dir: Path, node: Start
 ) -> None:
-    with node(*CARDS) as it:
+    with node(*GPUS) as it:
         settings = {
             "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
             "VGPU_METRICS_ADDRESS": f"0.0.0.0:{it.agent.port}",
@@ -300,10 +300,10 @@ def test_release_lets_go_of_the_driver_and_nothing_else_stops(
     assert f"no agent answers at {kubelet_dir}/control.sock" in without.stderr
 
 
-def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_return(
+def test_gpus_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_return(
     node: Start,
 ) -> None:
-    with node(*CARDS[:3], dataclasses.replace(CARDS[3], mig=1), vgpus=30) as it:
+    with node(*GPUS[:3], dataclasses.replace(GPUS[3], mig=1), vgpus=30) as it:
         assert [left["reason"] for left in it.status()["excluded"]] == ["mig"]
         assert "MIG mode" in it.agent.wait_line("GPU excluded").string
         assert re.search(r'vgpu_gpu_excluded{.*reason="mig"} 1.0', it.get("/metrics"))
@@ -315,7 +315,7 @@ def test_cards_in_mig_mode_are_left_out_with_a_reason_that_everybody_shows_and_r
 
 
 def test_without_health_checks_nothing_is_marked_and_that_is_said_loudly(node: Start) -> None:
-    with node(*CARDS, VGPU_HEALTH_CHECKS="off") as it:
+    with node(*GPUS, VGPU_HEALTH_CHECKS="off") as it:
         it.agent.wait_line("no fault of any GPU will be noticed")
         it.nvml.xid(UUIDS[0], RESET)
         it.nvml.update(UUIDS[1], lost=True)
@@ -342,7 +342,7 @@ def test_a_missing_library_ends_the_agent_after_its_time_so_that_the_container_i
 
 def test_a_driver_that_does_not_start_is_looked_for_again(node: Start) -> None:
     """All handles are dead by then, and again when it starts."""
-    with node(*CARDS) as it:
+    with node(*GPUS) as it:
         it.nvml.init_error(9)
         for uuid in UUIDS:
             it.nvml.update(uuid, lost=True)

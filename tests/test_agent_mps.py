@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from tests.agent_process import REPOSITORY, Agent, environment, execute, running
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer
 from tests.mps.fixtures import FakeMps, fake_mps
 
@@ -24,8 +24,8 @@ __all__ = ["fake_mps"]
 pytestmark = pytest.mark.slow
 
 UUIDS = [f"GPU-a000000{n}-1111-2222-3333-00000000000{n}" for n in range(2)]
-CARDS = [
-    FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0", memory=24576, reserved=512)
+GPUS = [
+    FakeGpu(uuid, bus=f"00000000:{n + 1:02X}:00.0", memory=24576, reserved=512)
     for n, uuid in enumerate(UUIDS)
 ]
 USABLE = 24576 - 512 - 512  # MiB: less the driver's and the MPS server's
@@ -67,7 +67,7 @@ class Node:
 
 @pytest.fixture
 def variables(fake_nvml: FakeNvml, fake_mps: FakeMps) -> dict[str, str]:
-    fake_nvml.set_cards(*CARDS)
+    fake_nvml.set_gpus(*GPUS)
     return {
         "VGPU_GPU_DRIVER": "nvml",
         "VGPU_SHARING": "mps",
@@ -139,8 +139,8 @@ def test_a_daemon_that_hangs_is_down_and_a_fault_of_its_server_is_over_when_it_i
         node.mps.start_server()
         node.mps.behave(status="FAULT")
         node.wait_healthy(0)
-        cards = json.loads(node.agent.get("/status.json")[1])["gpus"]
-        assert {fault["reason"] for card in cards for fault in card["faults"]} == {"mps-fault"}
+        gpus = json.loads(node.agent.get("/status.json")[1])["gpus"]
+        assert {fault["reason"] for shared in gpus for fault in shared["faults"]} == {"mps-fault"}
         node.mps.behave()
         node.wait_healthy(20)
 

@@ -134,7 +134,7 @@ def test_help_names_the_commands(capsys):
     assert caught.value.code == 0
     told = capsys.readouterr().out
     assert re.search(r"^ +run +run the agent", told, re.MULTILINE)
-    assert re.search(r"^ +status +show the cards", told, re.MULTILINE)
+    assert re.search(r"^ +status +show the GPUs", told, re.MULTILINE)
     assert re.search(r"^ +dev +run the agent with simulated GPUs", told, re.MULTILINE)
 
 

@@ -43,9 +43,9 @@ STORY = [
     r"kubelet: pod llama-0 admitted with GPU-",
     r"VGPU_SHARE=5/10$",
     r"agent: vGPUs are held by resnet-0 1, bert-0 2, llama-0 5 \(PodResources\)$",
-    r"\(card 0 reports XID 79 and falls off the bus\)",
+    r"\(GPU 0 reports XID 79 and falls off the bus\)",
     r"kubelet: one update: now 20 vGPUs, 10 of them unhealthy",
-    r"\(card 0 was reset and is enumerated again\)",
+    r"\(GPU 0 was reset and is enumerated again\)",
     r"kubelet: one update: now 20 vGPUs, all healthy",
     r"\(pod bert-0 ends\)",
     r"agent: vGPUs are held by resnet-0 1, llama-0 5 \(PodResources\)$",
@@ -169,13 +169,13 @@ async def test_a_fault_that_nobody_notices_is_a_failure_that_names_the_step(monk
     with pytest.RaisesGroup(
         pytest.RaisesExc(
             StoryError,
-            match=r"^step 'card failing' failed: not observed within 2.5 s.*20 vGPUs, all healthy",
+            match=r"^step 'GPU failing' failed: not observed within 2.5 s.*20 vGPUs, all healthy",
         ),
         flatten_subgroups=True,
         allow_unwrapped=True,
     ):
         await dev.run_dev(told.append, watch_gpus=False, timing=QUICK)
-    assert told[-1] == "(card 0 reports XID 79 and falls off the bus)"
+    assert told[-1] == "(GPU 0 reports XID 79 and falls off the bus)"
     assert list(temporary.iterdir()) == []
 
 

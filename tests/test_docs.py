@@ -14,7 +14,7 @@ from tests import metrics_table
 from vgpu_agent import __version__, cli
 from vgpu_agent import settings as configuration
 from vgpu_agent.model.container import grant
-from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.settings import Settings
 
@@ -170,7 +170,7 @@ def test_the_first_screen_of_the_readme_has_the_two_commands():
 def variables() -> set[str]:
     """Settings, what containers get, and the switch of the tests."""
     gpu = Gpu("GPU-0", 0, "Model", 2**34, "00000000:01:00.0")
-    given = grant(Inventory((Card(gpu, 1, usable_bytes=2**34),)), ["GPU-0::0"], SharingRules())
+    given = grant(Inventory((SharedGpu(gpu, 1, usable_bytes=2**34),)), ["GPU-0::0"], SharingRules())
     settings = {configuration.variable(name) for name in Settings.model_fields}
     return settings | given.environment.keys() | {"VGPU_TEST_NO_SKIP"}
 

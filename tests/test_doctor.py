@@ -17,7 +17,7 @@ import anyio
 import pytest
 
 from tests.agent_process import environment, running
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer, off_loop
 from tests.test_status import FAULT, MPS, controlled, gpu, report
 from tests.web_peer import answering, http
@@ -481,19 +481,19 @@ def examined_with(nvml: FakeNvml | None, kubelet_dir: Path, **variables: str) ->
     return [replace(check, verdict=Verdict(check.verdict)) for check in parsed]
 
 
-def card(number: int, **values) -> FakeCard:
-    return FakeCard(f"GPU-{number}", bus=f"00000000:{number + 1:02X}:00.0", **values)
+def shared(number: int, **values) -> FakeGpu:
+    return FakeGpu(f"GPU-{number}", bus=f"00000000:{number + 1:02X}:00.0", **values)
 
 
 @pytest.mark.slow
 def test_gpus_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
-    fake_nvml.set_cards(
-        card(0),
-        card(1, mig=1),
-        card(2, compute_mode=3),
-        card(3, cc=(6, 1), remap_pending=1),
-        card(4, compute_mode=2, action=1),
-        card(5, error=999),
+    fake_nvml.set_gpus(
+        shared(0),
+        shared(1, mig=1),
+        shared(2, compute_mode=3),
+        shared(3, cc=(6, 1), remap_pending=1),
+        shared(4, compute_mode=2, action=1),
+        shared(5, error=999),
     )
     found = examined_with(fake_nvml, kubelet_dir)
     assert said(found, "driver") == (OK, "version 570.1 ")
@@ -519,7 +519,7 @@ def test_gpus_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
 
 @pytest.mark.slow
 def test_under_mps_old_gpus_are_excluded_and_the_mode_is_the_pods(kubelet_dir, fake_nvml):
-    fake_nvml.set_cards(card(0, cc=(6, 1)), card(1, compute_mode=3))
+    fake_nvml.set_gpus(shared(0, cc=(6, 1)), shared(1, compute_mode=3))
     found = examined_with(fake_nvml, kubelet_dir, VGPU_SHARING="mps")
     verdict, text = said(found, "GPU 0")
     assert verdict is WARN
@@ -537,7 +537,7 @@ def test_without_a_library_it_is_said_where_it_comes_from(kubelet_dir):
 
 @pytest.mark.slow
 def test_a_gpu_that_hangs_the_driver_is_said_in_time(kubelet_dir, fake_nvml):
-    fake_nvml.set_cards(card(0, hang=60))
+    fake_nvml.set_gpus(shared(0, hang=60))
     start = time.monotonic()
     verdict, text = said(examined_with(fake_nvml, kubelet_dir), "driver")
     assert time.monotonic() - start < 10

@@ -1,6 +1,4 @@
-import ast
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +7,6 @@ import pydantic
 import pytest
 import yaml
 
-import vgpu_agent
 from tests import readme, settings_files
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address, parse_address
@@ -53,7 +50,7 @@ LONG_NAMES = f"example.com/{'x' * 64}|{'x' * 245}/vgpu"
 TABLE = {
     "cdi_kind": Row(
         "nvidia.com/gpu",
-        {"example.com/card": "example.com/card"},
+        {"example.com/GPU": "example.com/GPU"},
         "|gpu|nvidia.com/|nvidia.com/gpu=all",
         "vendor/class",
     ),
@@ -192,7 +189,7 @@ TABLE = {
         "a size such as 24Gi",
     ),
     "simulated_model": Row(
-        "NVIDIA Simulated 24GB", {'A [card]: "x"': 'A [card]: "x"'}, "", "any text"
+        "NVIDIA Simulated 24GB", {'A [GPU]: "x"': 'A [GPU]: "x"'}, "", "any text"
     ),
     "simulated_numa_nodes": Row(
         (0, 1),
@@ -573,63 +570,3 @@ def test_a_new_map_of_the_chart_is_written_whole():
     before, _, rest = text.partition("log:\n")
     written = settings_files.values_yaml(before + rest[rest.index("# -- The kubelet's") :])
     assert yaml.safe_load(written) == yaml.safe_load(text)
-
-
-# Edges: who may use what
-
-PACKAGE = Path(vgpu_agent.__file__).parent
-SOURCES = {
-    source.relative_to(PACKAGE).as_posix(): source.read_text("utf-8")
-    for source in PACKAGE.rglob("*.py")
-    if "_proto" not in source.parts
-}
-EDGES = {
-    "pydantic": ("settings.py", "settings_kinds.py"),
-    "pydantic_core": ("settings_kinds.py",),
-    "pydantic_settings": ("settings.py",),
-    "pynvml": ("gpu/nvml/",),
-    "betterproto": ("kubelet/",),
-    "grpclib": ("kubelet/",),
-    "prometheus_client": ("observe/",),
-    "rich": ("commands/status.py", "commands/tables.py"),
-    "uvicorn": ("observe/",),
-}
-
-
-def imported(source: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-
-
-def touches_environment(source: str) -> bool:
-    words = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-    return any(
-        (isinstance(node, ast.Attribute) and node.attr in words)
-        or (isinstance(node, ast.Name) and node.id in words)
-        or (
-            isinstance(node, ast.ImportFrom)
-            and node.module == "os"
-            and any(alias.name in words for alias in node.names)
-        )
-        for node in ast.walk(ast.parse(source))
-    )
-
-
-def test_only_the_settings_and_the_command_line_touch_the_environment():
-    touching = {name for name, source in SOURCES.items() if touches_environment(source)}
-    # The control program is started with this process's environment and the daemon's directory.
-    assert touching == {"settings.py", "cli.py", "mps/control.py"}
-
-
-@pytest.mark.parametrize("library", EDGES)
-def test_an_edge_library_stays_at_its_edge(library):
-    users = {
-        name
-        for name, source in SOURCES.items()
-        if any(each.split(".")[0] == library for each in imported(source))
-    }
-    assert {name for name in users if not name.startswith(EDGES[library])} == set()
-    assert users, "nobody uses it any more; take it off the list"

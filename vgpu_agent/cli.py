@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run the agent; settings are VGPU_* variables")
     status = commands.add_parser(
-        "status", help="show the cards, their vGPUs and who holds them, as the running agent says"
+        "status", help="show the GPUs, their vGPUs and who holds them, as the running agent says"
     )
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="what the agent says, as JSON")

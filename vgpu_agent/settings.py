@@ -7,7 +7,7 @@ or raises one SettingsError that names every wrong variable, its value and what 
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -164,60 +164,13 @@ class Settings(BaseSettings):
         "NUMA nodes of the simulated GPUs, in turn; `none`: on no node.")
     # fmt: on
 
-    @field_validator("replicas", "replicas_by_gpu")
+    @field_validator("*")
     @classmethod
-    def _mps_serves_as_many(cls, value: Any, info: ValidationInfo) -> Any:
-        most = info.data.get("mps_max_clients") or MPS_MAX_CLIENTS
-        counts = value.values() if isinstance(value, dict) else [value]
-        if info.data.get("sharing") is SharingKind.MPS and max(counts, default=0) > most:
+    def _fits_the_others(cls, value: Any, info: ValidationInfo) -> Any:
+        rule = _RULES.get(info.field_name or "")
+        if rule is not None and not rule(value, info.data):
             raise ValueError
         return value
-
-    @field_validator("kubelet_dir")
-    @classmethod
-    def _socket_path_fits(cls, value: Path, info: ValidationInfo) -> Path:
-        path = value / "device-plugins" / _endpoint(info.data.get("resource_name", ""))
-        if len(str(path).encode()) > MAX_PATH and "resource_name" in info.data:
-            raise ValueError
-        return value
-
-    @field_validator("mps_shm_directory")
-    @classmethod
-    def _directory_of_its_own(cls, value: Path, info: ValidationInfo) -> Path:
-        mps, kubelet = info.data.get("mps_directory"), info.data.get("kubelet_dir")
-        inside = [Path("/dev/shm"), *(each for each in (mps, kubelet) if each)]  # noqa: S108
-        in_mps = mps is not None and value.is_relative_to(mps)
-        if in_mps or any(each.is_relative_to(value) for each in inside):
-            raise ValueError
-        return value
-
-    @field_validator("state_directory")
-    @classmethod
-    def _not_for_pods(cls, value: Path, info: ValidationInfo) -> Path:
-        shared = info.data.get("mps_shm_directory")
-        if shared is not None and value.is_relative_to(shared):
-            raise ValueError
-        return value
-
-    @field_validator("critical_xids")
-    @classmethod
-    def _not_both(cls, value: frozenset[int], info: ValidationInfo) -> frozenset[int]:
-        if value & info.data.get("ignored_xids", frozenset()):
-            raise ValueError
-        return value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments and the environment; no files. Arguments alone where it is embedded."""
-        embedded = issubclass(settings_cls, EmbeddedSettings)
-        return (init_settings,) if embedded else (init_settings, env_settings)
 
     @property
     def plugin_directory(self) -> Path:
@@ -253,6 +206,13 @@ class Settings(BaseSettings):
 class EmbeddedSettings(Settings):
     """Settings of which none comes from the environment: what `vgpu-agent dev` runs with."""
 
+    @classmethod
+    def settings_customise_sources(
+        cls, *_: Any, **sources: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments alone."""
+        return (sources["init_settings"],)
+
 
 def _endpoint(resource_name: str) -> str:
     """The socket's file name for a resource: the same for every agent that serves it.
@@ -260,6 +220,43 @@ def _endpoint(resource_name: str) -> str:
     The name is not unique to a process on purpose: two agents for one resource must meet.
     """
     return f"vgpu-{resource_name.replace('/', '_')}.sock"
+
+
+# Rules over several settings. Each takes a value and the fields before it, but for wrong ones.
+
+Others = Mapping[str, Any]
+
+
+def _mps_serves_as_many(value: int | dict[str, int], others: Others) -> bool:
+    most = others.get("mps_max_clients") or MPS_MAX_CLIENTS
+    counts = value.values() if isinstance(value, dict) else [value]
+    return others.get("sharing") is not SharingKind.MPS or max(counts, default=0) <= most
+
+
+def _socket_path_fits(kubelet_dir: Path, others: Others) -> bool:
+    resource = others.get("resource_name")
+    path = kubelet_dir / "device-plugins" / _endpoint(resource or "")
+    return resource is None or len(str(path).encode()) <= MAX_PATH
+
+
+def _directory_of_its_own(shm: Path, others: Others) -> bool:
+    mps, kubelet = others.get("mps_directory"), others.get("kubelet_dir")
+    used = [Path("/dev/shm"), *(each for each in (mps, kubelet) if each)]  # noqa: S108
+    return not any(each.is_relative_to(shm) for each in used) and _outside(shm, mps)
+
+
+def _outside(path: Path, directory: Path | None) -> bool:
+    return directory is None or not path.is_relative_to(directory)
+
+
+_RULES: dict[str, Callable[[Any, Others], bool]] = {
+    "replicas": _mps_serves_as_many,
+    "replicas_by_gpu": _mps_serves_as_many,
+    "kubelet_dir": _socket_path_fits,
+    "mps_shm_directory": _directory_of_its_own,
+    "state_directory": lambda path, others: _outside(path, others.get("mps_shm_directory")),
+    "critical_xids": lambda xids, others: not xids & others.get("ignored_xids", frozenset()),
+}
 
 
 def kind_of(name: str) -> Kind:
@@ -283,28 +280,13 @@ def variable(name: str) -> str:
 
 def load() -> Settings:
     """The settings of this process. Raises SettingsError."""
-    given = _given(os.environ)
-    problems: dict[str, str] = {}
-    settings = None
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        problems = _problems(error, given)
-    if given.get("device_memory") and "replicas" in given:
-        both = " and ".join(f"{variable(n)}={given[n]!r}" for n in ("replicas", "device_memory"))
-        problems.setdefault("device_memory", f"  {both}: only one of them is allowed")
-    if settings is not None and not problems:
-        return settings
-    raise _wrong(problems)
+    return _valid(Settings, _given(os.environ))
 
 
 def read(environment: Mapping[str, str], *names: str) -> Settings:
     """Settings of which only these are read; the others are defaults. Raises SettingsError."""
     given = {name: text for name, text in _given(environment).items() if name in names}
-    try:
-        return EmbeddedSettings.model_validate(given)
-    except ValidationError as error:
-        raise _wrong(_problems(error, given)) from None
+    return _valid(lambda: EmbeddedSettings.model_validate(given), given)
 
 
 def assume(environment: Mapping[str, str]) -> Settings | None:
@@ -327,19 +309,24 @@ def _given(environment: Mapping[str, str]) -> dict[str, str]:
     return {n: upper[variable(n)] for n in Settings.model_fields if variable(n) in upper}
 
 
-def _wrong(problems: Mapping[str, str]) -> SettingsError:
-    count = len(problems)
-    head = "1 setting is wrong:" if count == 1 else f"{count} settings are wrong:"
-    return SettingsError("\n".join([head, *problems.values()]))
-
-
-def _problems(error: ValidationError, given: Mapping[str, str]) -> dict[str, str]:
-    """A line for each wrong variable, however many ways it is wrong in.
+def _valid(make: Callable[[], Settings], given: Mapping[str, str]) -> Settings:
+    """What is made. Raises SettingsError with a line for each wrong variable.
 
     The value is as it was set, not as far as it was parsed; a default may be what is wrong.
     """
-    return {
-        name: f"  {variable(name)}={given.get(name, Settings.model_fields[name].default)!r}"
-        f" is wrong; allowed: {allowed(name)}"
-        for name in (str(problem["loc"][0]) for problem in error.errors(include_context=False))
-    }
+    settings, problems = None, {}
+    try:
+        settings = make()
+    except ValidationError as error:
+        # A variable may be wrong in several ways.
+        for name in (str(each["loc"][0]) for each in error.errors(include_context=False)):
+            value = given.get(name, Settings.model_fields[name].default)
+            problems[name] = f"{variable(name)}={value!r} is wrong; allowed: {allowed(name)}"
+    # Set is set, also to the default: no validator sees that.
+    if given.get("device_memory") and "replicas" in given:
+        both = " and ".join(f"{variable(n)}={given[n]!r}" for n in ("replicas", "device_memory"))
+        problems.setdefault("device_memory", f"{both}: only one of them is allowed")
+    if settings is not None and not problems:
+        return settings
+    head = "1 setting is wrong:" if len(problems) == 1 else f"{len(problems)} settings are wrong:"
+    raise SettingsError("\n  ".join([head, *problems.values()]))

@@ -7,7 +7,7 @@ needs none: `choice` is its kind.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from enum import StrEnum
@@ -61,7 +61,7 @@ class Kind:
 
 def choice(words: type[StrEnum]) -> Kind:
     """One of these words."""
-    return Kind(_listed(list(words)), {"enum": [str(word) for word in words]})
+    return Kind(_listed(words), {"enum": [str(word) for word in words]})
 
 
 def whole(least: int, most: int) -> Kind:
@@ -71,6 +71,11 @@ def whole(least: int, most: int) -> Kind:
         {"type": "integer", "minimum": least, "maximum": most},
         check=lambda value: least <= value <= most,
     )
+
+
+def number(words: str, bound: Schema, check: Callable[[float], bool]) -> Kind:
+    """A number, whole or not."""
+    return Kind(words, {"type": "number", **bound}, check=check)
 
 
 def matching(words: str, pattern: str, check: Callable[[str], bool] = lambda _: True) -> Kind:
@@ -106,7 +111,7 @@ def or_word(kind: Kind, words: dict[str, object]) -> Kind:
     """The other kind, or one of these words, which mean these values."""
     return replace(
         kind,
-        words=_listed([*words, kind.words], code=len(words)),
+        words=_listed(words, kind.words),
         schema={"anyOf": [{"enum": list(words)}, kind.schema]},
         parse=lambda text: words[text] if text in words else kind.parse(text),
         check=lambda value: value in words.values() or kind.check(value),
@@ -123,44 +128,33 @@ def or_nothing(kind: Kind) -> Kind:
     )
 
 
-def _listed(words: list[str], code: int | None = None) -> str:
-    """Words as `a`, `b` or `c`; only the first `code` of them are words to write."""
-    shown = [f"`{word}`" for word in words[:code]] + words[len(words) if code is None else code :]
-    return " or ".join([", ".join(shown[:-1]), shown[-1]])
+def _listed(words: Iterable[str], *last: str) -> str:
+    """Words to write and what else there is, as `a`, `b` or last."""
+    *most, end = [*(f"`{word}`" for word in words), *last]
+    return f"{', '.join(most)} or {end}"
 
 
-def _numa_node(word: str) -> int | None:
-    return None if word.strip() == "none" else int(word)
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 _LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 
-Switch = Annotated[
-    bool,
-    Kind("`on` or `off`", {"type": "boolean"}, {"on": True, "off": False}.__getitem__),
-]
+_ON_OFF = {"on": True, "off": False}
+_PATH: Schema = {"type": "string", "pattern": "^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"}
+
+Switch = Annotated[bool, Kind(_listed(_ON_OFF), {"type": "boolean"}, _ON_OFF.__getitem__)]
 Seconds = Annotated[
     float,
-    Kind(
-        "a number of seconds from 1",
-        {"type": "number", "minimum": 1},
-        check=lambda value: 1 <= value < math.inf,
-    ),
+    number("a number of seconds from 1", {"minimum": 1}, lambda value: 1 <= value < math.inf),
 ]
-AbsolutePath = Annotated[
-    Path,
-    Kind(
-        "an absolute path",
-        {"type": "string", "pattern": "^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"},
-        check=Path.is_absolute,
-    ),
-]
+AbsolutePath = Annotated[Path, Kind("an absolute path", _PATH, check=Path.is_absolute)]
 Xids = Annotated[
     frozenset[int],
     Kind(
         "XID numbers separated by commas, or nothing",
         {"type": "array", "items": {"type": "integer", "minimum": 0}},
-        lambda text: frozenset(int(word) for word in text.split(",") if word.strip()),
+        lambda text: frozenset(int(word) for word in _words(text) if word),
         lambda xids: min(xids, default=0) >= 0,
     ),
 ]
@@ -174,10 +168,7 @@ ReplicasByGpu = Annotated[
     Kind(
         'nothing, or a JSON object such as `{"0": 4, "GPU-...": 1, "NVIDIA L4": 0}`: index, UUID'
         " or model name to a number from 0 to 1024",
-        {
-            "type": "object",
-            "additionalProperties": {"type": "integer", "minimum": 0, "maximum": 1024},
-        },
+        {"type": "object", "additionalProperties": whole(0, 1024).schema},
         lambda text: json.loads(text) if text.strip() else {},
         lambda counts: all(0 <= count <= 1024 for count in counts.values()),
     ),
@@ -202,14 +193,12 @@ SimulatedMemory = Annotated[
         r"([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)([KMGT]i?)?B?",
     ),
 ]
-_FACTOR = Kind(
-    "a factor above 0",
-    {"type": "number", "exclusiveMinimum": 0},
-    check=lambda value: 0 < value < math.inf,
-)
 ThreadLimit = Annotated[
     Threads | float,
-    or_word(_FACTOR, {"share": Threads.SHARE, "none": Threads.NONE}),
+    or_word(
+        number("a factor above 0", {"exclusiveMinimum": 0}, lambda value: 0 < value < math.inf),
+        {"share": Threads.SHARE, "none": Threads.NONE},
+    ),
 ]
 ResourceName = Annotated[
     str,
@@ -245,7 +234,7 @@ NumaNodes = Annotated[
             "minItems": 1,
             "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["none"]}]},
         },
-        lambda text: tuple(_numa_node(word) for word in text.split(",")),
+        lambda text: tuple(None if word == "none" else int(word) for word in _words(text)),
         lambda nodes: bool(nodes) and all(node is None or node >= 0 for node in nodes),
     ),
 ]

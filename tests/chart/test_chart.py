@@ -366,21 +366,21 @@ def test_all_containers_of_a_pool_have_the_same_environment(objects: list[Object
         assert all(each == variables[0] for each in variables)
 
 
-def test_real_cards_are_asked_for_and_simulated_ones_are_not(objects: list[Object]) -> None:
+def test_real_gpus_are_asked_for_and_simulated_ones_are_not(objects: list[Object]) -> None:
     for workload in daemon_sets(objects).values():
         for name, container in containers(workload).items():
             variables = environment(container)
-            cards = f"{DEVICES_DIRECTORY}/all"
+            gpus = f"{DEVICES_DIRECTORY}/all"
             if variables["VGPU_GPU_DRIVER"] == "simulated":
                 assert not [each for each in variables if each.startswith("NVIDIA_")]
                 continue
             assert variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
             if variables["VGPU_DEVICE_LIST"] == "volume-mounts":
                 assert variables["NVIDIA_VISIBLE_DEVICES"] == DEVICES_DIRECTORY
-                assert mounts(workload, name)[cards]["host"] == "/dev/null"
+                assert mounts(workload, name)[gpus]["host"] == "/dev/null"
             else:
                 assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
-                assert cards not in mounts(workload, name)
+                assert gpus not in mounts(workload, name)
 
 
 def test_selectors_are_disjoint_and_select_their_own_pods(objects: list[Object]) -> None:
@@ -461,16 +461,16 @@ def mps_pods(objects: list[Object]) -> list[Object]:
     return [each for each in daemon_sets(objects).values() if component(each) == "mps"]
 
 
-def test_there_is_an_mps_pod_for_each_pool_of_real_cards_shared_by_mps() -> None:
+def test_there_is_an_mps_pod_for_each_pool_of_real_gpus_shared_by_mps() -> None:
     names = {name: list(daemon_sets(rendered(name))) for name in CI}
     assert names["default"] == ["r-vgpu-agent", "r-vgpu-agent-mps"]
     assert names["time-slicing"] == names["simulated"] == ["r-vgpu-agent"]
     assert names["pools"] == [
         "r-vgpu-agent-inference",
         "r-vgpu-agent-notebooks",
-        "r-vgpu-agent-whole-cards",
+        "r-vgpu-agent-whole-gpus",
         "r-vgpu-agent-mps-inference",
-        "r-vgpu-agent-mps-whole-cards",
+        "r-vgpu-agent-mps-whole-gpus",
     ]
     assert names["everything"] == ["our-vgpus-real", "our-vgpus-none", "our-vgpus-mps-real"]
 

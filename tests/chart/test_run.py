@@ -20,7 +20,7 @@ import pytest
 from tests.agent_process import REPOSITORY
 from tests.chart import helm
 from tests.chart.helm import CI, Object, containers, environment, of_kind, pod
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer
 from tests.mps.fixtures import FakeMps, eventually, fake_mps
 
@@ -29,8 +29,8 @@ __all__ = ["fake_mps"]
 pytestmark = pytest.mark.slow
 
 UUIDS = [f"GPU-a000000{n}-1111-2222-3333-00000000000{n}" for n in range(2)]
-CARDS = [
-    FakeCard(uuid, bus=f"00000000:{n + 1:02X}:00.0", memory=24576, reserved=512)
+GPUS = [
+    FakeGpu(uuid, bus=f"00000000:{n + 1:02X}:00.0", memory=24576, reserved=512)
     for n, uuid in enumerate(UUIDS)
 ]
 
@@ -150,10 +150,10 @@ def test_helm_test_passes_once_an_agent_is_ready(
         assert done.stdout == f"127.0.0.1:{port}: ready: 127.0.0.1: 200 ready\n"
 
 
-def test_cards_are_shared_in_turns(
+def test_gpus_are_shared_in_turns(
     kubelet_dir: Path, tmp_path: Path, port: int, fake_nvml: FakeNvml
 ) -> None:
-    fake_nvml.set_cards(*CARDS)
+    fake_nvml.set_gpus(*GPUS)
     (workload,) = rendered("time-slicing", kubelet_dir, port).values()
     (agent,) = containers(workload).values()
     with (
@@ -169,7 +169,7 @@ def test_cards_are_shared_in_turns(
 def test_the_mps_pod_and_the_agent_agree(
     kubelet_dir: Path, tmp_path: Path, port: int, fake_nvml: FakeNvml, fake_mps: FakeMps
 ) -> None:
-    fake_nvml.set_cards(*CARDS)
+    fake_nvml.set_gpus(*GPUS)
     directories = fake_mps.directories
     mps = {"directory": str(directories.root), "shmDirectory": str(directories.shm)}
     workloads = rendered("default", kubelet_dir, port, mps=mps)

@@ -16,7 +16,7 @@ from kubernetes_validate import utils
 from tests import metrics_table
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.container import Grant, grant
-from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.rules import MIB, SharingRules
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind
@@ -81,7 +81,7 @@ def merge(spec: Mapping[str, Any], container: Mapping[str, Any], given: Grant) -
 
 
 PIPE, SHM = "/run/vgpu-agent/mps/pipe", "/dev/shm/vgpu-mps"
-CARD = Gpu("GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10", 0, "NVIDIA L4", 24576 * MIB, "0:1:0.0")
+GPU = Gpu("GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10", 0, "NVIDIA L4", 24576 * MIB, "0:1:0.0")
 MPS = SharingRules(mps_pipe_directory=PIPE, mps_shm_directory=SHM, memory_reserved=512 * MIB)
 
 
@@ -90,20 +90,20 @@ def node_of(gpus: Iterable[Gpu], rules: SharingRules) -> Inventory:
     made = [(gpu, divide(gpu, rules)) for gpu in gpus]
     return Inventory(
         tuple(
-            Card(gpu, each.replicas, usable_bytes=each.usable_bytes)
+            SharedGpu(gpu, each.replicas, usable_bytes=each.usable_bytes)
             for gpu, each in made
             if isinstance(each, Divided)
         )
     )
 
 
-NODE = node_of([CARD], MPS)
+NODE = node_of([GPU], MPS)
 
 
 def started(name: str) -> Started:
-    """The one container of a file that holds vGPUs, on a node with a card of ten."""
+    """The one container of a file that holds vGPUs, on a node with a GPU of ten."""
     ((spec, container),) = [each for each in containers(name) if vgpus(each[1])]
-    ids = [f"{CARD.uuid}::{number}" for number in range(vgpus(container))]
+    ids = [f"{GPU.uuid}::{number}" for number in range(vgpus(container))]
     return merge(spec, container, grant(NODE, ids, MPS))
 
 
@@ -128,7 +128,7 @@ def test_every_file_is_a_manifest_or_known_values():
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_limits_name_our_resource_and_no_other_card(name):
+def test_limits_name_our_resource_and_no_other_gpu(name):
     for _, container in containers(name):
         resources = container.get("resources", {})
         named = {key for each in resources.values() for key in each if "/" in key}
@@ -182,7 +182,7 @@ def test_no_pod_hides_the_shared_memory_or_lifts_its_own_limits(name):
     for spec, container in containers(name):
         if not vgpus(container):
             continue
-        given = grant(NODE, [f"{CARD.uuid}::0"], MPS)
+        given = grant(NODE, [f"{GPU.uuid}::0"], MPS)
         assert not {each["name"] for each in container.get("env", ())} & given.environment.keys()
         assert merge(spec, container, given).mounts["/dev/shm"] == SHM
 
@@ -235,7 +235,7 @@ def test_a_server_is_told_less_than_its_share_by_its_shell(name, option, tmp_pat
     assert 0.85 * share < told < share
 
 
-def test_two_vllm_servers_fit_on_one_card():
+def test_two_vllm_servers_fit_on_one_gpu():
     assert 2 * float(started("serving/vllm.yaml").environment["VGPU_MEMORY_FRACTION"]) <= 1
     (deployment,) = [e for e in manifests("serving/vllm.yaml") if e["kind"] == "Deployment"]
     assert deployment["spec"]["replicas"] == 2
@@ -259,7 +259,7 @@ def test_a_workload_of_the_aws_plugin_becomes_a_client_with_its_share(name, own)
     ((_, container),) = containers(name)
     held = vgpus(container)
     assert got.environment.items() >= own.items()
-    assert got.environment["NVIDIA_VISIBLE_DEVICES"] == CARD.uuid
+    assert got.environment["NVIDIA_VISIBLE_DEVICES"] == GPU.uuid
     assert got.environment["VGPU_SHARE"] == f"{held}/10"
     assert got.environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == str(10 * held)
     limit = int(got.environment["VGPU_MEMORY_BYTES"]) // MIB

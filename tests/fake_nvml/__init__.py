@@ -28,8 +28,8 @@ def build(directory: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class FakeCard:
-    """What a card answers. None: it does not offer that value. Memory is in MiB.
+class FakeGpu:
+    """What a GPU answers. None: it does not offer that value. Memory is in MiB.
 
     `error` is the NVML error that its memory call answers; a new `epoch` makes older handles lost;
     every call takes `hang` seconds, or until that is 0 again. `set_mode_error` is what setting its
@@ -69,7 +69,7 @@ class FakeCard:
     hang: float = 0
 
     def line(self) -> str:
-        """The card in the words of the control file."""
+        """The GPU in the words of the control file."""
         values = dataclasses.asdict(self)
         del values["numa"]  # sysfs's, not NVML's
         values["cc"] = ".".join(map(str, self.cc))
@@ -79,14 +79,14 @@ class FakeCard:
 
 @dataclass
 class FakeNvml:
-    """One set of cards, as the fake library and the folders of the kernel show them.
+    """One set of GPUs, as the fake library and the folders of the kernel show them.
 
     Every change is there at once, as a whole, for every process that uses `environment()`.
     """
 
     library: Path
     directory: Path
-    cards: list[FakeCard] = field(default_factory=list)
+    gpus: list[FakeGpu] = field(default_factory=list)
     driver: str = "570.1"
     init_code: int = 0
     wait_code: int = 0
@@ -125,33 +125,33 @@ class FakeNvml:
             "FAKE_NVML_LOG": str(self.log),
         }
 
-    def set_cards(self, *cards: FakeCard) -> None:
-        """Makes these the cards of the machine. NVML sees new ones when it is opened anew."""
-        self.cards = list(cards)
-        for card in cards:
-            domain, _, rest = card.bus.lower().partition(":")
+    def set_gpus(self, *gpus: FakeGpu) -> None:
+        """Makes these the GPUs of the machine. NVML sees new ones when it is opened anew."""
+        self.gpus = list(gpus)
+        for shared in gpus:
+            domain, _, rest = shared.bus.lower().partition(":")
             bus_id = f"{domain[-4:]}:{rest}".replace("/", "_")
             (self.proc_root / bus_id).mkdir(exist_ok=True)
             (self.numa_root / bus_id).mkdir(exist_ok=True)
-            if card.numa is not None:
-                (self.numa_root / bus_id / "numa_node").write_text(f"{card.numa}\n")
+            if shared.numa is not None:
+                (self.numa_root / bus_id / "numa_node").write_text(f"{shared.numa}\n")
         self._write()
 
     def update(self, uuid: str, **changes: object) -> None:
-        """Changes fields of one card."""
-        self.cards = [
-            dataclasses.replace(card, **changes) if card.uuid == uuid else card  # type: ignore[arg-type]
-            for card in self.cards
+        """Changes fields of one GPU."""
+        self.gpus = [
+            dataclasses.replace(shared, **changes) if shared.uuid == uuid else shared  # type: ignore[arg-type]
+            for shared in self.gpus
         ]
         self._write()
 
     def xid(self, uuid: str | None, xid: int) -> None:
-        """Reports an XID on that card, or on one that cannot be told."""
+        """Reports an XID on that GPU, or on one that cannot be told."""
         self._events.append(f"event {len(self._events) + 1} {uuid or '-'} {xid}")
         self._write()
 
     def action_event(self, uuid: str | None) -> None:
-        """Reports that the card's recovery action has changed."""
+        """Reports that the GPU's recovery action has changed."""
         self._events.append(f"action_event {len(self._events) + 1} {uuid or '-'}")
         self._write()
 
@@ -170,7 +170,7 @@ class FakeNvml:
             f"driver {self.driver}",
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
-            *(card.line() for card in self.cards),
+            *(shared.line() for shared in self.gpus),
             *self._events,
         ]
         new = self.control.with_name("control.new")

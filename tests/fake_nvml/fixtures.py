@@ -1,4 +1,4 @@
-"""Fixtures of the fake NVML: the library is compiled once, each test gets cards of its own."""
+"""Fixtures of the fake NVML: the library is compiled once, each test gets GPUs of its own."""
 
 import shutil
 from pathlib import Path

@@ -4,7 +4,7 @@ from tests.test_store import damage
 from vgpu_agent.gpu.cdi import CdiSpecs
 from vgpu_agent.gpu.simulated import simulated_gpus
 
-GPUS = simulated_gpus(2, "card", 2**34, (0,))
+GPUS = simulated_gpus(2, "gpu", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)
 
 SPEC = f"""\

@@ -15,7 +15,7 @@ from vgpu_agent.model.rules import HealthRules
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
-GPUS = simulated_gpus(4, "card", 2**34, (0,))
+GPUS = simulated_gpus(4, "gpu", 2**34, (0,))
 
 
 def descriptors() -> int:

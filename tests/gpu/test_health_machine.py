@@ -466,11 +466,11 @@ class Machine(RuleBasedStateMachine):
         expected = self.expected()
         snapshot = self.agent.snapshot
         found = {
-            card.gpu.uuid: {
+            shared.gpu.uuid: {
                 fault.reason.value: None if fault.reason in ("mps", "mps-fault") else fault.since
-                for fault in card.faults
+                for fault in shared.faults
             }
-            for card in snapshot.inventory.cards
+            for shared in snapshot.inventory.gpus
         }
         assert found == expected
         healthy = {uuid: not reasons for uuid, reasons in expected.items()}
@@ -484,11 +484,11 @@ class Machine(RuleBasedStateMachine):
         assert report.vgpus.unhealthy == REPLICAS * list(healthy.values()).count(False)
         self.the_log_says(healthy)
         for before, after in self.agent.published:
-            for card in after.inventory.cards:
-                known = before.inventory.find(card.gpu.uuid)
-                if known is not None and known.healthy != card.healthy:
-                    to = "healthy" if card.healthy else "unhealthy"
-                    self.flips[card.gpu.uuid, to] += 1
+            for shared in after.inventory.gpus:
+                known = before.inventory.find(shared.gpu.uuid)
+                if known is not None and known.healthy != shared.healthy:
+                    to = "healthy" if shared.healthy else "unhealthy"
+                    self.flips[shared.gpu.uuid, to] += 1
         self.agent.published.clear()
         counted: Counter[tuple[str, str]] = Counter()
         for (uuid, to, _), number in snapshot.transitions.items():

@@ -72,10 +72,10 @@ async def test_a_gpu_that_waits_for_its_reset_still_does_after_a_restart(machine
         await node.xid(ONE, xid)
         await node.xid(TWO, UNPROVEN)
         await machine.kept(lambda kept: list(kept.faults) == [ONE])
-        before = node.snapshot.inventory.cards[0].faults
+        before = node.snapshot.inventory.gpus[0].faults
     for _ in range(2):
         async with machine.agent() as node:
-            assert node.snapshot.inventory.cards[0].faults == before  # with its time and words
+            assert node.snapshot.inventory.gpus[0].faults == before  # with its time and words
             await node.prove(600)
             assert (node.reasons(ONE), node.healthy) == ("xid", [1])
     machine.boot.write_text("second\n")  # a reboot is a reset
@@ -111,7 +111,7 @@ async def test_a_gpu_keeps_its_division_and_the_index_that_names_it_for_the_boot
     machine.driver = SimulatedDriver(simulated_gpus(2, "GPU", 2**33, (0,)))
     async with machine.agent() as node:
         assert node.snapshot.first_seen == first
-        assert {card.usable_bytes for card in node.snapshot.inventory.cards} == {2**34}
+        assert {shared.usable_bytes for shared in node.snapshot.inventory.gpus} == {2**34}
 
 
 async def test_a_write_that_fails_is_tried_again_until_it_is_done(machine):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.fake_nvml import XID_EVENTS, FakeCard, FakeNvml
+from tests.fake_nvml import XID_EVENTS, FakeGpu, FakeNvml
 from vgpu_agent.gpu.nvml.calls import bus_id
 
 pytestmark = pytest.mark.slow
@@ -30,8 +30,8 @@ GPU_IS_LOST = 15
 VERSION_MISMATCH = 18
 UNKNOWN = 999
 
-L4 = FakeCard("GPU-a")
-SECOND = FakeCard("GPU-b", bus="00000000:AF:00.0")
+L4 = FakeGpu("GPU-a")
+SECOND = FakeGpu("GPU-b", bus="00000000:AF:00.0")
 
 
 @dataclass
@@ -73,10 +73,10 @@ def start(fake_nvml: FakeNvml) -> Iterator[Start]:
     children: list[Child] = []
 
     def start(
-        *cards: FakeCard,
+        *gpus: FakeGpu,
         library: bool = True,
     ) -> Child:
-        """With cards they are all there are, and were scanned once."""
+        """With GPUs they are all there are, and were scanned once."""
         roots = (str(fake_nvml.numa_root), str(fake_nvml.proc_root))
         argument = json.dumps(roots)
         environment = {**os.environ, **(fake_nvml.environment() if library else {})}
@@ -91,8 +91,8 @@ def start(fake_nvml: FakeNvml) -> Iterator[Start]:
         )
         child = Child(process)
         children.append(child)
-        if cards:
-            fake_nvml.set_cards(*cards)
+        if gpus:
+            fake_nvml.set_gpus(*gpus)
             child.ask("scan")
         return child
 
@@ -117,7 +117,7 @@ def test_without_the_library_says_what_is_missing(start):
 
 def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
     child = start()
-    fake_nvml.set_cards(L4)
+    fake_nvml.set_gpus(L4)
     for code, words in (
         (DRIVER_NOT_LOADED, "driver is not loaded"),
         (VERSION_MISMATCH, "different versions"),
@@ -130,19 +130,19 @@ def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
 
-def test_no_cards_then_cards(start, fake_nvml):
+def test_no_gpus_then_gpus(start, fake_nvml):
     child = start()
     assert child.ask("scan") == {"driver_version": "570.1", "gpus": [], "undescribed": []}
-    fake_nvml.set_cards(L4)
+    fake_nvml.set_gpus(L4)
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
 
-def test_describes_cards_with_their_numa_nodes(start, fake_nvml):
-    fake_nvml.set_cards(
-        FakeCard("GPU-a", bus="00000000:3B:00.0", numa=0),
-        FakeCard("GPU-b", bus="00000000:AF:00.0", numa=1),
-        FakeCard("GPU-c", bus="00000001:3B:00.0", numa=-1, memory_v2=False),
-        FakeCard("GPU-d", name="NVIDIA H100 80GB HBM3", bus="00000002:3B:00.0", cc=(9, 0)),
+def test_describes_gpus_with_their_numa_nodes(start, fake_nvml):
+    fake_nvml.set_gpus(
+        FakeGpu("GPU-a", bus="00000000:3B:00.0", numa=0),
+        FakeGpu("GPU-b", bus="00000000:AF:00.0", numa=1),
+        FakeGpu("GPU-c", bus="00000001:3B:00.0", numa=-1, memory_v2=False),
+        FakeGpu("GPU-d", name="NVIDIA H100 80GB HBM3", bus="00000002:3B:00.0", cc=(9, 0)),
     )
     gpus = start().ask("scan")["gpus"]
     assert gpus[0] == {
@@ -163,8 +163,8 @@ def test_describes_cards_with_their_numa_nodes(start, fake_nvml):
     assert gpus[3]["compute_capability"] == [9, 0]
 
 
-def test_a_card_in_mig_mode_says_so(start, fake_nvml):
-    fake_nvml.set_cards(L4, FakeCard("GPU-mig", mig=1), FakeCard("GPU-whole", mig=0))
+def test_a_gpu_in_mig_mode_says_so(start, fake_nvml):
+    fake_nvml.set_gpus(L4, FakeGpu("GPU-mig", mig=1), FakeGpu("GPU-whole", mig=0))
     scan = start().ask("scan")
     assert [gpu["mig"] for gpu in scan["gpus"]] == [False, True, False]
     assert scan["undescribed"] == []
@@ -172,7 +172,7 @@ def test_a_card_in_mig_mode_says_so(start, fake_nvml):
 
 @pytest.mark.parametrize("code", [4, 8, 11, 15, 999])
 def test_a_gpu_without_a_handle_is_shown_and_joins_when_it_answers(start, fake_nvml, code):
-    fake_nvml.set_cards(L4, FakeCard("GPU-b", handle_error=code))
+    fake_nvml.set_gpus(L4, FakeGpu("GPU-b", handle_error=code))
     child = start()
     scan = child.ask("scan")
     assert uuids(scan) == ["GPU-a"]
@@ -188,13 +188,13 @@ def test_a_gpu_without_a_handle_is_shown_and_joins_when_it_answers(start, fake_n
 
 def test_odd_text_and_two_of_one_uuid_cost_no_other_gpu(start, fake_nvml):
     odd = b"NVIDIA \xf8\x95\x8f\x8d".decode(errors="surrogateescape")
-    cards = [
-        FakeCard("GPU-b", name=odd),
-        FakeCard("GPU-d", name="x" * 95),
-        FakeCard("GPU-e"),
-        FakeCard("GPU-e"),
+    gpus = [
+        FakeGpu("GPU-b", name=odd),
+        FakeGpu("GPU-d", name="x" * 95),
+        FakeGpu("GPU-e"),
+        FakeGpu("GPU-e"),
     ]
-    fake_nvml.set_cards(L4, *cards)
+    fake_nvml.set_gpus(L4, *gpus)
     scan = start().ask("scan")
     assert uuids(scan) == ["GPU-a", "GPU-b", "GPU-d"]
     assert scan["gpus"][1]["model"] == "NVIDIA " + "\ufffd" * 4
@@ -215,7 +215,7 @@ def test_a_bus_id_is_as_sysfs_has_it_and_what_is_none_stays(written, expected):
     assert bus_id(written) == expected
 
 
-def test_reads_a_card(start, fake_nvml):
+def test_reads_a_gpu(start, fake_nvml):
     child = start(dataclasses.replace(L4, energy=1000))
     healthy = {
         "lost": False,
@@ -247,11 +247,11 @@ def test_reads_a_card(start, fake_nvml):
     assert child.ask("probe", "GPU-a") == {**healthy, "recovery_action": 0}
 
 
-def test_what_a_card_does_not_offer_is_no_fault(start, fake_nvml):
+def test_what_a_gpu_does_not_offer_is_no_fault(start, fake_nvml):
     child = start()
     optional = ("ecc", "remap_failed", "remap_pending", "action", "compute_mode", "energy")
     missing = dict.fromkeys(optional)
-    fake_nvml.set_cards(FakeCard("GPU-a", memory_v2=False, used=1, **missing))
+    fake_nvml.set_gpus(FakeGpu("GPU-a", memory_v2=False, used=1, **missing))
     child.ask("scan")
     assert child.ask("probe", "GPU-a") == {
         "lost": False,
@@ -269,19 +269,19 @@ def test_what_a_card_does_not_offer_is_no_fault(start, fake_nvml):
 
 def test_an_error_is_told_in_the_words_of_nvml(start, fake_nvml):
     child = start()
-    fake_nvml.set_cards(L4, FakeCard("GPU-new", error=UNKNOWN))
+    fake_nvml.set_gpus(L4, FakeGpu("GPU-new", error=UNKNOWN))
     scan = child.ask("scan")
     fake_nvml.update("GPU-a", error=UNKNOWN)
     assert child.ask("probe", "GPU-a")["error"] == "nvmlDeviceGetMemoryInfo: Unknown Error"
-    # A card that was described once stays what it is; one that never was is left out, and told.
+    # A GPU that was described once stays what it is; one that never was is left out, and told.
     assert child.ask("scan") == scan
     assert uuids(scan) == ["GPU-a"]
-    assert [(card["gpu"]["uuid"], card["reason"]) for card in scan["undescribed"]] == [
+    assert [(shared["gpu"]["uuid"], shared["reason"]) for shared in scan["undescribed"]] == [
         ("GPU-new", "error")
     ]
 
 
-def test_a_lost_card_is_lost_to_probe_and_scan_until_it_is_back(start, fake_nvml):
+def test_a_lost_gpu_is_lost_to_probe_and_scan_until_it_is_back(start, fake_nvml):
     child = start(L4, SECOND)
     fake_nvml.update("GPU-a", lost=True)
     assert child.ask("probe", "GPU-a")["lost"]
@@ -293,7 +293,7 @@ def test_a_lost_card_is_lost_to_probe_and_scan_until_it_is_back(start, fake_nvml
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
 
-def test_a_reset_card_is_lost_to_its_old_handle_and_found_by_the_next_scan(start, fake_nvml):
+def test_a_reset_gpu_is_lost_to_its_old_handle_and_found_by_the_next_scan(start, fake_nvml):
     child = start(L4, SECOND)
     child.ask("cancel", 0.05)  # long enough to register for events
     fake_nvml.update("GPU-a", epoch=1)
@@ -305,17 +305,17 @@ def test_a_reset_card_is_lost_to_its_old_handle_and_found_by_the_next_scan(start
     assert child.answer() == [["XidEvent", "GPU-a", 13]]
 
 
-def test_a_card_that_was_added_is_seen_after_a_while(start, fake_nvml):
+def test_a_gpu_that_was_added_is_seen_after_a_while(start, fake_nvml):
     child = start(L4)
     child.ask("advance", 31)
     assert uuids(child.ask("scan")) == ["GPU-a"]
-    fake_nvml.set_cards(L4, SECOND)
+    fake_nvml.set_gpus(L4, SECOND)
     assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b"]
     assert not child.ask("probe", "GPU-b")["lost"]
 
 
-def test_events_name_their_card_where_it_can_be_told(start, fake_nvml):
-    fake_nvml.set_cards(L4, SECOND, FakeCard("GPU-mute", events=None))
+def test_events_name_their_gpu_where_it_can_be_told(start, fake_nvml):
+    fake_nvml.set_gpus(L4, SECOND, FakeGpu("GPU-mute", events=None))
     fake_nvml.xid("GPU-a", 31)  # of the past
     child = start()
     child.ask("scan")
@@ -325,7 +325,7 @@ def test_events_name_their_card_where_it_can_be_told(start, fake_nvml):
     child.send("events", 5)
     fake_nvml.xid(None, 79)
     assert child.answer() == [["XidEvent", None, 79]]
-    # A card that is off the bus no longer says its name, but its event does.
+    # A GPU that is off the bus no longer says its name, but its event does.
     fake_nvml.update("GPU-a", lost=True)
     fake_nvml.xid("GPU-a", 79)
     fake_nvml.action_event("GPU-b")
@@ -334,8 +334,8 @@ def test_events_name_their_card_where_it_can_be_told(start, fake_nvml):
     assert found == [["XidEvent", "GPU-a", 79], ["RecoveryActionChanged", "GPU-b"]]
 
 
-def test_events_go_on_when_cards_come_back_and_after_errors(start, fake_nvml):
-    child = start(FakeCard("GPU-a", events=XID_EVENTS), SECOND)
+def test_events_go_on_when_gpus_come_back_and_after_errors(start, fake_nvml):
+    child = start(FakeGpu("GPU-a", events=XID_EVENTS), SECOND)
     child.ask("cancel", 0.05)
     fake_nvml.wait_error(GPU_IS_LOST)
     started = time.monotonic()
@@ -353,7 +353,7 @@ def test_events_go_on_when_cards_come_back_and_after_errors(start, fake_nvml):
 
 
 def test_waiting_without_any_events_takes_its_second(start):
-    child = start(FakeCard("GPU-a", events=0))
+    child = start(FakeGpu("GPU-a", events=0))
     started = time.monotonic()
     assert child.ask("events", 1) == []
     assert time.monotonic() - started > 0.9
@@ -435,7 +435,7 @@ def test_processes_are_told_without_mps_or_by_older_calls(start, fake_nvml, proc
     ],
     ids=str,
 )
-def test_a_card_whose_processes_are_not_all_told_tells_none(start, fake_nvml, failure):
+def test_a_gpu_whose_processes_are_not_all_told_tells_none(start, fake_nvml, failure):
     child = start(dataclasses.replace(L4, compute=((41, 512),), mps=((42, 1),)))
     assert len(child.ask("processes", "GPU-a")) == 2
     fake_nvml.update("GPU-a", **failure)
@@ -444,7 +444,7 @@ def test_a_card_whose_processes_are_not_all_told_tells_none(start, fake_nvml, fa
 
 def test_asking_for_processes_does_not_open_what_was_let_go_of(start, fake_nvml):
     child = start()
-    fake_nvml.set_cards(dataclasses.replace(L4, compute=((41, 512),)))
+    fake_nvml.set_gpus(dataclasses.replace(L4, compute=((41, 512),)))
     assert child.ask("processes", "GPU-a") is None
     child.ask("scan")
     assert child.ask("release")

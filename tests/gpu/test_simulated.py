@@ -12,39 +12,39 @@ GIB = 1 << 30
 WELL = Reading(memory_used_bytes=0)
 LOST = Reading(lost=True)
 
-CARDS = simulated_gpus(2, "NVIDIA Simulated 24GB", 24 * GIB, (0, 1))
-ONE, TWO = (card.uuid for card in CARDS)
+GPUS = simulated_gpus(2, "NVIDIA Simulated 24GB", 24 * GIB, (0, 1))
+ONE, TWO = (shared.uuid for shared in GPUS)
 
 
 @pytest.fixture
 def driver() -> SimulatedDriver:
-    return SimulatedDriver(CARDS)
+    return SimulatedDriver(GPUS)
 
 
-# Cards
+# GPUs
 
 
-def test_cards_are_the_same_every_time_and_differ_from_each_other():
-    cards = simulated_gpus(64, "A card", GIB, (0,))
-    assert cards == simulated_gpus(64, "A card", GIB, (0,))
-    assert [card.index for card in cards] == list(range(64))
-    assert len({card.uuid for card in cards}) == 64
-    assert len({card.pci_bus_id for card in cards}) == 64
-    assert {(card.model, card.memory_bytes) for card in cards} == {("A card", GIB)}
+def test_gpus_are_the_same_every_time_and_differ_from_each_other():
+    gpus = simulated_gpus(64, "A GPU", GIB, (0,))
+    assert gpus == simulated_gpus(64, "A GPU", GIB, (0,))
+    assert [shared.index for shared in gpus] == list(range(64))
+    assert len({shared.uuid for shared in gpus}) == 64
+    assert len({shared.pci_bus_id for shared in gpus}) == 64
+    assert {(shared.model, shared.memory_bytes) for shared in gpus} == {("A GPU", GIB)}
 
 
-def test_cards_are_on_the_numa_nodes_in_turn():
-    cards = simulated_gpus(5, "A card", GIB, (0, None, 3))
-    assert [card.numa_node for card in cards] == [0, None, 3, 0, None]
+def test_gpus_are_on_the_numa_nodes_in_turn():
+    gpus = simulated_gpus(5, "A GPU", GIB, (0, None, 3))
+    assert [shared.numa_node for shared in gpus] == [0, None, 3, 0, None]
 
 
 def test_ids_of_vgpus_fit_into_what_the_kubelet_takes():
-    (card,) = simulated_gpus(64, "A card", GIB, (0,))[-1:]
-    assert len(device_id(card.uuid, 1023)) <= MAX_DEVICE_ID
+    (shared,) = simulated_gpus(64, "A GPU", GIB, (0,))[-1:]
+    assert len(device_id(shared.uuid, 1023)) <= MAX_DEVICE_ID
 
 
-async def test_a_machine_may_have_no_card():
-    driver = SimulatedDriver(simulated_gpus(0, "A card", GIB, (0,)))
+async def test_a_machine_may_have_no_gpu():
+    driver = SimulatedDriver(simulated_gpus(0, "A GPU", GIB, (0,)))
     assert await driver.scan() == Scan(DRIVER_VERSION, ())
     assert await driver.probe("GPU-unknown") == LOST
 
@@ -52,28 +52,28 @@ async def test_a_machine_may_have_no_card():
 # Handles
 
 
-async def test_a_card_answers_only_from_a_handle_of_a_scan(driver):
+async def test_a_gpu_answers_only_from_a_handle_of_a_scan(driver):
     assert await driver.probe(ONE) == LOST
-    assert await driver.scan() == Scan(DRIVER_VERSION, CARDS)
+    assert await driver.scan() == Scan(DRIVER_VERSION, GPUS)
     assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [WELL, WELL]
     assert await driver.probe("GPU-unknown") == LOST
 
 
-async def test_a_card_that_falls_off_the_bus_is_lost_until_it_has_a_new_handle(driver):
+async def test_a_gpu_that_falls_off_the_bus_is_lost_until_it_has_a_new_handle(driver):
     await driver.scan()
     driver.xid(ONE, 79, falls_off_the_bus=True)
     assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [LOST, WELL]
-    assert (await driver.scan()).gpus == CARDS[1:]
+    assert (await driver.scan()).gpus == GPUS[1:]
     assert await driver.probe(ONE) == LOST
     driver.enumerate_again(ONE)
     assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [LOST, WELL]
-    assert (await driver.scan()).gpus == CARDS
+    assert (await driver.scan()).gpus == GPUS
     assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [WELL, WELL]
 
 
-async def test_every_reset_voids_the_handles_of_a_card_that_never_left(driver):
+async def test_every_reset_voids_the_handles_of_a_gpu_that_never_left(driver):
     for _ in range(3):
-        assert (await driver.scan()).gpus == CARDS
+        assert (await driver.scan()).gpus == GPUS
         assert await driver.probe(ONE) == WELL
         driver.enumerate_again(ONE)
         assert await driver.probe(ONE) == LOST
@@ -82,7 +82,7 @@ async def test_every_reset_voids_the_handles_of_a_card_that_never_left(driver):
 # Faults
 
 
-async def test_probes_fail_until_they_are_told_to_pass_or_the_card_is_reset(driver):
+async def test_probes_fail_until_they_are_told_to_pass_or_the_gpu_is_reset(driver):
     await driver.scan()
     driver.fail_probes(ONE, "it does not like it")
     for _ in range(2):
@@ -96,7 +96,7 @@ async def test_probes_fail_until_they_are_told_to_pass_or_the_card_is_reset(driv
     assert await driver.probe(ONE) == WELL
 
 
-async def test_an_unknown_card_cannot_fail(driver):
+async def test_an_unknown_gpu_cannot_fail(driver):
     with pytest.raises(KeyError):
         driver.fail_probes("GPU-unknown", "x")
     with pytest.raises(KeyError):
@@ -156,13 +156,13 @@ async def test_the_driver_can_be_entered_again(driver):
     for _ in range(2):
         async with driver as entered:
             assert entered is driver
-            assert (await driver.scan()).gpus == CARDS
+            assert (await driver.scan()).gpus == GPUS
 
 
 # Processes
 
 
-async def test_processes_run_where_they_are_told_to_as_long_as_the_card_is_there(driver):
+async def test_processes_run_where_they_are_told_to_as_long_as_the_gpu_is_there(driver):
     running = (GpuProcess(7, GIB), GpuProcess(8, None))
     assert await driver.processes(ONE) == ()
     driver.run_processes(ONE, running)

@@ -79,7 +79,7 @@ async def test_a_machine_without_gpus_is_a_state_and_no_error():
     node = Watched(SimulatedDriver(()))
     await node.look()
     await node.xid(None, RESET)
-    assert (node.snapshot.driver.up, node.snapshot.inventory.cards) == (True, ())
+    assert (node.snapshot.driver.up, node.snapshot.inventory.gpus) == (True, ())
     assert node.snapshot.xids == {(None, RESET): 1}
     assert node.logged() == ["INFO driver simulated answers"]
 
@@ -105,11 +105,11 @@ async def test_an_xid_is_counted_and_marks_the_gpus_that_it_concerns(node, uuid,
     await node.xid(uuid, xid)
     finding = judge_xid(xid, node.rules.health)
     assert (node.healthy, node.snapshot.xids) == (healthy, {(uuid, xid): 1})
-    marked = [card for card in node.snapshot.inventory.cards if not card.healthy]
-    for card in marked:
+    marked = [shared for shared in node.snapshot.inventory.gpus if not shared.healthy]
+    for shared in marked:
         rule = finding.rule
         fault = Fault(Reason.XID, WALL + 7, finding.detail, rule.effect, rule.advice)
-        assert card.faults == (fault,)
+        assert shared.faults == (fault,)
     if finding.rule.effect is Effect.COUNT:
         which = "of an unknown GPU, " if uuid is None else ""
         assert node.logged() == [f"INFO {finding.detail}: {which}counted"]
@@ -175,7 +175,7 @@ async def test_what_still_stands_after_a_reset_is_read_before_anything_ends(
     node.published.clear()
     await node.look(after=5)
     assert node.reasons(ONE) == reasons
-    assert all(not after.inventory.cards[0].healthy for _, after in node.published)
+    assert all(not after.inventory.gpus[0].healthy for _, after in node.published)
 
 
 async def test_an_xid_that_arrives_after_the_return_and_before_the_look_survives(node, driver):

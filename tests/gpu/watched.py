@@ -59,12 +59,12 @@ class Watched:
     @property
     def healthy(self) -> list[int]:
         """The indices of the healthy GPUs."""
-        return [card.gpu.index for card in self.snapshot.inventory.cards if card.healthy]
+        return [shared.gpu.index for shared in self.snapshot.inventory.gpus if shared.healthy]
 
     def reasons(self, uuid: str) -> str:
-        card = self.snapshot.inventory.find(uuid)
-        assert card is not None
-        return " ".join(fault.reason for fault in card.faults)
+        shared = self.snapshot.inventory.find(uuid)
+        assert shared is not None
+        return " ".join(fault.reason for fault in shared.faults)
 
     def logged(self) -> list[str]:
         """What was logged since the last call: level and message."""

@@ -1,4 +1,4 @@
-"""An agent's kubelet side in this process: real state, plugin and session, no cards, no web."""
+"""An agent's kubelet side in this process: real state, plugin and session, no GPUs, no web."""
 
 import os
 import time
@@ -18,7 +18,7 @@ from tests.nodes import new_node, probed
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
 from vgpu_agent.kubelet.session import KubeletSession, SessionTiming, StatFunction
-from vgpu_agent.model.devices import Card, Gpu, device_id
+from vgpu_agent.model.devices import Gpu, SharedGpu, device_id
 from vgpu_agent.model.facts import Reading
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import HealthRules, Placement, SharingRules
@@ -35,8 +35,8 @@ QUICK = SessionTiming(back_off_max=0.05, own_socket_poll=0.05)
 LOST = Reading(lost=True, error="fell off the bus")
 
 
-def cards_of(count: int, numa: Sequence[int | None] = (0, 0, 1, 1)) -> tuple[Gpu, ...]:
-    """Cards of 16 GiB."""
+def gpus_of(count: int, numa: Sequence[int | None] = (0, 0, 1, 1)) -> tuple[Gpu, ...]:
+    """GPUs of 16 GiB."""
     return simulated_gpus(count, "Simulated", 16 * GIB, numa)
 
 
@@ -68,25 +68,25 @@ class Rig:
         return self.session.socket_path
 
     @property
-    def cards(self) -> tuple[Card, ...]:
-        return self.node.snapshot.inventory.cards
+    def gpus(self) -> tuple[SharedGpu, ...]:
+        return self.node.snapshot.inventory.gpus
 
-    def ids(self, card: int, *numbers: int) -> list[str]:
-        """Those vGPUs of a card, or all of them."""
-        made = self.cards[card]
+    def ids(self, shared: int, *numbers: int) -> list[str]:
+        """Those vGPUs of a GPU, or all of them."""
+        made = self.gpus[shared]
         return [device_id(made.gpu.uuid, n) for n in numbers or range(made.replicas)]
 
     def registrations(self, result: str) -> int:
         """How often an attempt to register ended so."""
         return self.node.snapshot.registrations.get(result, 0)
 
-    def fail(self, card: int, reading: Reading = LOST) -> None:
-        probed(self.node, self.cards[card].gpu.uuid, reading)
+    def fail(self, shared: int, reading: Reading = LOST) -> None:
+        probed(self.node, self.gpus[shared].gpu.uuid, reading)
 
-    def heal(self, card: int) -> None:
+    def heal(self, shared: int) -> None:
         """Passed probes, for as long as it takes."""
         for _ in range(2):
-            probed(self.node, self.cards[card].gpu.uuid, Reading())
+            probed(self.node, self.gpus[shared].gpu.uuid, Reading())
 
     async def until(self, condition: Callable[[Snapshot], Any], within: float = 10.0) -> Snapshot:
         return await until(self.node, condition, within)
@@ -134,7 +134,7 @@ async def agent(
 ) -> AsyncIterator[Rig]:
     """An agent that keeps itself registered in `kubelet_dir`; its failure ends the block."""
     node = new_node(
-        cards_of(gpus) if isinstance(gpus, int) else gpus,
+        gpus_of(gpus) if isinstance(gpus, int) else gpus,
         replace(sharing, replicas=replicas, placement=placement),
         HealthRules(recovery_seconds=0),
     )

@@ -8,13 +8,14 @@ import pytest
 
 from tests.agent_process import REPOSITORY
 
-CARDS = """
+GPUS = """
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.model.devices import Card, Inventory
+from vgpu_agent.model.devices import Inventory, SharedGpu
 
-cards = tuple(Card(gpu, 4, usable_bytes=2**34) for gpu in simulated_gpus(6, "card", 2**34, (0, 1)))
-inventory = Inventory(cards)
-wanted = sorted({card.gpu.uuid + "::" + str(n) for card in cards for n in range(3)}, key=hash)
+made = simulated_gpus(6, "Model", 2**34, (0, 1))
+gpus = tuple(SharedGpu(gpu, 4, usable_bytes=2**34) for gpu in made)
+inventory = Inventory(gpus)
+wanted = sorted({each.uuid + "::" + str(n) for each in made for n in range(3)}, key=hash)
 """
 ALLOCATE = """
 from vgpu_agent.kubelet.plugin import _response
@@ -28,7 +29,7 @@ PREFER = """
 from vgpu_agent.model.placement import prefer
 from vgpu_agent.model.rules import Placement
 
-must = [cards[3].gpu.uuid + "::1", "x", "y"]
+must = [made[3].uuid + "::1", "x", "y"]
 for placement in Placement:
     for size in range(25):
         print(prefer(inventory, inventory.device_ids, must, size, placement))
@@ -40,7 +41,7 @@ for placement in Placement:
 def test_the_order_of_a_request_the_process_and_the_hash_seed_change_nothing(code):
     answers = {
         subprocess.run(
-            [sys.executable, "-c", CARDS + code],
+            [sys.executable, "-c", GPUS + code],
             env={**os.environ, "PYTHONHASHSEED": seed},
             cwd=REPOSITORY,
             capture_output=True,

@@ -7,7 +7,7 @@ from tests.wire import dp
 from vgpu_agent.model.devices import Gpu
 
 UUIDS = [f"GPU-a000000{g}-1111-2222-3333-00000000000{g}" for g in range(4)]
-CARDS = tuple(
+GPUS = tuple(
     Gpu(
         uuid=uuid,
         index=index,
@@ -23,7 +23,7 @@ METHODS = ["GetPreferredAllocation", "Allocate", "PreStartContainer"]
 
 
 async def test_a_real_kubelets_calls_are_answered_right(kubelet_dir):
-    async with registered(kubelet_dir, gpus=CARDS) as (kubelet, rig):
+    async with registered(kubelet_dir, gpus=GPUS) as (kubelet, rig):
         calls = await off_loop(capture.replay, rig.path)
         observed = rig.observer.calls[1:]  # the first is that of the kubelet beside
 
@@ -64,29 +64,29 @@ def check_allocate(call, size):
     (answer,) = dp.AllocateResponse.FromString(call.response).container_responses
     assert len(asked.devices_ids) == size
     held = {vgpu.partition("::")[0] for vgpu in asked.devices_ids}
-    on_cards = [
+    on_gpus = [
         sum(vgpu.startswith(f"{uuid}::") for vgpu in asked.devices_ids)
         for uuid in UUIDS
         if uuid in held
     ]
     usable = 16 * GIB - GIB // 2
-    smallest = usable * min(on_cards) // 10
-    limits = [f"{n}={usable * count // 10 // 2**20}M" for n, count in enumerate(on_cards)]
+    smallest = usable * min(on_gpus) // 10
+    limits = [f"{n}={usable * count // 10 // 2**20}M" for n, count in enumerate(on_gpus)]
     assert answer.envs == {
         "NVIDIA_VISIBLE_DEVICES": ",".join(uuid for uuid in UUIDS if uuid in held),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "VGPU_SHARE": ",".join(f"{count}/10" for count in on_cards),
+        "VGPU_SHARE": ",".join(f"{count}/10" for count in on_gpus),
         "VGPU_MEMORY_BYTES": str(smallest),
         "VGPU_MEMORY_FRACTION": f"{smallest * 10_000 // (16 * GIB) / 10_000:.4f}",
         "CUDA_MPS_PIPE_DIRECTORY": "/run/vgpu-agent/mps/pipe",
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": ",".join(limits),
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(10 * min(on_cards)),
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(10 * min(on_gpus)),
     }
 
 
 async def test_the_agent_registers_again_when_the_recorded_kubelet_hangs_up(kubelet_dir):
     """Any end of a stream may be that of the kubelet's own."""
-    async with registered(kubelet_dir, gpus=CARDS) as (kubelet, rig):
+    async with registered(kubelet_dir, gpus=GPUS) as (kubelet, rig):
         await off_loop(capture.replay, rig.path)
         await rig.registered(2)
         await off_loop(kubelet.wait_list, 2)

@@ -11,8 +11,8 @@ from tests.kubelet.rig import (
     MPS,
     TIME_SLICING,
     agent,
-    cards_of,
     channel_to,
+    gpus_of,
     next_message,
     registered,
     unchanging,
@@ -23,7 +23,7 @@ from tests.wire import dp
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.plugin import ListEncoder
-from vgpu_agent.model.devices import Card, Inventory
+from vgpu_agent.model.devices import Inventory, SharedGpu
 from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading
 from vgpu_agent.model.placement import Placement
 from vgpu_agent.model.rules import MpsLimits
@@ -70,12 +70,12 @@ async def test_options_ask_for_pre_start_under_mps_only(kubelet_dir, sharing, pr
 # ListAndWatch
 
 
-async def test_every_vgpu_is_listed_with_its_cards_numa_node(kubelet_dir):
-    cards = cards_of(3, numa=(0, 1, None))
-    async with registered(kubelet_dir, gpus=cards, replicas=3) as (kubelet, _):
+async def test_every_vgpu_is_listed_with_its_gpus_numa_node(kubelet_dir):
+    gpus = gpus_of(3, numa=(0, 1, None))
+    async with registered(kubelet_dir, gpus=gpus, replicas=3) as (kubelet, _):
         assert kubelet.devices == [
-            Device(f"{card.uuid}::{n}", "Healthy", card.numa_node)
-            for card in cards
+            Device(f"{shared.uuid}::{n}", "Healthy", shared.numa_node)
+            for shared in gpus
             for n in (0, 1, 2)
         ]
         raw = dp.ListAndWatchResponse.FromString(kubelet.lists[0].raw).devices
@@ -84,14 +84,14 @@ async def test_every_vgpu_is_listed_with_its_cards_numa_node(kubelet_dir):
         assert [raw[n * 3].HasField("topology") for n in range(3)] == [True, True, False]
 
 
-async def test_a_node_without_cards_sends_an_empty_list(kubelet_dir):
+async def test_a_node_without_gpus_sends_an_empty_list(kubelet_dir):
     async with registered(kubelet_dir, gpus=0) as (kubelet, rig):
         assert kubelet.lists[0].devices == []
-        found(rig.node, cards_of(1))
+        found(rig.node, gpus_of(1))
         assert len((await off_loop(kubelet.wait_list, 2)).devices) == 10
 
 
-async def test_a_fault_takes_all_vgpus_of_its_card_in_one_update_and_only_those(kubelet_dir):
+async def test_a_fault_takes_all_vgpus_of_its_gpu_in_one_update_and_only_those(kubelet_dir):
     async with registered(kubelet_dir) as (kubelet, rig):
         ill = set(rig.ids(2))
         rig.fail(2)
@@ -123,7 +123,7 @@ async def test_every_one_of_several_streams_follows_the_list(kubelet_dir):
         update = await off_loop(kubelet.wait_list, 2)
         for stream in streams:
             assert await next_message(stream) == update.raw
-        assert not healthy(update.devices, rig.cards[1].gpu.uuid) - {False}
+        assert not healthy(update.devices, rig.gpus[1].gpu.uuid) - {False}
 
 
 async def test_a_slow_watcher_skips_to_the_newest_list(kubelet_dir):
@@ -159,7 +159,7 @@ async def test_a_container_is_told_its_share(kubelet_dir):
         answer = await off_loop(kubelet.allocate, ids[::-1])  # a kubelet's order is random
         (one,) = answer.container_responses
         assert one.envs == {
-            "NVIDIA_VISIBLE_DEVICES": rig.cards[1].gpu.uuid,
+            "NVIDIA_VISIBLE_DEVICES": rig.gpus[1].gpu.uuid,
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "VGPU_SHARE": "2/10",
             "VGPU_MEMORY_BYTES": str((16 * GIB - GIB // 2) * 2 // 10),
@@ -180,7 +180,7 @@ async def test_a_container_is_told_its_share(kubelet_dir):
 
 def serving(limits, rig):
     """A daemon that was set up with these limits."""
-    gpus = tuple(AppliedGpu(card.gpu.uuid, n, 10, None) for n, card in enumerate(rig.cards))
+    gpus = tuple(AppliedGpu(shared.gpu.uuid, n, 10, None) for n, shared in enumerate(rig.gpus))
     return DaemonLook(generation="1", applied=Applied("1", limits, None, gpus, None, "1"))
 
 
@@ -206,11 +206,11 @@ async def test_several_containers_of_one_request_get_an_answer_each_in_order(kub
 # GetPreferredAllocation
 
 
-@pytest.mark.parametrize(("placement", "card"), [(Placement.SPREAD, 1), (Placement.PACK, 0)])
-async def test_the_preferred_vgpus_come_from_one_card_by_placement(kubelet_dir, placement, card):
+@pytest.mark.parametrize(("placement", "shared"), [(Placement.SPREAD, 1), (Placement.PACK, 0)])
+async def test_the_preferred_vgpus_come_from_one_gpu_by_placement(kubelet_dir, placement, shared):
     async with registered(kubelet_dir, gpus=2, placement=placement) as (kubelet, rig):
         available = [*rig.ids(0, 0, 1, 2, 3), *rig.ids(1)]
-        assert await off_loop(kubelet.preferred, available, [], 3) == rig.ids(card, 0, 1, 2)
+        assert await off_loop(kubelet.preferred, available, [], 3) == rig.ids(shared, 0, 1, 2)
         must = rig.ids(1, 9)
         assert await off_loop(kubelet.preferred, available, must, 2) == rig.ids(1, 9, 0)
         assert await off_loop(kubelet.preferred, available, [], 0) == []
@@ -236,11 +236,11 @@ async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, c
 # PreStartContainer
 
 
-async def test_a_container_may_start_while_its_card_is_well(kubelet_dir):
+async def test_a_container_may_start_while_its_gpu_is_well(kubelet_dir):
     async with registered(kubelet_dir, gpus=2) as (kubelet, rig):
         assert await off_loop(kubelet.pre_start, rig.ids(0, 0, 9)) == dp.PreStartContainerResponse()
-        # What was allocated when the card was cut into more is still the container's.
-        held = f"{rig.cards[0].gpu.uuid}::47"
+        # What was allocated when the GPU was cut into more is still the container's.
+        held = f"{rig.gpus[0].gpu.uuid}::47"
         assert await off_loop(kubelet.pre_start, [held]) == dp.PreStartContainerResponse()
         rig.fail(0)
         with pytest.raises(grpc.RpcError) as refused:
@@ -250,9 +250,9 @@ async def test_a_container_may_start_while_its_card_is_well(kubelet_dir):
         await off_loop(kubelet.pre_start, [held])
 
 
-# Wrong requests. The card of index 3 is unhealthy in all of them.
+# Wrong requests. The GPU of index 3 is unhealthy in all of them.
 
-UUIDS = [card.uuid for card in cards_of(4)]
+UUIDS = [shared.uuid for shared in gpus_of(4)]
 WELL, ILL = f"{UUIDS[0]}::0", f"{UUIDS[3]}::0"
 MANY = [[f"{uuid}::{n}"] for uuid in UUIDS for n in range(10)] + [["x::0"]]
 REFUSED = {
@@ -302,13 +302,13 @@ REFUSED = {
     ),
     "no device to start with": ("PreStartContainer", start(), INVALID, ["names no device"]),
     "an ID of another form": ("PreStartContainer", start("7"), INVALID, ["'7'", "<GPU UUID>::"]),
-    "a card that is not here": (
+    "a GPU that is not here": (
         "PreStartContainer",
         start(WELL, "GPU-x::0"),
         UNAVAILABLE_NOW,
         ["'GPU-x::0'", "not on this node"],
     ),
-    "a card that is ill": (
+    "a GPU that is ill": (
         "PreStartContainer",
         start(WELL, ILL),
         UNAVAILABLE_NOW,
@@ -424,40 +424,42 @@ def whole_list(inventory):
         devices=[
             v1beta1.Device(
                 id=vgpu,
-                health="Healthy" if card.healthy else "Unhealthy",
+                health="Healthy" if shared.healthy else "Unhealthy",
                 **(
                     {}
-                    if card.gpu.numa_node is None
+                    if shared.gpu.numa_node is None
                     else {
                         "topology": v1beta1.TopologyInfo(
-                            nodes=[v1beta1.NumaNode(id=card.gpu.numa_node)]
+                            nodes=[v1beta1.NumaNode(id=shared.gpu.numa_node)]
                         )
                     }
                 ),
             )
-            for card in inventory.cards
-            for vgpu in card.device_ids
+            for shared in inventory.gpus
+            for vgpu in shared.device_ids
         ]
     )
 
 
 @pytest.fixture
-def encoded_cards(monkeypatch):
-    """The cards that were encoded, in each call."""
-    seen, encode = [], plugin_module._encode_cards
+def encoded_gpus(monkeypatch):
+    """The GPUs that were encoded, in each call."""
+    seen, encode = [], plugin_module._encode_gpus
 
-    def recording(cards):
-        seen.append([card.gpu.index for card in cards])
-        return encode(cards)
+    def recording(gpus):
+        seen.append([shared.gpu.index for shared in gpus])
+        return encode(gpus)
 
-    monkeypatch.setattr(plugin_module, "_encode_cards", recording)
+    monkeypatch.setattr(plugin_module, "_encode_gpus", recording)
     return seen
 
 
-def inventory_of(*cards, replicas=10, ill=()):
-    gpus = cards_of(4, numa=(0, 1, None, 300))
+def inventory_of(*numbers, replicas=10, ill=()):
+    gpus = gpus_of(4, numa=(0, 1, None, 300))
     return Inventory(
-        tuple(Card(gpus[n], replicas, (LOST,) if n in ill else ()) for n in cards or range(4))
+        tuple(
+            SharedGpu(gpus[n], replicas, (LOST,) if n in ill else ()) for n in numbers or range(4)
+        )
     )
 
 
@@ -467,27 +469,27 @@ async def test_the_joined_bytes_are_those_of_the_whole_list():
         assert await encoder.encode(inventory) == bytes(whole_list(inventory))
 
 
-async def test_a_card_is_encoded_once_for_both_states_of_its_health(encoded_cards):
+async def test_a_gpu_is_encoded_once_for_both_states_of_its_health(encoded_gpus):
     encoder = ListEncoder()
     well = await encoder.encode(inventory_of())
     assert await encoder.encode(inventory_of()) == well
     assert await encoder.encode(inventory_of(ill=(1,))) != well
     assert await encoder.encode(inventory_of(ill=(0, 1, 2, 3))) != well
-    assert encoded_cards == [[0, 1, 2, 3]]
+    assert encoded_gpus == [[0, 1, 2, 3]]
 
 
-async def test_only_a_card_that_is_new_or_differs_is_encoded(encoded_cards):
+async def test_only_a_gpu_that_is_new_or_differs_is_encoded(encoded_gpus):
     encoder = ListEncoder()
     await encoder.encode(inventory_of(0, 1))
     await encoder.encode(inventory_of(0, 1, 3))
-    assert encoded_cards == [[0, 1], [3]]
+    assert encoded_gpus == [[0, 1], [3]]
     await encoder.encode(inventory_of(0, 1, 3, replicas=7))
-    assert encoded_cards[2:] == [[0, 1, 3]]
+    assert encoded_gpus[2:] == [[0, 1, 3]]
 
 
-async def test_the_encoder_forgets_cards_that_are_gone(encoded_cards):
+async def test_the_encoder_forgets_gpus_that_are_gone(encoded_gpus):
     encoder = ListEncoder()
     await encoder.encode(inventory_of(0, 1, ill=(1,)))
     await encoder.encode(inventory_of(2))
     await encoder.encode(inventory_of(2, 0))
-    assert encoded_cards == [[0, 1], [2], [0]]
+    assert encoded_gpus == [[0, 1], [2], [0]]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.kubelet import peers
 from tests.kubelet.peers import BAD_PEERS, listening, nothing_left, sockets, wait_for
 from tests.kubelet.podresources_peer import Pod, a_pod, checkpoint, encoded, entry, serving
-from tests.kubelet.rig import RESOURCE, cards_of
+from tests.kubelet.rig import RESOURCE, gpus_of
 from tests.kubelet_peer import off_loop
 from tests.model.strategies import tried
 from tests.nodes import new_node
@@ -38,10 +38,10 @@ from vgpu_agent.model.snapshot import RegistrationResult
 
 DATA = Path(__file__).parents[1] / "data"
 RECORDED_RESOURCE = "k8s.amazonaws.com/vgpu"
-RECORDED_CARD = "GPU-a0000000-1111-2222-3333-000000000000"
+RECORDED_GPU = "GPU-a0000000-1111-2222-3333-000000000000"
 pytestmark = pytest.mark.slow
 
-CARDS = [gpu.uuid for gpu in cards_of(4)]
+GPUS = [gpu.uuid for gpu in gpus_of(4)]
 
 QUICK = AskTiming(quiet=0.05, burst=0.2, retry=0.05, list_timeout=1.0)
 """Retries come soon, and slow answers are given up soon."""
@@ -83,9 +83,9 @@ class Watched:
 
 @asynccontextmanager
 async def watching(
-    kubelet_dir, *, resource=RESOURCE, interval=60.0, cards=4, timing=QUICK, **options
+    kubelet_dir, *, resource=RESOURCE, interval=60.0, gpus=4, timing=QUICK, **options
 ):
-    node, clock = new_node(cards_of(cards)), Clock()
+    node, clock = new_node(gpus_of(gpus)), Clock()
     watch = PodResourcesWatch(
         kubelet_dir, resource, node, interval, clock=clock, timing=timing, **options
     )
@@ -108,8 +108,8 @@ def nothing_stumbles(caplog):
 told = peers.told
 
 
-def vgpus(card, *numbers):
-    return [device_id(CARDS[card], n) for n in numbers]
+def vgpus(shared, *numbers):
+    return [device_id(GPUS[shared], n) for n in numbers]
 
 
 ONE = encoded(a_pod("a", *vgpus(0, 1)))
@@ -127,10 +127,10 @@ async def test_what_a_real_kubelet_sent_is_told(kubelet_dir):
             await agent.until_held(one_node1=1, three_node1=3)
             told_of = agent.node.snapshot.holders.assignments
     assert told_of == (
-        Assignment(Holder("default", "one-node1", "main"), (device_id(RECORDED_CARD, 0),)),
+        Assignment(Holder("default", "one-node1", "main"), (device_id(RECORDED_GPU, 0),)),
         Assignment(
             Holder("default", "three-node1", "main"),
-            tuple(device_id(RECORDED_CARD, n) for n in (1, 2, 3)),
+            tuple(device_id(RECORDED_GPU, n) for n in (1, 2, 3)),
         ),
     )
 
@@ -357,8 +357,8 @@ async def test_vgpus_that_are_held_and_no_longer_made_are_told_once(kubelet_dir,
         assert len(told(caplog, "no longer advertised")) == 2
 
 
-async def test_nothing_is_orphaned_before_the_driver_has_told_its_cards(kubelet_dir, caplog):
-    async with serving(kubelet_dir, ONE), watching(kubelet_dir, cards=0) as agent:
+async def test_nothing_is_orphaned_before_the_driver_has_told_its_gpus(kubelet_dir, caplog):
+    async with serving(kubelet_dir, ONE), watching(kubelet_dir, gpus=0) as agent:
         await agent.until_held(a=1)
     assert told(caplog, "no longer advertised") == []
 

@@ -1,4 +1,4 @@
-"""Cards, nodes and requests as hypothesis makes them up."""
+"""GPUs, nodes and requests as hypothesis makes them up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from uuid import NAMESPACE_OID, uuid5
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from vgpu_agent.model.devices import Card, Effect, Fault, Gpu, Inventory, Reason, device_id
+from vgpu_agent.model.devices import Effect, Fault, Gpu, Inventory, Reason, SharedGpu, device_id
 
-MOST_CARDS = 8
+MOST_GPUS = 8
 MOST_REPLICAS = 12
 
 
@@ -34,7 +34,7 @@ def uuid_of(seed: int) -> str:
 
 
 def a_gpu(index: int, **described) -> Gpu:
-    """A card with 16 GiB, made for an example: its UUID is `gpu-<index>`."""
+    """A GPU with 16 GiB, made for an example: its UUID is `gpu-<index>`."""
     known = {
         "uuid": f"gpu-{index}",
         "model": "Model",
@@ -44,10 +44,12 @@ def a_gpu(index: int, **described) -> Gpu:
     return Gpu(index=index, **{**known, **described})
 
 
-def a_card(gpu: Gpu, replicas: int, faults: tuple[Fault, ...] = (), *, reserved: int = 0) -> Card:
+def a_shared_gpu(
+    gpu: Gpu, replicas: int, faults: tuple[Fault, ...] = (), *, reserved: int = 0
+) -> SharedGpu:
     """As it is advertised where it is divided by count and so many bytes are kept out."""
     usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - reserved)
-    return Card(gpu, replicas, faults, usable_bytes=usable)
+    return SharedGpu(gpu, replicas, faults, usable_bytes=usable)
 
 
 def ids(uuid: str, *numbers: int) -> list[str]:
@@ -71,20 +73,20 @@ memory_sizes = st.tuples(st.integers(2**34, 2**38), st.integers(0, 2**30))
 
 @cache
 def _shapes(replicas: int, healthy: bool) -> st.SearchStrategy[tuple[int, int | None, bool]]:
-    """Replicas, NUMA node and whether the card may have faults, in one draw: draws are slow."""
+    """Replicas, NUMA node and whether the GPU may have faults, in one draw: draws are slow."""
     maybe_ill = (False,) if healthy else (False, False, False, True)
     return st.sampled_from(list(product(range(1, replicas + 1), (None, 0, 1, 2), maybe_ill)))
 
 
 @st.composite
 def inventories(
-    draw, *, fewest=0, most=MOST_CARDS, replicas=MOST_REPLICAS, healthy=False
+    draw, *, fewest=0, most=MOST_GPUS, replicas=MOST_REPLICAS, healthy=False
 ) -> Inventory:
-    """Cards in the order of their index, which is neither that of UUIDs nor that of PCI."""
+    """GPUs in the order of their index, which is neither that of UUIDs nor that of PCI."""
     shapes = draw(st.lists(_shapes(replicas, healthy), min_size=fewest, max_size=most))
     chance = draw(chances)
-    indices = sorted(chance.sample(range(MOST_CARDS + 2), len(shapes)))
-    buses = chance.sample(range(9, 9 + MOST_CARDS), len(shapes))
+    indices = sorted(chance.sample(range(MOST_GPUS + 2), len(shapes)))
+    buses = chance.sample(range(9, 9 + MOST_GPUS), len(shapes))
     seeds = chance.sample(range(100), len(shapes))
     total, reserved = draw(memory_sizes)
     made = []
@@ -98,12 +100,12 @@ def inventories(
             reserved_bytes=min(total, reserved) // (n + 1),
             numa_node=numa_node,
         )
-        made.append(a_card(gpu, count, draw(fault_sets) if maybe_ill else ()))
+        made.append(a_shared_gpu(gpu, count, draw(fault_sets) if maybe_ill else ()))
     return Inventory(tuple(made))
 
 
-cards = inventories(fewest=1, most=1).map(lambda inventory: inventory.cards[0])
-gpus = cards.map(lambda card: card.gpu)
+gpus = inventories(fewest=1, most=1).map(lambda inventory: inventory.gpus[0])
+gpus = gpus.map(lambda shared: shared.gpu)
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,15 @@ _must_counts = st.sampled_from([0, 0, 1, 1, 2, 3, 4])
 _masks = st.integers(0, 2**MOST_REPLICAS - 1)
 
 
-def _picked(mask: int, card: Card) -> list[str]:
-    return [vgpu for n, vgpu in enumerate(card.device_ids) if mask >> n & 1]
+def _picked(mask: int, shared: SharedGpu) -> list[str]:
+    return [vgpu for n, vgpu in enumerate(shared.device_ids) if mask >> n & 1]
 
 
 @st.composite
-def requests(draw, *, most=MOST_CARDS, replicas=MOST_REPLICAS, healthy=False) -> Request:
+def requests(draw, *, most=MOST_GPUS, replicas=MOST_REPLICAS, healthy=False) -> Request:
     """Well-formed: all IDs exist, and what must be included is available."""
     inventory = draw(inventories(most=most, replicas=replicas, healthy=healthy))
-    available = [vgpu for card in inventory.cards for vgpu in _picked(draw(_masks), card)]
+    available = [vgpu for shared in inventory.gpus for vgpu in _picked(draw(_masks), shared)]
     draw(chances).shuffle(available)
     must = available[: draw(_must_counts)]
     size = draw(st.integers(0, len(available) + 2))
@@ -147,7 +149,7 @@ def racing_requests(draw) -> Request:
     request = draw(requests())
     outside = [
         vgpu for vgpu in request.inventory.device_ids if vgpu not in set(request.available)
-    ] + [device_id(card.gpu.uuid, card.replicas) for card in request.inventory.cards]
+    ] + [device_id(shared.gpu.uuid, shared.replicas) for shared in request.inventory.gpus]
     chance = draw(chances)
     chance.shuffle(outside)
     must = [*request.must_include, *outside[: draw(_must_counts)], *draw(strangers)]

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.model.strategies import a_card, a_gpu, ids, inventories, tried
+from tests.model.strategies import a_gpu, a_shared_gpu, ids, inventories, tried
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.container import Mount, check_devices, check_start, grant
-from vgpu_agent.model.devices import Card, Fault, Inventory, Reason
+from vgpu_agent.model.devices import Fault, Inventory, Reason, SharedGpu
 from vgpu_agent.model.rules import MIB, DeviceList, MpsLimits, SharingRules, Threads
 
 PIPE = "/run/vgpu-agent/mps/pipe"
@@ -18,7 +18,7 @@ TIME_SLICING = SharingRules(mps=False)
 L4 = "GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10"
 GPU = a_gpu(0, uuid=L4, memory_bytes=23034 * MIB, reserved_bytes=438 * MIB)
 
-ONE_CARD = Inventory((a_card(GPU, 10, reserved=300 * MIB),))
+ONE_GPU = Inventory((a_shared_gpu(GPU, 10, reserved=300 * MIB),))
 """22296 MiB of it are usable."""
 
 
@@ -26,7 +26,7 @@ def by_mps(threads: Threads | float = Threads.SHARE, *, shm: str | None = SHM) -
     return SharingRules(mps_threads=threads, mps_shm_directory=shm)
 
 
-# One card
+# One GPU
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def by_mps(threads: Threads | float = Threads.SHARE, *, shm: str | None = SHM) -
     ],
 )
 def test_under_mps_a_container_is_told_its_share(vgpus, share, memory, fraction, limit, percentage):
-    got = grant(ONE_CARD, ids(L4, *range(vgpus)), MPS)
+    got = grant(ONE_GPU, ids(L4, *range(vgpus)), MPS)
     assert got.environment == {
         "NVIDIA_VISIBLE_DEVICES": L4,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -56,7 +56,7 @@ def test_under_mps_a_container_is_told_its_share(vgpus, share, memory, fraction,
 
 
 def test_under_time_slicing_nothing_of_mps_is_given():
-    got = grant(Inventory((a_card(GPU, 10),)), ids(L4, 3, 7), TIME_SLICING)
+    got = grant(Inventory((a_shared_gpu(GPU, 10),)), ids(L4, 3, 7), TIME_SLICING)
     assert got.environment == {
         "NVIDIA_VISIBLE_DEVICES": L4,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -68,25 +68,25 @@ def test_under_time_slicing_nothing_of_mps_is_given():
 
 
 def test_without_shared_memory_directory_the_container_keeps_its_own():
-    assert grant(ONE_CARD, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(PIPE, PIPE),)
+    assert grant(ONE_GPU, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(PIPE, PIPE),)
 
 
 def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reason():
-    nothing = Inventory((a_card(GPU, 10, reserved=2**40),))
+    nothing = Inventory((a_shared_gpu(GPU, 10, reserved=2**40),))
     with pytest.raises(UnavailableDeviceError, match=r"0 usable bytes.*VGPU_MEMORY_RESERVED"):
         grant(nothing, ids(L4, 0), MPS)
 
 
-# Several cards
+# Several GPUs
 
 LARGE = a_gpu(0, uuid="large", memory_bytes=4000 * MIB, pci_bus_id="00000000:0B:00.0")
 SMALL = a_gpu(1, uuid="small", memory_bytes=1000 * MIB, pci_bus_id="00000000:0a:00.0")
 UNUSED = a_gpu(2, uuid="unused", memory_bytes=1000 * MIB, pci_bus_id="00000000:01:00.0")
-THREE_CARDS = Inventory((a_card(LARGE, 10), a_card(SMALL, 4), a_card(UNUSED, 4)))
+THREE_GPUS = Inventory((a_shared_gpu(LARGE, 10), a_shared_gpu(SMALL, 4), a_shared_gpu(UNUSED, 4)))
 
 
-def test_several_cards_are_told_in_pci_order_and_so_are_their_limits():
-    got = grant(THREE_CARDS, [*ids("large", 9, 0, 5), *ids("small", 1)], by_mps())
+def test_several_gpus_are_told_in_pci_order_and_so_are_their_limits():
+    got = grant(THREE_GPUS, [*ids("large", 9, 0, 5), *ids("small", 1)], by_mps())
     assert got.environment == {
         "NVIDIA_VISIBLE_DEVICES": "small,large",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -99,8 +99,8 @@ def test_several_cards_are_told_in_pci_order_and_so_are_their_limits():
     }
 
 
-def test_one_number_for_several_cards_is_the_smallest_of_each_kind():
-    got = grant(THREE_CARDS, [*ids("large", 0), *ids("small", 0, 1, 2)], by_mps()).environment
+def test_one_number_for_several_gpus_is_the_smallest_of_each_kind():
+    got = grant(THREE_GPUS, [*ids("large", 0), *ids("small", 0, 1, 2)], by_mps()).environment
     assert got["VGPU_MEMORY_BYTES"] == str(400 * MIB)
     assert got["VGPU_MEMORY_FRACTION"] == "0.1000"
     assert got["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
@@ -108,26 +108,26 @@ def test_one_number_for_several_cards_is_the_smallest_of_each_kind():
 
 @given(inventories(fewest=1, healthy=True), st.data())
 @tried(60)
-def test_ordinals_of_limits_match_the_places_of_the_cards(inventory, data):
+def test_ordinals_of_limits_match_the_places_of_the_gpus(inventory, data):
     vgpus = data.draw(st.lists(st.sampled_from(list(inventory.device_ids)), min_size=1))
     environment = grant(inventory, list(dict.fromkeys(vgpus)), by_mps()).environment
     visible = environment["NVIDIA_VISIBLE_DEVICES"].split(",")
     limits = environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"].split(",")
     buses = [inventory.find(uuid).gpu.pci_bus_id for uuid in visible]
     assert buses == sorted(buses)
-    assert set(visible) == {inventory.card_of(vgpu).gpu.uuid for vgpu in vgpus}
+    assert set(visible) == {inventory.gpu_of(vgpu).gpu.uuid for vgpu in vgpus}
     for ordinal, (uuid, limit) in enumerate(zip(visible, limits, strict=True)):
-        card = inventory.find(uuid)
-        held = sum(inventory.card_of(vgpu) is card for vgpu in set(vgpus))
-        usable = card.usable_bytes
-        assert limit == f"{ordinal}={usable * held // card.replicas // MIB}M"
+        shared = inventory.find(uuid)
+        held = sum(inventory.gpu_of(vgpu) is shared for vgpu in set(vgpus))
+        usable = shared.usable_bytes
+        assert limit == f"{ordinal}={usable * held // shared.replicas // MIB}M"
 
 
 # Threads
 
 
 def percentage(vgpus: int, of: int, threads: Threads | float) -> str | None:
-    inventory = Inventory((a_card(GPU, of),))
+    inventory = Inventory((a_shared_gpu(GPU, of),))
     environment = grant(inventory, ids(L4, *range(vgpus)), by_mps(threads)).environment
     return environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
 
@@ -169,12 +169,12 @@ def test_a_percentage_of_threads_is_one_that_mps_takes(of, factor):
 
 # What is refused
 
-ILL = Card(
+ILL = SharedGpu(
     a_gpu(3, uuid="ill"),
     2,
     (Fault(Reason.XID, 0.0, "XID 79"), Fault(Reason.LOST, 0.0, "not on the bus")),
 )
-NODE = Inventory((a_card(LARGE, 10), ILL))
+NODE = Inventory((a_shared_gpu(LARGE, 10), ILL))
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,15 @@ def test_what_cannot_be_given_is_refused_by_name(vgpus, error, message):
 
 
 @pytest.mark.parametrize("sharing", [MPS, TIME_SLICING], ids=["mps", "time-slicing"])
-def test_a_fault_of_one_card_does_not_keep_others_from_being_given(sharing):
+def test_a_fault_of_one_gpu_does_not_keep_others_from_being_given(sharing):
     assert grant(NODE, ["large::0"], sharing).environment["NVIDIA_VISIBLE_DEVICES"] == "large"
 
 
-def test_checked_devices_come_with_their_cards_in_the_order_of_the_request():
-    assert check_devices(THREE_CARDS, ["small::0", "large::1", "small::1"]) == [
-        THREE_CARDS.cards[1],
-        THREE_CARDS.cards[0],
-        THREE_CARDS.cards[1],
+def test_checked_devices_come_with_their_gpus_in_the_order_of_the_request():
+    assert check_devices(THREE_GPUS, ["small::0", "large::1", "small::1"]) == [
+        THREE_GPUS.gpus[1],
+        THREE_GPUS.gpus[0],
+        THREE_GPUS.gpus[1],
     ]
 
 
@@ -247,7 +247,7 @@ def test_a_container_starts_again_with_a_vgpu_that_is_no_longer_made():
         ),
     ],
 )
-def test_a_container_does_not_start_without_its_cards(vgpus, error, message):
+def test_a_container_does_not_start_without_its_gpus(vgpus, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         check_start(NODE, vgpus)
 
@@ -264,11 +264,11 @@ sharings = st.builds(
 
 @given(inventories(fewest=1, healthy=True), sharings, st.data())
 @tried(60)
-def test_the_order_of_a_request_and_of_the_cards_does_not_matter(inventory, sharing, data):
+def test_the_order_of_a_request_and_of_the_gpus_does_not_matter(inventory, sharing, data):
     vgpus = data.draw(
         st.lists(st.sampled_from(list(inventory.device_ids)), min_size=1, unique=True)
     )
-    shuffled = Inventory(tuple(data.draw(st.permutations(inventory.cards))))
+    shuffled = Inventory(tuple(data.draw(st.permutations(inventory.gpus))))
     again = data.draw(st.permutations(vgpus))
     got = grant(inventory, vgpus, sharing)
     assert grant(shuffled, again, sharing) == got
@@ -278,10 +278,10 @@ def test_the_order_of_a_request_and_of_the_cards_does_not_matter(inventory, shar
 
 def test_an_answer_cannot_be_changed_by_who_holds_it():
     with pytest.raises(TypeError):
-        grant(ONE_CARD, ids(L4, 0), MPS).environment["CUDA_VISIBLE_DEVICES"] = "0"
+        grant(ONE_GPU, ids(L4, 0), MPS).environment["CUDA_VISIBLE_DEVICES"] = "0"
 
 
-# All containers of one card
+# All containers of one GPU
 
 
 @given(
@@ -289,18 +289,18 @@ def test_an_answer_cannot_be_changed_by_who_holds_it():
     st.lists(st.integers(0, 3), min_size=12, max_size=12),
 )
 @tried(100)
-def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(inventory, owners):
-    (card,) = inventory.cards
+def test_limits_of_all_containers_of_a_gpu_stay_within_what_is_usable(inventory, owners):
+    (shared,) = inventory.gpus
     groups: dict[int, list[str]] = {}
-    for owner, vgpu in zip(owners, card.device_ids, strict=False):
+    for owner, vgpu in zip(owners, shared.device_ids, strict=False):
         groups.setdefault(owner, []).append(vgpu)
     told = [grant(inventory, group, MPS).environment for group in groups.values()]
     limits = [
         int(environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"].removeprefix("0=").removesuffix("M"))
         for environment in told
     ]
-    assert sum(limits) * MIB <= card.usable_bytes
-    assert sum(int(environment["VGPU_MEMORY_BYTES"]) for environment in told) <= card.usable_bytes
+    assert sum(limits) * MIB <= shared.usable_bytes
+    assert sum(int(environment["VGPU_MEMORY_BYTES"]) for environment in told) <= shared.usable_bytes
     assert sum(int(e["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) for e in told) <= 100
 
 
@@ -309,17 +309,17 @@ def test_limits_of_all_containers_of_a_card_stay_within_what_is_usable(inventory
 
 def test_with_limits_in_the_daemon_a_client_is_told_none_and_a_container_has_one_vgpu():
     sharing = SharingRules(mps_limits=MpsLimits.SERVER)
-    environment = grant(ONE_CARD, ids(L4, 3), sharing).environment
+    environment = grant(ONE_GPU, ids(L4, 3), sharing).environment
     assert environment["CUDA_MPS_PIPE_DIRECTORY"] == PIPE
     assert not [name for name in environment if "LIMIT" in name or "PERCENTAGE" in name]
     assert environment["VGPU_SHARE"] == "1/10"
     with pytest.raises(InvalidRequestError, match=r"2 vGPUs .* VGPU_MPS_LIMITS=server"):
-        grant(ONE_CARD, ids(L4, 0, 1), sharing)
+        grant(ONE_GPU, ids(L4, 0, 1), sharing)
 
 
 def test_without_limits_a_client_is_told_none_however_many_vgpus_it_has():
     sharing = SharingRules(mps_limits=MpsLimits.NONE)
-    environment = grant(ONE_CARD, ids(L4, *range(10)), sharing).environment
+    environment = grant(ONE_GPU, ids(L4, *range(10)), sharing).environment
     assert [name for name in environment if name.startswith("CUDA_MPS")] == [
         "CUDA_MPS_PIPE_DIRECTORY"
     ]
@@ -339,9 +339,9 @@ FOLDER = "/var/run/nvidia-container-devices"
         ),
         # The runtime adds none then.
         (
-            SharingRules(mps=False, device_list=DeviceList.CDI, cdi_kind="example.com/card"),
+            SharingRules(mps=False, device_list=DeviceList.CDI, cdi_kind="example.com/GPU"),
             "void",
-            (f"example.com/card={L4}",),
+            (f"example.com/GPU={L4}",),
             (),
         ),
         (
@@ -353,14 +353,14 @@ FOLDER = "/var/run/nvidia-container-devices"
     ],
     ids=["mounts", "CDI", "CDI and variable"],
 )
-def test_cards_are_named_otherwise_than_by_the_variable(sharing, visible, cdi_devices, mounts):
-    granted = grant(ONE_CARD, ids(L4, 0, 1), sharing)
+def test_gpus_are_named_otherwise_than_by_the_variable(sharing, visible, cdi_devices, mounts):
+    granted = grant(ONE_GPU, ids(L4, 0, 1), sharing)
     assert granted.environment["NVIDIA_VISIBLE_DEVICES"] == visible
     assert (granted.cdi_devices, granted.mounts) == (cdi_devices, mounts)
 
 
 def test_a_vgpu_of_a_size_has_that_size_and_two_have_twice_as_much():
-    inventory = Inventory((Card(GPU, 3, usable_bytes=6500 * MIB, vgpu_bytes=2000 * MIB),))
+    inventory = Inventory((SharedGpu(GPU, 3, usable_bytes=6500 * MIB, vgpu_bytes=2000 * MIB),))
     for count in (1, 2):
         environment = grant(inventory, ids(L4, *range(count)), by_mps()).environment
         assert environment["VGPU_MEMORY_BYTES"] == str(count * 2000 * MIB)

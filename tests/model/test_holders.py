@@ -23,7 +23,7 @@ from vgpu_agent.model.holders import (
     parts,
 )
 
-VGPUS = [device_id(f"gpu-{card}", n) for card in range(3) for n in (0, 1, 2, 9, 10)]
+VGPUS = [device_id(f"gpu-{shared}", n) for shared in range(3) for n in (0, 1, 2, 9, 10)]
 CONTAINERS = ["init", "main", "sidecar"]
 
 holders = st.builds(
@@ -196,12 +196,16 @@ def only_one_name(told, record):
 
 @st.composite
 def node_and_holders(draw):
-    """Cards, and containers that hold of them, of others, and what is no vGPU at all."""
+    """GPUs, and containers that hold of them, of others, and what is no vGPU at all."""
     inventory = draw(inventories(most=4, replicas=4))
     known = [
         *inventory.device_ids,
-        *(device_id(card.gpu.uuid, card.replicas + n) for card in inventory.cards for n in (0, 7)),
-        *(card.gpu.uuid for card in inventory.cards),  # as other plugins name whole cards
+        *(
+            device_id(shared.gpu.uuid, shared.replicas + n)
+            for shared in inventory.gpus
+            for n in (0, 7)
+        ),
+        *(shared.gpu.uuid for shared in inventory.gpus),  # as other plugins name whole GPUs
         device_id("gone", 0),
     ]
     assignments = []
@@ -214,11 +218,11 @@ def node_and_holders(draw):
 
 @tried(300)
 @given(node_and_holders())
-def test_what_is_held_is_a_part_of_a_card_or_orphaned(example):
+def test_what_is_held_is_a_part_of_a_gpu_or_orphaned(example):
     inventory, assignments = example
     found = parts(inventory, assignments)
     told = Counter(
-        (part.holder, device_id(part.card.gpu.uuid, n)) for part in found for n in part.numbers
+        (part.holder, device_id(part.shared.gpu.uuid, n)) for part in found for n in part.numbers
     )
     assert told == Counter(
         (each.holder, vgpu)
@@ -227,18 +231,18 @@ def test_what_is_held_is_a_part_of_a_card_or_orphaned(example):
         if vgpu in set(inventory.device_ids)
     )
     assert all(part.numbers for part in found)
-    assert len({(part.card.gpu.uuid, part.holder) for part in found}) == len(found)
-    order = [(part.card.gpu.index, part.card.gpu.uuid, part.holder) for part in found]
+    assert len({(part.shared.gpu.uuid, part.holder) for part in found}) == len(found)
+    order = [(part.shared.gpu.index, part.shared.gpu.uuid, part.holder) for part in found]
     assert order == sorted(order)
-    # A part is whole unless the container holds what is no longer made of the card.
+    # A part is whole unless the container holds what is no longer made of the GPU.
     by_holder = {each.holder: each.device_ids for each in assignments}
     for part in found:
-        of_card = [
+        of_gpu = [
             vgpu
             for vgpu in by_holder[part.holder]
-            if (split_device_id(vgpu) or ("", 0))[0] == part.card.gpu.uuid
+            if (split_device_id(vgpu) or ("", 0))[0] == part.shared.gpu.uuid
         ]
-        assert part.whole == (set(of_card) <= set(part.card.device_ids))
+        assert part.whole == (set(of_gpu) <= set(part.shared.device_ids))
     # What is of no part is orphaned.
     orphans = orphaned(inventory, assignments)
     assert Counter(orphans) == Counter(held(assignments) - {vgpu for _, vgpu in told})
@@ -252,13 +256,13 @@ def test_orphans_come_in_the_order_of_their_numbers():
 
 @tried(300)
 @given(node_and_holders())
-def test_the_largest_request_fits_on_one_healthy_card_and_one_more_does_not(example):
+def test_the_largest_request_fits_on_one_healthy_gpu_and_one_more_does_not(example):
     inventory, assignments = example
     size = largest_free(inventory, assignments)
     free = [
-        sum(vgpu not in held(assignments) for vgpu in card.device_ids)
-        for card in inventory.cards
-        if card.healthy
+        sum(vgpu not in held(assignments) for vgpu in shared.device_ids)
+        for shared in inventory.gpus
+        if shared.healthy
     ]
     assert all(count <= size for count in free)
     assert size in free or (size, free) == (0, [])

@@ -1,72 +1,152 @@
+"""Who may import what: no import runs from a lower room to a higher one."""
+
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import vgpu_agent.model
+import vgpu_agent
 
-PACKAGE = Path(vgpu_agent.model.__file__).parent
-REPOSITORY = PACKAGE.parent.parent
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-MODULES = [
-    ".".join(source.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-    for source in SOURCES
-]
+PACKAGE = Path(vgpu_agent.__file__).parent
+SOURCES = {
+    source.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): source.read_text()
+    for source in PACKAGE.rglob("*.py")
+    if "_proto" not in source.parts
+}
+
+LEAVES = ("address", "errors", "store", "unixsocket")
+"""Small modules beside the rooms, which import nothing of ours but each other."""
+
+ROOMS = {
+    **dict.fromkeys(LEAVES, LEAVES),
+    "model": ("errors",),
+    "gpu": ("model", *LEAVES),
+    "mps": ("model", "gpu.driver", *LEAVES),
+    "kubelet": ("model", *LEAVES),
+    "usage": ("model", "gpu.driver", *LEAVES),
+    "observe": ("model", *LEAVES),
+    "control": LEAVES,
+    "settings_kinds": ("model.rules", *LEAVES),
+    "settings": ("settings_kinds", "model.rules", "observe.logs", *LEAVES),
+    "settings_unknown": ("settings",),
+}
+"""What each room may import of ours beside itself. `HIGHEST` may import everything."""
+
+HIGHEST = {"__init__", "__main__", "agent", "cli", "commands"}
+
+LIBRARIES = {
+    "pydantic": ("settings", "settings_kinds"),
+    "pydantic_core": ("settings_kinds",),
+    "pydantic_settings": ("settings",),
+    "pynvml": ("gpu.nvml",),
+    "betterproto": ("kubelet",),
+    "grpclib": ("kubelet",),
+    "prometheus_client": ("observe",),
+    "rich": ("commands",),
+    "uvicorn": ("observe",),
+    "yaml": ("gpu.cdi",),
+}
+"""Where each library of an edge may be imported. anyio is not one: it is how all of it runs."""
 
 
-def run_bare(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with the standard library and the repository, and nothing else."""
-    return subprocess.run(
-        [sys.executable, "-S", "-s", "-P", "-W", "error", "-c", code],
-        env={"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-
-
-def foreign_imports(source: str, package: str = "vgpu_agent.model") -> list[str]:
-    """What a module of `package` imports that is neither standard nor the model's to know."""
-    imported = []
+def imported(source: str) -> Iterator[str]:
+    """The modules and names that a source imports, in full."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            imported += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: -(node.level - 1) or None] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            whole = module == "vgpu_agent"  # then the names themselves are the modules
-            imported += [f"{module}.{alias.name}" for alias in node.names] if whole else [module]
-    return [name for name in imported if not _allowed(name)]
+            assert node.level == 0, "relative imports hide where they go"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _allowed(name: str) -> bool:
-    own = ("vgpu_agent.model", "vgpu_agent.errors")
-    return name.split(".")[0] in sys.stdlib_module_names or any(
-        name == module or name.startswith(f"{module}.") for module in own
-    )
+def within(name: str, places: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{place}.") for place in places)
 
 
-def test_the_model_is_found():
-    names = {"container", "devices", "health", "node", "placement", "share", "snapshot"}
-    assert {f"vgpu_agent.model.{name}" for name in names} <= set(MODULES)
+def importers(library: str) -> set[str]:
+    return {
+        name
+        for name, source in SOURCES.items()
+        if any(within(each, (library,)) for each in imported(source))
+    }
+
+
+def test_every_module_has_its_room():
+    assert {name.split(".")[0] for name in SOURCES} == ROOMS.keys() | HIGHEST
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_lower_ones(room):
+    allowed = tuple(f"vgpu_agent.{each}" for each in (room, "__version__", *ROOMS[room]))
+    assert {
+        f"{name}: {each}"
+        for name, source in SOURCES.items()
+        for each in imported(source)
+        if within(name, (room,)) and within(each, ("vgpu_agent",)) and not within(each, allowed)
+    } == set()
+
+
+def test_only_those_who_wire_the_parts_know_the_settings():
+    users = importers("vgpu_agent.settings")
+    assert {name.split(".")[0] for name in users} == {
+        "agent",
+        "cli",
+        "commands",
+        "settings_unknown",
+    }
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_edge_library_stays_at_its_edge(library):
+    users = importers(library)
+    assert {name for name in users if not within(name, LIBRARIES[library])} == set()
+    assert users, "nobody uses it any more; take it off the list"
+
+
+def test_no_library_is_without_a_place():
+    libraries = {each.split(".")[0] for source in SOURCES.values() for each in imported(source)}
+    own = {"vgpu_agent", "anyio"}
+    assert libraries - set(sys.stdlib_module_names) - own == LIBRARIES.keys()
+
+
+def test_only_the_settings_and_the_command_line_touch_the_environment():
+    words = {
+        *("os.environ", "os.environb", "os.getenv", "os.getenvb"),
+        *("os.putenv", "os.unsetenv"),
+    }
+    touching = {
+        name
+        for name, source in SOURCES.items()
+        if words.intersection(imported(source))
+        or any(
+            isinstance(node, ast.Attribute) and f"os.{node.attr}" in words
+            for node in ast.walk(ast.parse(source))
+        )
+    }
+    # The control program is started with this process's environment and the daemon's directory.
+    assert touching == {"settings", "cli", "mps.control"}
 
 
 @pytest.mark.slow
 def test_the_model_imports_with_nothing_but_the_standard_library():
-    assert "No module named 'hypothesis'" in run_bare("import hypothesis").stderr
-    done = run_bare(
-        f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\n"
-        "print('imported', *sorted(n for n in sys.modules if n.startswith('vgpu_agent')))"
-    )
+    def run_bare(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-S", "-s", "-P", "-W", "error", "-c", code],
+            env={"PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    assert "No module named 'anyio'" in run_bare("import anyio").stderr
+    names = [name for name in SOURCES if within(name, ("model",)) and name != "model.__init__"]
+    imports = "\n".join(f"import vgpu_agent.{name}" for name in names)
+    done = run_bare(f"{imports}\nimport sys; print(*(n for n in sys.modules if 'vgpu_agent' in n))")
     assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split()[1:])
-    assert loaded >= set(MODULES)
-    assert loaded - set(MODULES) <= {"vgpu_agent", "vgpu_agent.errors"}
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_a_module_of_the_model_imports_only_the_model_and_errors(source):
-    assert foreign_imports(source.read_text()) == []
+    loaded = {name.removeprefix("vgpu_agent.") for name in done.stdout.split()}
+    assert loaded >= set(names)
+    assert loaded - set(names) == {"vgpu_agent", "model", "errors"}

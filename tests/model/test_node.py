@@ -56,11 +56,11 @@ class Clocked(Node):
 
     @property
     def healthy(self) -> list[str]:
-        return [card.gpu.uuid for card in self.snapshot.inventory.cards if card.healthy]
+        return [shared.gpu.uuid for shared in self.snapshot.inventory.gpus if shared.healthy]
 
     @property
     def listed(self) -> list[str]:
-        return [card.gpu.uuid for card in self.snapshot.inventory.cards]
+        return [shared.gpu.uuid for shared in self.snapshot.inventory.gpus]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def node() -> Clocked:
 def test_nothing_is_known_at_first():
     snapshot = Clocked().snapshot
     assert (snapshot.driver.up, snapshot.kubelet.connected) == (False, False)
-    assert (snapshot.inventory.cards, snapshot.assignments, snapshot.orphans) == ((), None, ())
+    assert (snapshot.inventory.gpus, snapshot.assignments, snapshot.orphans) == ((), None, ())
 
 
 # One change
@@ -103,7 +103,7 @@ def test_events_are_counted_judged_and_published_at_once(node, events, healthy, 
     unhealthy = {"gpu-0", "gpu-1"} - set(healthy)
     assert after.transitions == {(uuid, "unhealthy", Reason.XID): 1 for uuid in unhealthy}
     # What an older snapshot says does not change.
-    assert all(card.healthy for card in before.inventory.cards)
+    assert all(shared.healthy for shared in before.inventory.gpus)
     with pytest.raises(TypeError):
         after.xids["gpu-0", 79] = 0
 
@@ -172,10 +172,10 @@ def test_a_gpu_that_is_not_listed_keeps_its_faults(away):
     assert node.snapshot.health[ONE.uuid].waits_for_reset
     node.now += 5
     node.looked(ONE, TWO)
-    (card, _) = node.snapshot.inventory.cards
+    (shared, _) = node.snapshot.inventory.gpus
     # What was away for long was initialized again; it has to be proven good.
     expected = Reason.LOST if away == "lost for long" else Reason.XID
-    assert [fault.reason for fault in card.faults] == [expected]
+    assert [fault.reason for fault in shared.faults] == [expected]
 
 
 def test_a_gpu_that_takes_the_index_of_another_is_not_named_by_it(node):
@@ -235,14 +235,14 @@ def test_a_fault_of_the_mps_daemon_that_goes_on_keeps_its_time_and_ends_at_once(
     node.looked(ONE, TWO)
     for node.now, look in ((5, DaemonLook(error="gone")), (9, DaemonLook(error="no answer"))):
         node.set_daemon(look)
-    (fault,) = node.snapshot.inventory.cards[0].faults
+    (fault,) = node.snapshot.inventory.gpus[0].faults
     assert (fault.reason, fault.since, fault.detail) == (Reason.MPS, 1005, "no answer")
     assert fault.effect is Effect.UNTIL_BACK
     for node.now in range(10, 200, 5):
         node.looked(ONE, TWO)  # passed probes prove nothing of the daemon
     assert node.healthy == []
     node.set_daemon(a_look(faulty=(7, 8)))
-    (fault,) = node.snapshot.inventory.cards[0].faults
+    (fault,) = node.snapshot.inventory.gpus[0].faults
     assert (fault.reason, fault.detail) == (Reason.MPS_FAULT, "status FAULT of MPS server 7, 8")
     node.set_daemon(a_look())
     assert node.healthy == ["gpu-0", "gpu-1"]

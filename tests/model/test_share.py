@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.model.strategies import a_card, a_gpu, tried
+from tests.model.strategies import a_gpu, a_shared_gpu, tried
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.rules import MIB, MPS_SERVER_MARGIN, SharingRules, Threads
 from vgpu_agent.model.share import Divided, Share, divide, fraction
@@ -25,11 +25,11 @@ def partitions(draw, most=200):
 @tried(100)
 def test_all_parts_of_a_gpu_are_what_is_usable_less_a_byte_for_each_at_most(parts, total, reserved):
     """And their fractions stay within the usable fraction."""
-    card = a_card(a_gpu(0, memory_bytes=total, reserved_bytes=reserved), parts[0].of)
-    shares = [card.share_bytes(part.vgpus) for part in parts]
-    assert 0 <= card.usable_bytes - sum(shares) < len(parts)
+    shared = a_shared_gpu(a_gpu(0, memory_bytes=total, reserved_bytes=reserved), parts[0].of)
+    shares = [shared.share_bytes(part.vgpus) for part in parts]
+    assert 0 <= shared.usable_bytes - sum(shares) < len(parts)
     ten_thousandths = [round(fraction(share, total) * 10_000) for share in shares]
-    assert sum(ten_thousandths) * total <= card.usable_bytes * 10_000
+    assert sum(ten_thousandths) * total <= shared.usable_bytes * 10_000
 
 
 @given(partitions(most=400))
@@ -68,11 +68,11 @@ def test_threads_are_the_share_in_percent_rounded_down_and_at_least_one(vgpus, o
 @example(n=10, usable=99, total=100)
 @tried(60)
 def test_one_vgpu_more_is_never_worth_less_and_all_are_all(n, usable, total):
-    card = replace(a_card(a_gpu(0, memory_bytes=total), n), usable_bytes=min(usable, total))
+    shared = replace(a_shared_gpu(a_gpu(0, memory_bytes=total), n), usable_bytes=min(usable, total))
     for k in range(1, n):
-        assert card.share_bytes(k) <= card.share_bytes(k + 1)
+        assert shared.share_bytes(k) <= shared.share_bytes(k + 1)
         assert Share(k, n).thread_percentage() <= Share(k + 1, n).thread_percentage()
-    assert card.share_bytes(n) == card.usable_bytes
+    assert shared.share_bytes(n) == shared.usable_bytes
     assert Share(n, n).thread_percentage() == 100
 
 

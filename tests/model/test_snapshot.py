@@ -42,7 +42,7 @@ def sharing(**rules: object) -> Rules:
 
 
 def shape(snapshot: Snapshot) -> dict[str, int]:
-    return {card.gpu.uuid: card.replicas for card in snapshot.inventory.cards}
+    return {shared.gpu.uuid: shared.replicas for shared in snapshot.inventory.gpus}
 
 
 def test_gpus_are_in_the_order_of_their_index_whatever_order_the_driver_names_them_in():
@@ -83,8 +83,8 @@ def test_the_division_of_a_gpu_is_that_of_when_it_was_first_seen(now, named):
     before = compose(inputs(a_gpu(0, reserved_bytes=500 * MIB), first_seen=first), rules)
     after = compose(inputs(replace(a_gpu(0), **now), first_seen=first), rules)
     assert shape(before) == shape(after) == {"gpu-0": named}
-    (card,), (later,) = before.inventory.cards, after.inventory.cards
-    assert later == replace(card, gpu=later.gpu)
+    (shared,), (later,) = before.inventory.gpus, after.inventory.gpus
+    assert later == replace(shared, gpu=later.gpu)
 
 
 def test_a_gpu_whose_index_another_one_has_had_is_named_by_its_uuid_only():
@@ -112,7 +112,7 @@ def test_the_same_request_has_the_same_answer_whatever_the_mps_server_takes(serv
     # What the report shows is what the container was given.
     report = make_report(after, rules, IDENTITY, 0.0)
     exported = int(got[1].environment["VGPU_MEMORY_BYTES"])
-    assert exported == after.inventory.cards[0].share_bytes(2)
+    assert exported == after.inventory.gpus[0].share_bytes(2)
     assert 2 * report.gpus[0].vgpu_bytes in (exported, exported - 1)
     # And where the fixed margin is too small, the operator reads so.
     noted = any("set VGPU_MEMORY_RESERVED to more" in note for note in report.gpus[0].notes)
@@ -141,9 +141,9 @@ def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
 ):
     """And its vGPUs fit, where they are of a size of now."""
     snapshot = compose(inputs(a_gpu(0), daemon=look), sharing(mps=True, **rules))
-    (card,) = snapshot.inventory.cards
-    assert card.replicas == expected
-    assert card.share_bytes(expected) <= card.usable_bytes
+    (shared,) = snapshot.inventory.gpus
+    assert shared.replicas == expected
+    assert shared.share_bytes(expected) <= shared.usable_bytes
     said = snapshot.mps.replacement
     assert said is None if words is None else words in said
 
@@ -162,9 +162,9 @@ def test_the_state_of_the_mps_daemon_is_a_fault_of_the_gpus_that_it_concerns(
     look, faults, mps, expected
 ):
     known = inputs(a_gpu(0), a_gpu(1), daemon=look, daemon_faults=faults, not_applied=STRANGER)
-    cards = compose(known, sharing(mps=mps)).inventory.cards
-    assert [card.gpu.uuid for card in cards if not card.healthy] == expected
-    assert all(len(card.faults) <= 1 for card in cards)
+    gpus = compose(known, sharing(mps=mps)).inventory.gpus
+    assert [shared.gpu.uuid for shared in gpus if not shared.healthy] == expected
+    assert all(len(shared.faults) <= 1 for shared in gpus)
 
 
 def test_a_gpu_whose_health_changes_is_one_flip_by_what_did_it_or_what_ended():
@@ -177,7 +177,7 @@ def test_a_gpu_whose_health_changes_is_one_flip_by_what_did_it_or_what_ended():
         return compose(inputs(*gpus, health=health), sharing()).inventory
 
     before, after = of((), (XID, DOWN), (XID,), ()), of((DOWN, XID), (), (DOWN,), (), (XID,))
-    found = [(f.card.gpu.uuid, f.card.healthy, f.reason) for f in flips(before, after)]
+    found = [(f.shared.gpu.uuid, f.shared.healthy, f.reason) for f in flips(before, after)]
     assert found == [("gpu-0", False, Reason.MPS), ("gpu-1", True, Reason.XID)]
 
 
@@ -281,10 +281,10 @@ def any_inputs(draw) -> Inputs:
 @tried(120)
 def test_whatever_is_reported_the_snapshot_and_its_report_are_consistent(known, rules, other):
     snapshot = compose(known, rules)
-    cards = snapshot.inventory.cards
-    listed, excluded = [c.gpu.uuid for c in cards], {e.gpu.uuid for e in snapshot.excluded}
-    assert [(c.gpu.index, c.gpu.uuid) for c in cards] == sorted(
-        (c.gpu.index, c.gpu.uuid) for c in cards
+    gpus = snapshot.inventory.gpus
+    listed, excluded = [c.gpu.uuid for c in gpus], {e.gpu.uuid for e in snapshot.excluded}
+    assert [(c.gpu.index, c.gpu.uuid) for c in gpus] == sorted(
+        (c.gpu.index, c.gpu.uuid) for c in gpus
     )
     assert len(listed) == len(set(listed))
     assert not excluded & set(listed)
@@ -293,11 +293,11 @@ def test_whatever_is_reported_the_snapshot_and_its_report_are_consistent(known, 
         <= known.gpus.keys()
         <= set(listed) | excluded | (known.gpus.keys() - known.present)
     )
-    for card in cards:
-        assert card.replicas >= 1
-        assert 0 <= card.share_bytes(card.replicas) <= card.usable_bytes
-        kept = known.health.get(card.gpu.uuid, GpuHealth())
-        assert card.faults[: len(kept.faults)] == kept.faults
+    for shared in gpus:
+        assert shared.replicas >= 1
+        assert 0 <= shared.share_bytes(shared.replicas) <= shared.usable_bytes
+        kept = known.health.get(shared.gpu.uuid, GpuHealth())
+        assert shared.faults[: len(kept.faults)] == kept.faults
     # What is taken over from a snapshot of the same inputs is what would be made.
     assert compose(known, rules, snapshot) == snapshot
     assert compose(replace(known, allocates=3), rules, snapshot) == compose(

@@ -31,7 +31,7 @@ def test_the_process_is_the_daemon_and_answers(fake_mps):
     [({}, "-f"), ({"VGPU_MPS_MULTIUSER": "on"}, "-f -multiuser-server")],
     ids=["by default", "several users"],
 )
-def test_it_gets_arguments_directories_the_order_of_cards_and_its_signals(
+def test_it_gets_arguments_directories_the_order_of_gpus_and_its_signals(
     tmp_path, variables: dict[str, str], arguments
 ):
     """Seen by a program of its name that writes down what it is started with."""

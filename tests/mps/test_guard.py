@@ -57,11 +57,11 @@ def mps_of(node: Node) -> Mps:
 
 
 def reasons(node: Node) -> list[list[Reason]]:
-    return [[fault.reason for fault in card.faults] for card in node.snapshot.inventory.cards]
+    return [[fault.reason for fault in shared.faults] for shared in node.snapshot.inventory.gpus]
 
 
 def replicas_of(node: Node) -> list[int]:
-    return [card.replicas for card in node.snapshot.inventory.cards]
+    return [shared.replicas for shared in node.snapshot.inventory.gpus]
 
 
 # What a look means
@@ -104,7 +104,7 @@ def test_a_faulty_server_is_a_fault_of_its_own():
     node = judged(replace(WELL, faulty=(640,)))
     assert mps_of(node).problem is None
     assert reasons(node) == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
-    assert "640" in node.snapshot.inventory.cards[0].faults[0].detail
+    assert "640" in node.snapshot.inventory.gpus[0].faults[0].detail
 
 
 def test_what_was_applied_is_served_until_the_pod_is_replaced():
@@ -250,6 +250,6 @@ async def test_a_daemon_that_stays_is_asked_everything_in_time(watched):
         watched.daemon.fail_server(faulty=True)  # of the same generation
         with anyio.fail_after(2):
             async for snapshot in watched.node.latest.follow():
-                if not any(card.healthy for card in snapshot.inventory.cards):
+                if not any(shared.healthy for shared in snapshot.inventory.gpus):
                     break
         tasks.cancel_scope.cancel()

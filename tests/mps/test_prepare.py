@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from tests.fake_nvml import FakeCard, FakeNvml
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.mps.fixtures import FakeMps, eventually
 from vgpu_agent.errors import MpsSetupError
 from vgpu_agent.mps.prepare import prepare
@@ -221,9 +221,9 @@ class Node:
 
     def __init__(self, mps: FakeMps, nvml: FakeNvml) -> None:
         self.mps, self.nvml = mps, nvml
-        nvml.set_cards(
-            FakeCard("GPU-a", bus="00000000:3B:00.0"),
-            FakeCard("GPU-b", bus="00000000:5E:00.0", compute_mode=2),
+        nvml.set_gpus(
+            FakeGpu("GPU-a", bus="00000000:3B:00.0"),
+            FakeGpu("GPU-b", bus="00000000:5E:00.0", compute_mode=2),
         )
 
     def run(self, command: str, code: int = 0, by_gpu: dict[str, int] | None = None) -> str:
@@ -276,11 +276,11 @@ def test_shared_gpus_become_exclusive_once_and_are_restored(node):
 
 
 def test_gpus_that_are_not_shared_are_not_touched(node):
-    node.nvml.set_cards(
-        FakeCard("GPU-a", bus="00000000:3B:00.0", mig=1),
-        FakeCard("GPU-b", bus="00000000:5E:00.0", cc=(6, 1)),
-        FakeCard("GPU-c", bus="00000000:86:00.0"),
-        FakeCard("GPU-d", bus="00000000:AF:00.0"),
+    node.nvml.set_gpus(
+        FakeGpu("GPU-a", bus="00000000:3B:00.0", mig=1),
+        FakeGpu("GPU-b", bus="00000000:5E:00.0", cc=(6, 1)),
+        FakeGpu("GPU-c", bus="00000000:86:00.0"),
+        FakeGpu("GPU-d", bus="00000000:AF:00.0"),
     )
     node.run("prepare", by_gpu={"GPU-c": 0})
     assert node.sets == ["GPU-d 3"]

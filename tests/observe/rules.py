@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.agent_process import REPOSITORY
 from tests.kubelet.rig import GIB, RESOURCE
-from vgpu_agent.model.devices import Card, Effect, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.devices import Effect, Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
 from vgpu_agent.model.rules import MPS_SERVER_MARGIN, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Kubelet, Mps, RegistrationResult, Rules, Snapshot
@@ -151,8 +151,8 @@ SHRUNK = Holder("team-b", "old-0", "main")
 SNAPSHOT = Snapshot(
     inventory=Inventory(
         (
-            Card(WELL, 4, usable_bytes=usable(WELL), recovery_wait=60),
-            Card(
+            SharedGpu(WELL, 4, usable_bytes=usable(WELL), recovery_wait=60),
+            SharedGpu(
                 SICK,
                 4,
                 (

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from tests.kubelet.rig import GIB, RESOURCE
 from tests.observe.rules import LLAMA, RESNET, RULES, SHRUNK, SICK, SNAPSHOT, WELL, usable
 from vgpu_agent.model.container import grant
-from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Kubelet, Rules, Snapshot
@@ -254,7 +254,7 @@ def test_a_gpu_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
     """Only the counters of what happened to it go on."""
     text(metrics)  # nothing of this scrape is kept
     later = Snapshot(
-        inventory=Inventory((Card(WELL, 4),)),
+        inventory=Inventory((SharedGpu(WELL, 4),)),
         driver=SNAPSHOT.driver,
         xids=SNAPSHOT.xids,
         transitions=SNAPSHOT.transitions,
@@ -274,7 +274,7 @@ def test_a_gpu_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
 )
 def test_an_odd_model_name_survives_both_formats(metrics, model):
     odd = Gpu("GPU-a", 0, model, GIB, "00000000:01:00.0")
-    snapshot = Snapshot(inventory=Inventory((Card(odd, 1),)), driver=Driver("1", None))
+    snapshot = Snapshot(inventory=Inventory((SharedGpu(odd, 1),)), driver=Driver("1", None))
     for accept, parse in (("", parse_text), (OPENMETRICS, parse_openmetrics)):
         families = {family.name: family for family in parse(text(metrics, snapshot, accept))}
         (sample,) = families["vgpu_gpu_info"].samples
@@ -400,11 +400,11 @@ def test_a_share_is_what_the_container_was_given(metrics):
 
 
 def test_768_vgpus_are_rendered_without_a_series_for_each(metrics):
-    cards = tuple(
-        Card(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", GIB, f"00000000:{n:02x}:00.0"), 48)
+    gpus = tuple(
+        SharedGpu(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", GIB, f"00000000:{n:02x}:00.0"), 48)
         for n in range(16)
     )
-    snapshot = Snapshot(inventory=Inventory(cards), driver=Driver("1", None))
+    snapshot = Snapshot(inventory=Inventory(gpus), driver=Driver("1", None))
     start = time.perf_counter()
     body = text(metrics, snapshot)
     assert time.perf_counter() - start < 1

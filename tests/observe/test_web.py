@@ -22,7 +22,7 @@ from tests.agent_process import running as running_agent
 from tests.kubelet_peer import off_loop
 from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError
-from vgpu_agent.model.devices import Card, Gpu, Inventory
+from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.facts import Scan
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
@@ -37,7 +37,7 @@ RULES = Rules()
 
 def report_of(snapshot: Snapshot) -> bytes:
     """Stands for the report: what /status.json answers is not the web side's to know."""
-    return json.dumps({"gpus": len(snapshot.inventory.cards)}).encode()
+    return json.dumps({"gpus": len(snapshot.inventory.gpus)}).encode()
 
 
 def some_metrics(kind: type[Metrics] = Metrics) -> Metrics:
@@ -636,11 +636,11 @@ async def test_other_pages_are_answered_while_metrics_are_rendered():
 
 
 async def test_the_scrapes_of_many_gpus_do_not_hold_up_the_loop(own_site):
-    cards = tuple(
-        Card(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", 1 << 30, f"00000000:{n:02x}:00.0"), 48)
+    gpus = tuple(
+        SharedGpu(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", 1 << 30, f"00000000:{n:02x}:00.0"), 48)
         for n in range(64)
     )
-    own_site.node.latest.publish(Snapshot(inventory=Inventory(cards), driver=Driver("1", None)))
+    own_site.node.latest.publish(Snapshot(inventory=Inventory(gpus), driver=Driver("1", None)))
     worst = 0.0
 
     async def tick() -> None:

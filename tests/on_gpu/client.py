@@ -85,7 +85,7 @@ class Cuda:
         self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value // MIB, total.value // MIB
 
-    def cards(self) -> list[str]:
+    def gpus(self) -> list[str]:
         """PCI bus IDs in the order of the ordinals."""
         count, text = ctypes.c_int(), ctypes.create_string_buffer(32)
         self.call("cuDeviceGetCount", ctypes.byref(count))
@@ -163,7 +163,7 @@ def main() -> None:
         try:
             cuda = cuda or Cuda()
             if do == "info":
-                answer = {"memory": cuda.memory(), "cards": cuda.cards()}
+                answer = {"memory": cuda.memory(), "gpus": cuda.gpus()}
             elif do == "fill":
                 answer = fill(cuda, **request)
             elif do == "work":

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.agent_process import Agent, running
-from tests.fake_nvml import FakeCard
+from tests.fake_nvml import FakeGpu
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +41,10 @@ def wait_metrics(agent: Agent, *lines: str) -> str:
 
 def test_processes_that_are_in_no_pod_are_counted_by_gpu(kubelet_dir, fake_nvml):
     with sleepers(3) as (one, two, client):
-        fake_nvml.set_cards(
-            FakeCard(UUIDS[0], compute=((one, 512), (client, 64)), mps=((client, 64), (two, None))),
-            FakeCard(UUIDS[1], bus="00000000:02:00.0"),
-            FakeCard(UUIDS[2], bus="00000000:03:00.0", compute_error=4),
+        fake_nvml.set_gpus(
+            FakeGpu(UUIDS[0], compute=((one, 512), (client, 64)), mps=((client, 64), (two, None))),
+            FakeGpu(UUIDS[1], bus="00000000:02:00.0"),
+            FakeGpu(UUIDS[2], bus="00000000:03:00.0", compute_error=4),
         )
         settings = {**SETTINGS, "VGPU_PROCESS_METRICS": "on", **fake_nvml.environment()}
         with running(kubelet_dir, **settings) as agent:
@@ -64,7 +64,7 @@ def test_processes_that_are_in_no_pod_are_counted_by_gpu(kubelet_dir, fake_nvml)
 
 
 def test_without_the_setting_no_process_is_looked_at(kubelet_dir, fake_nvml):
-    fake_nvml.set_cards(FakeCard(UUIDS[0], compute=((1, 512),)))
+    fake_nvml.set_gpus(FakeGpu(UUIDS[0], compute=((1, 512),)))
     with running(kubelet_dir, **SETTINGS, **fake_nvml.environment()) as agent:
         metrics = wait_metrics(
             agent, f'vgpu_gpu_healthy{{gpu_index="0",gpu_uuid="{UUIDS[0]}"}} 1.0'

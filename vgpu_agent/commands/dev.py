@@ -1,4 +1,4 @@
-"""`vgpu-agent dev`: the agent, simulated cards and a stand-in kubelet, and what happens then.
+"""`vgpu-agent dev`: the agent, simulated GPUs and a stand-in kubelet, and what happens then.
 
 The story is told by what the kubelet observed over its socket, and by what the agent knows of who
 holds what. A step that is not observed in time
@@ -75,7 +75,7 @@ async def run_dev(
         driver = make_driver(settings)
         daemon = make_daemon(settings, driver)
         if not (isinstance(driver, SimulatedDriver) and isinstance(daemon, SimulatedDaemon)):
-            raise TypeError("the embedded settings name simulated cards and MPS")
+            raise TypeError("the embedded settings name simulated GPUs and MPS")
         async with (
             anyio.create_task_group() as tasks,
             standin_kubelet(settings.plugin_directory) as kubelet,
@@ -131,7 +131,7 @@ class Story:
         url = f"http://{self._agent.metrics_address}"
         total = self._settings.simulated_gpus * self._settings.replicas
         each = self._settings.replicas
-        failing = self._agent.node.snapshot.inventory.cards[0].gpu
+        failing = self._agent.node.snapshot.inventory.gpus[0].gpu
 
         seen = await self._until("registration", lambda seen: seen.registrations == 1)
         self._tell(f"kubelet: a plugin registered {seen.resource_name}")
@@ -147,18 +147,18 @@ class Story:
 
         await anyio.sleep(self._timing.shown_for)
         lists = self._kubelet.observed.value.lists
-        self._tell(f"(card {failing.index} reports XID 79 and falls off the bus)")
+        self._tell(f"(GPU {failing.index} reports XID 79 and falls off the bus)")
         self._driver.xid(failing.uuid, 79, falls_off_the_bus=True)
-        seen = await self._until("card failing", lambda seen: seen.healthy == total - each)
-        if {uuid for uuid, ok in _by_card(seen).items() if not ok} != {failing.uuid}:
-            raise self._failed("the unhealthy vGPUs are not those of the failing card")
+        seen = await self._until("GPU failing", lambda seen: seen.healthy == total - each)
+        if {uuid for uuid, ok in _by_gpu(seen).items() if not ok} != {failing.uuid}:
+            raise self._failed("the unhealthy vGPUs are not those of the failing GPU")
         self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
 
         await anyio.sleep(self._timing.shown_for)
         lists = seen.lists
-        self._tell(f"(card {failing.index} was reset and is enumerated again)")
+        self._tell(f"(GPU {failing.index} was reset and is enumerated again)")
         self._driver.enumerate_again(failing.uuid)
-        seen = await self._until("card healing", lambda seen: seen.healthy == total)
+        seen = await self._until("GPU healing", lambda seen: seen.healthy == total)
         self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
 
         await anyio.sleep(self._timing.shown_for)
@@ -256,11 +256,11 @@ def _by_pod(assignments: Iterable[Assignment]) -> dict[str, int]:
     return {each.holder.pod: len(each.device_ids) for each in assignments}
 
 
-def _by_card(seen: Observed) -> dict[str, bool]:
-    """Whether a card has any healthy vGPU, by UUID."""
-    cards: dict[str, bool] = {}
+def _by_gpu(seen: Observed) -> dict[str, bool]:
+    """Whether a GPU has any healthy vGPU, by UUID."""
+    gpus: dict[str, bool] = {}
     for vgpu, health in (seen.health or {}).items():
         parts = split_device_id(vgpu)
         uuid = parts[0] if parts else vgpu
-        cards[uuid] = cards.get(uuid, False) or health == "Healthy"
-    return cards
+        gpus[uuid] = gpus.get(uuid, False) or health == "Healthy"
+    return gpus

@@ -1,1 +1,1 @@
-"""The card side: where GPUs come from and what their faults mean."""
+"""The GPU side: where GPUs come from and what their faults mean."""

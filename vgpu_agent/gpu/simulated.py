@@ -1,4 +1,4 @@
-"""Cards that exist in memory, with faults on demand: the driver of `make run` and of trials."""
+"""GPUs that exist in memory, with faults on demand: the driver of `make run` and of trials."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ _EVENT_WAIT = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _SimulatedCard:
-    """A card: `epoch` grows each time it is enumerated anew, which makes older handles void."""
+class _SimulatedGpu:
+    """A GPU: `epoch` grows each time it is enumerated anew, which makes older handles void."""
 
     gpu: Gpu
     epoch: int = 0
@@ -31,7 +31,7 @@ class _SimulatedCard:
 def simulated_gpus(
     count: int, model: str, memory_bytes: int, numa_nodes: Sequence[int | None]
 ) -> tuple[Gpu, ...]:
-    """So many cards of one model, on the NUMA nodes in turn. The UUIDs are the same every time."""
+    """So many GPUs of one model, on the NUMA nodes in turn. The UUIDs are the same every time."""
     return tuple(
         Gpu(
             uuid=f"GPU-{index:08x}-5151-4d4d-8000-{index:012x}",
@@ -47,10 +47,10 @@ def simulated_gpus(
 
 
 class SimulatedDriver(GpuDriver):
-    """A GpuDriver whose cards fail and heal when told to."""
+    """A GpuDriver whose GPUs fail and heal when told to."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
-        self._cards = {gpu.uuid: _SimulatedCard(gpu) for gpu in gpus}
+        self._gpus = {gpu.uuid: _SimulatedGpu(gpu) for gpu in gpus}
         self._handles: dict[str, int] = {}
         self._events: list[GpuEvent] = []
         self._arrived = asyncio.Event()
@@ -59,31 +59,31 @@ class SimulatedDriver(GpuDriver):
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """All cards, also those that are away."""
-        return tuple(card.gpu for card in self._cards.values())
+        """All GPUs, also those that are away."""
+        return tuple(shared.gpu for shared in self._gpus.values())
 
     async def scan(self) -> Scan:
-        """All cards on the bus, with fresh handles."""
-        while any(card.hangs for card in self._cards.values()):
+        """All GPUs on the bus, with fresh handles."""
+        while any(shared.hangs for shared in self._gpus.values()):
             await self._changed.wait()
         if self._error is not None:
             raise self._error
-        present = [card for card in self._cards.values() if card.on_the_bus]
-        self._handles = {card.gpu.uuid: card.epoch for card in present}
-        return Scan(DRIVER_VERSION, tuple(card.gpu for card in present))
+        present = [shared for shared in self._gpus.values() if shared.on_the_bus]
+        self._handles = {shared.gpu.uuid: shared.epoch for shared in present}
+        return Scan(DRIVER_VERSION, tuple(shared.gpu for shared in present))
 
     async def probe(self, uuid: str) -> Reading:
-        """A card is lost where it fell off the bus or was enumerated anew since the last scan."""
-        while (card := self._cards.get(uuid)) is not None and card.hangs:
+        """A GPU is lost where it fell off the bus or was enumerated anew since the last scan."""
+        while (shared := self._gpus.get(uuid)) is not None and shared.hangs:
             await self._changed.wait()
-        if card is None or not card.on_the_bus or self._handles.get(uuid) != card.epoch:
+        if shared is None or not shared.on_the_bus or self._handles.get(uuid) != shared.epoch:
             return Reading(lost=True)
-        return card.reading
+        return shared.reading
 
     async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
-        """What `run_processes` said, of a card that is there."""
-        card = self._cards.get(uuid)
-        return card.processes if card is not None and card.on_the_bus else None
+        """What `run_processes` said, of a GPU that is there."""
+        shared = self._gpus.get(uuid)
+        return shared.processes if shared is not None and shared.on_the_bus else None
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """The events since the last call, or those of the next second."""
@@ -101,31 +101,31 @@ class SimulatedDriver(GpuDriver):
     # Faults on demand
 
     def xid(self, uuid: str | None, xid: int, *, falls_off_the_bus: bool = False) -> None:
-        """The card reports an XID; with `falls_off_the_bus` it is gone until it is enumerated."""
+        """The GPU reports an XID; with `falls_off_the_bus` it is gone until it is enumerated."""
         if uuid is not None and falls_off_the_bus:
             self.fall_off(uuid)
         self._events.append(XidEvent(uuid, xid))
         self._arrived.set()
 
     def enumerate_again(self, uuid: str) -> None:
-        """The card comes back as after a reset: it is well, and every older handle is void."""
-        anew = _SimulatedCard(self._cards[uuid].gpu, self._cards[uuid].epoch + 1)
+        """The GPU comes back as after a reset: it is well, and every older handle is void."""
+        anew = _SimulatedGpu(self._gpus[uuid].gpu, self._gpus[uuid].epoch + 1)
         self._replace(uuid, anew)
 
     def show(self, uuid: str, reading: Reading) -> None:
-        """Every probe of the card reads this from now on."""
+        """Every probe of the GPU reads this from now on."""
         self._change(uuid, reading=reading)
 
     def run_processes(self, uuid: str, processes: Sequence[GpuProcess]) -> None:
-        """These processes, and no others, have a context on the card from now on."""
+        """These processes, and no others, have a context on the GPU from now on."""
         self._change(uuid, processes=tuple(processes))
 
     def fail_probes(self, uuid: str, error: str | None) -> None:
-        """Every probe of the card fails with `error` from now on, or passes again where None."""
-        self.show(uuid, replace(self._cards[uuid].reading, error=error))
+        """Every probe of the GPU fails with `error` from now on, or passes again where None."""
+        self.show(uuid, replace(self._gpus[uuid].reading, error=error))
 
     def hang(self, uuid: str, *, hangs: bool) -> None:
-        """Calls that ask this card do not return for as long as it hangs."""
+        """Calls that ask this GPU do not return for as long as it hangs."""
         self._change(uuid, hangs=hangs)
 
     def fail(self, error: DriverError | None) -> None:
@@ -133,17 +133,17 @@ class SimulatedDriver(GpuDriver):
         self._error = error
 
     def fall_off(self, uuid: str) -> None:
-        """The card is gone from the bus."""
+        """The GPU is gone from the bus."""
         self._change(uuid, on_the_bus=False)
 
     def insert(self, gpu: Gpu) -> None:
-        """A card is put in."""
-        self._cards[gpu.uuid] = _SimulatedCard(gpu)
+        """A GPU is put in."""
+        self._gpus[gpu.uuid] = _SimulatedGpu(gpu)
 
     def _change(self, uuid: str, **changes: bool | Reading | tuple[GpuProcess, ...]) -> None:
-        self._replace(uuid, replace(self._cards[uuid], **changes))  # type: ignore[arg-type]
+        self._replace(uuid, replace(self._gpus[uuid], **changes))  # type: ignore[arg-type]
 
-    def _replace(self, uuid: str, card: _SimulatedCard) -> None:
-        self._cards[uuid] = card
+    def _replace(self, uuid: str, shared: _SimulatedGpu) -> None:
+        self._gpus[uuid] = shared
         self._changed.set()
         self._changed = asyncio.Event()

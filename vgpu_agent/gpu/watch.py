@@ -260,9 +260,9 @@ class GpuWatch:
 
     def _release_due(self) -> bool:
         """Whether every GPU of the driver waits for its reset, and the last time is long ago."""
-        cards = self.node.snapshot.inventory.cards
-        all_wait = all(any(fault.until_reset for fault in card.faults) for card in cards)
-        if not (cards and all_wait and self.clock() >= self._next_release):
+        gpus = self.node.snapshot.inventory.gpus
+        all_wait = all(any(fault.until_reset for fault in shared.faults) for shared in gpus)
+        if not (gpus and all_wait and self.clock() >= self._next_release):
             return False
         self._release_until = self.clock() + self.intervals.release
         return True

@@ -42,7 +42,7 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     TopologyInfo,
 )
 from vgpu_agent.model.container import Grant, check_start, grant
-from vgpu_agent.model.devices import Card, Inventory, device_id
+from vgpu_agent.model.devices import Inventory, SharedGpu, device_id
 from vgpu_agent.model.latest import Latest
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.placement import prefer
@@ -109,26 +109,26 @@ class EncodedList(ListAndWatchResponse):
         return self._encoded
 
 
-_CardKey = tuple[str, int, int | None, bool]
+_GpuKey = tuple[str, int, int | None, bool]
 
 
 class ListEncoder:
-    """Encodes device lists card by card, each card in each health once. Owns that cache.
+    """Encodes device lists GPU by GPU, each GPU in each health once. Owns that cache.
 
     betterproto takes about 0.1 ms for a vGPU, on the event loop. Serialised messages with repeated
-    fields concatenate, so a list is the joined lists of its cards.
+    fields concatenate, so a list is the joined lists of its GPUs.
     """
 
     def __init__(self) -> None:
-        self._encoded: dict[_CardKey, bytes] = {}
+        self._encoded: dict[_GpuKey, bytes] = {}
 
     async def encode(self, inventory: Inventory) -> bytes:
-        """The list, encoded off the loop where cards are new and from the cache otherwise."""
-        wanted = {_key(card): card for card in inventory.cards}
-        missing = [card for key, card in wanted.items() if key not in self._encoded]
+        """The list, encoded off the loop where GPUs are new and from the cache otherwise."""
+        wanted = {_key(shared): shared for shared in inventory.gpus}
+        missing = [shared for key, shared in wanted.items() if key not in self._encoded]
         if missing:
             # Both states of health at once: a fault has no time to wait for an encoder.
-            fresh = await anyio.to_thread.run_sync(_encode_cards, missing)
+            fresh = await anyio.to_thread.run_sync(_encode_gpus, missing)
             self._encoded = {
                 key: blob
                 for key, blob in (self._encoded | fresh).items()
@@ -137,17 +137,17 @@ class ListEncoder:
         return b"".join(self._encoded[key] for key in wanted)
 
 
-def _key(card: Card) -> _CardKey:
-    return card.gpu.uuid, card.replicas, card.gpu.numa_node, card.healthy
+def _key(shared: SharedGpu) -> _GpuKey:
+    return shared.gpu.uuid, shared.replicas, shared.gpu.numa_node, shared.healthy
 
 
-def _encode_cards(cards: Iterable[Card]) -> dict[_CardKey, bytes]:
+def _encode_gpus(gpus: Iterable[SharedGpu]) -> dict[_GpuKey, bytes]:
     return {
-        (card.gpu.uuid, card.replicas, card.gpu.numa_node, healthy): b"".join(
-            bytes(_list_of_one(device_id(card.gpu.uuid, n), healthy, card.gpu.numa_node))
-            for n in range(card.replicas)
+        (shared.gpu.uuid, shared.replicas, shared.gpu.numa_node, healthy): b"".join(
+            bytes(_list_of_one(device_id(shared.gpu.uuid, n), healthy, shared.gpu.numa_node))
+            for n in range(shared.replicas)
         )
-        for card in cards
+        for shared in gpus
         for healthy in (True, False)
     }
 
@@ -231,9 +231,9 @@ class DevicePlugin(DevicePluginBase):
     async def _publish_lists(
         self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
-        published: list[_CardKey] | None = None
+        published: list[_GpuKey] | None = None
         async for snapshot in self._node.latest.follow():
-            keys = [_key(card) for card in snapshot.inventory.cards]
+            keys = [_key(shared) for shared in snapshot.inventory.gpus]
             if keys == published:
                 continue
             self._lists.publish(EncodedList(await self._encoder.encode(snapshot.inventory)))
@@ -316,7 +316,7 @@ class DevicePlugin(DevicePluginBase):
         requests = [list(each.devices_ids) for each in allocate_request.container_requests]
         if not requests:
             raise InvalidRequestError("the request names no container")
-        total = sum(card.replicas for card in inventory.cards)
+        total = sum(shared.replicas for shared in inventory.gpus)
         if len(requests) > total:
             raise InvalidRequestError(
                 f"{len(requests)} container requests, but the node has {total} vGPUs"
@@ -332,7 +332,7 @@ class DevicePlugin(DevicePluginBase):
     async def pre_start_container(
         self, pre_start_container_request: PreStartContainerRequest
     ) -> PreStartContainerResponse:
-        """Refuses while a card of the container is gone or unhealthy; the kubelet tries again."""
+        """Refuses while a GPU of the container is gone or unhealthy; the kubelet tries again."""
         check_start(self._node.snapshot.inventory, pre_start_container_request.devices_ids)
         return PreStartContainerResponse()
 

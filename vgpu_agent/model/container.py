@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
-from vgpu_agent.model.devices import Card, Inventory, pci_order, split_device_id
+from vgpu_agent.model.devices import Inventory, SharedGpu, pci_order, split_device_id
 from vgpu_agent.model.rules import MIB, DeviceList, MpsLimits, SharingRules
 from vgpu_agent.model.share import Share, fraction
 
 DEVICES_DIRECTORY = "/var/run/nvidia-container-devices"
-"""Where the NVIDIA container runtime looks for mounts that name cards."""
+"""Where the NVIDIA container runtime looks for mounts that name GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,20 @@ class Grant:
 class _Part:
     """The container's part of one GPU."""
 
-    card: Card
+    shared: SharedGpu
     vgpus: int
 
     @property
     def share(self) -> Share:
-        return Share(self.vgpus, self.card.replicas)
+        return Share(self.vgpus, self.shared.replicas)
 
     @property
     def memory(self) -> int:
-        return self.card.share_bytes(self.vgpus)
+        return self.shared.share_bytes(self.vgpus)
 
     @property
     def fraction(self) -> float:
-        return fraction(self.memory, self.card.gpu.memory_bytes)
+        return fraction(self.memory, self.shared.gpu.memory_bytes)
 
 
 def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) -> Grant:
@@ -62,16 +62,16 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
 
     Raises InvalidRequestError and UnavailableDeviceError, see `check_devices`.
     """
-    counts = Counter(card.gpu.uuid for card in check_devices(inventory, device_ids))
+    counts = Counter(shared.gpu.uuid for shared in check_devices(inventory, device_ids))
     parts = [
-        _Part(card, counts[card.gpu.uuid])
-        for card in sorted(inventory.cards, key=lambda card: pci_order(card.gpu.pci_bus_id))
-        if card.gpu.uuid in counts
+        _Part(shared, counts[shared.gpu.uuid])
+        for shared in sorted(inventory.gpus, key=lambda shared: pci_order(shared.gpu.pci_bus_id))
+        if shared.gpu.uuid in counts
     ]
     for part in parts:
         if part.memory < MIB:
             raise UnavailableDeviceError(
-                f"GPU {part.card.gpu.uuid} has {part.card.usable_bytes} usable bytes:"
+                f"GPU {part.shared.gpu.uuid} has {part.shared.usable_bytes} usable bytes:"
                 f" {part.share} of them is less than 1 MiB; VGPU_REPLICAS or VGPU_MEMORY_RESERVED"
                 " is too large for it"
             )
@@ -79,12 +79,12 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
     environment = {
         # In PCI order, and CUDA told to count so, or its ordinals would not be ours.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        # Of one card each; on several cards the smallest, which is what one number can promise.
+        # Of one GPU each; on several GPUs the smallest, which is what one number can promise.
         "VGPU_SHARE": ",".join(str(part.share) for part in parts),
         "VGPU_MEMORY_BYTES": str(min(part.memory for part in parts)),
         "VGPU_MEMORY_FRACTION": f"{min(part.fraction for part in parts):.4f}",
     }
-    uuids = [part.card.gpu.uuid for part in parts]
+    uuids = [part.shared.gpu.uuid for part in parts]
     visible, mounts = _visible_devices(uuids, rules.device_list)
     environment["NVIDIA_VISIBLE_DEVICES"] = visible
     if rules.mps:
@@ -97,7 +97,7 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
 
 
 def _visible_devices(uuids: Sequence[str], device_list: DeviceList) -> tuple[str, list[Mount]]:
-    """The value of NVIDIA_VISIBLE_DEVICES, and the mounts that name the cards."""
+    """The value of NVIDIA_VISIBLE_DEVICES, and the mounts that name the GPUs."""
     match device_list:
         case DeviceList.VOLUME_MOUNTS:
             mounts = [Mount("/dev/null", f"{DEVICES_DIRECTORY}/{uuid}") for uuid in uuids]
@@ -138,22 +138,22 @@ def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:
     """Whether a container that was given these vGPUs may start (again) now.
 
     A vGPU that is no longer made (fewer replicas than before) is still the container's: only its
-    card counts. Raises InvalidRequestError for an ID of no card's form and UnavailableDeviceError
-    where the card is gone or unhealthy.
+    GPU counts. Raises InvalidRequestError for an ID of no GPU's form and UnavailableDeviceError
+    where the GPU is gone or unhealthy.
     """
     _refuse_empty(device_ids)
     for vgpu in device_ids:
         parts = split_device_id(vgpu)
         if parts is None:
             raise InvalidRequestError(f"device {vgpu!r} is not of the form <GPU UUID>::<number>")
-        card = inventory.find(parts[0])
-        if card is None:
+        shared = inventory.find(parts[0])
+        if shared is None:
             raise UnavailableDeviceError(f"device {vgpu!r}: its GPU is not on this node")
-        _refuse_unhealthy(vgpu, card)
+        _refuse_unhealthy(vgpu, shared)
 
 
-def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[Card]:
-    """The card of each vGPU, where all of them can be given to a container now.
+def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[SharedGpu]:
+    """The GPU of each vGPU, where all of them can be given to a container now.
 
     Raises InvalidRequestError for an empty request, an unknown ID or the same ID twice, and
     UnavailableDeviceError for an unhealthy vGPU; the message names the ID and the reason.
@@ -162,17 +162,17 @@ def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[Card]
     repeated = [vgpu for vgpu, count in Counter(device_ids).items() if count > 1]
     if repeated:
         raise InvalidRequestError(f"device {repeated[0]!r} is requested more than once")
-    cards = []
+    gpus = []
     for vgpu in device_ids:
-        card = inventory.card_of(vgpu)
-        if card is None:
+        shared = inventory.gpu_of(vgpu)
+        if shared is None:
             raise InvalidRequestError(
                 f"device {vgpu!r} is not one of the {sum(1 for _ in inventory.device_ids)}"
                 " vGPUs of this node"
             )
-        _refuse_unhealthy(vgpu, card)
-        cards.append(card)
-    return cards
+        _refuse_unhealthy(vgpu, shared)
+        gpus.append(shared)
+    return gpus
 
 
 def _refuse_empty(device_ids: Sequence[str]) -> None:
@@ -180,6 +180,6 @@ def _refuse_empty(device_ids: Sequence[str]) -> None:
         raise InvalidRequestError("the request names no device")
 
 
-def _refuse_unhealthy(vgpu: str, card: Card) -> None:
-    if not card.healthy:
-        raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {card.fault_text}")
+def _refuse_unhealthy(vgpu: str, shared: SharedGpu) -> None:
+    if not shared.healthy:
+        raise UnavailableDeviceError(f"device {vgpu!r} is unhealthy: {shared.fault_text}")

@@ -86,7 +86,7 @@ class Excluded:
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class SharedGpu:
     """A GPU that is advertised: so many vGPUs, and the faults that it has now.
 
     `usable_bytes` of its memory are shared out; `vgpu_bytes` is the memory of a vGPU where GPUs are
@@ -157,21 +157,21 @@ def split_device_id(text: str) -> tuple[str, int] | None:
 class Inventory:
     """The advertised GPUs, in the order of their index."""
 
-    cards: tuple[Card, ...] = ()
+    gpus: tuple[SharedGpu, ...] = ()
 
-    def find(self, uuid: str) -> Card | None:
+    def find(self, uuid: str) -> SharedGpu | None:
         """The GPU of that UUID."""
-        return next((card for card in self.cards if card.gpu.uuid == uuid), None)
+        return next((shared for shared in self.gpus if shared.gpu.uuid == uuid), None)
 
-    def card_of(self, vgpu: str) -> Card | None:
+    def gpu_of(self, vgpu: str) -> SharedGpu | None:
         """The GPU that a vGPU belongs to, or None where no such vGPU is advertised."""
         parts = split_device_id(vgpu)
         if parts is None:
             return None
-        card = self.find(parts[0])
-        return card if card is not None and parts[1] < card.replicas else None
+        shared = self.find(parts[0])
+        return shared if shared is not None and parts[1] < shared.replicas else None
 
     @property
     def device_ids(self) -> Iterator[str]:
         """The IDs of all vGPUs."""
-        return (vgpu for card in self.cards for vgpu in card.device_ids)
+        return (vgpu for shared in self.gpus for vgpu in shared.device_ids)

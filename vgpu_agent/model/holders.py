@@ -1,4 +1,4 @@
-"""Who holds which vGPUs, and how much of their cards they use.
+"""Who holds which vGPUs, and how much of their GPUs they use.
 
 The kubelet's word (PodResources v1 and its checkpoint) comes in as values; what follows from it is
 worked out here by plain functions.
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from vgpu_agent.model.devices import Card, Inventory, split_device_id
+from vgpu_agent.model.devices import Inventory, SharedGpu, split_device_id
 
 NO_NAMESPACE = "unknown"
 """Stands for the namespace of a container whose pod only the checkpoint knows, by its UID. Not
@@ -129,56 +129,56 @@ def _order(vgpu: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a container holds of one card: the numbers of its vGPUs.
+    """What a container holds of one GPU: the numbers of its vGPUs.
 
-    `whole` says that all its vGPUs of the card are still made, so that its share is known.
+    `whole` says that all its vGPUs of the GPU are still made, so that its share is known.
     """
 
-    card: Card
+    shared: SharedGpu
     holder: Holder
     numbers: tuple[int, ...]
     whole: bool = True
 
 
 def parts(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[Part, ...]:
-    """What each container holds of each advertised card, by card and container."""
+    """What each container holds of each advertised GPU, by GPU and container."""
     found = []
     for each in assignments:
         numbers: defaultdict[str, list[int]] = defaultdict(list)
         for vgpu in each.device_ids:
             if (split := split_device_id(vgpu)) is not None:
                 numbers[split[0]].append(split[1])
-        for card in inventory.cards:
-            made = tuple(n for n in numbers[card.gpu.uuid] if n < card.replicas)
+        for shared in inventory.gpus:
+            made = tuple(n for n in numbers[shared.gpu.uuid] if n < shared.replicas)
             if made:
-                whole = len(made) == len(numbers[card.gpu.uuid])
-                found.append(Part(card, each.holder, made, whole))
-    found.sort(key=lambda part: (part.card.gpu.index, part.card.gpu.uuid, part.holder))
+                whole = len(made) == len(numbers[shared.gpu.uuid])
+                found.append(Part(shared, each.holder, made, whole))
+    found.sort(key=lambda part: (part.shared.gpu.index, part.shared.gpu.uuid, part.holder))
     return tuple(found)
 
 
 def orphaned(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[str, ...]:
     """The vGPUs that are held though the node no longer has them.
 
-    Fewer are made of the card than before, or it is gone or left out.
+    Fewer are made of the GPU than before, or it is gone or left out.
     """
     held = {vgpu for each in assignments for vgpu in each.device_ids}
-    return tuple(sorted((v for v in held if inventory.card_of(v) is None), key=_order))
+    return tuple(sorted((v for v in held if inventory.gpu_of(v) is None), key=_order))
 
 
 def largest_free(inventory: Inventory, assignments: Iterable[Assignment]) -> int:
-    """How many vGPUs the largest request may ask for that still fits on one healthy card."""
+    """How many vGPUs the largest request may ask for that still fits on one healthy GPU."""
     held = {vgpu for each in assignments for vgpu in each.device_ids}
-    taken = Counter(card.gpu.uuid for v in held if (card := inventory.card_of(v)) is not None)
+    taken = Counter(shared.gpu.uuid for v in held if (shared := inventory.gpu_of(v)) is not None)
     return max(
-        (card.replicas - taken[card.gpu.uuid] for card in inventory.cards if card.healthy),
+        (shared.replicas - taken[shared.gpu.uuid] for shared in inventory.gpus if shared.healthy),
         default=0,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A process with a context on a card; its memory of the card in bytes, where that is told."""
+    """A process with a context on a GPU; its memory of the GPU in bytes, where that is told."""
 
     pid: int
     memory_bytes: int | None
@@ -186,7 +186,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What the processes of a container use of a card together.
+    """What the processes of a container use of a GPU together.
 
     Memory in bytes, of those whose memory the driver tells; None where it tells none.
     """
@@ -197,7 +197,7 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Who uses what of the cards: by UUID and container, as far as processes could be told.
+    """Who uses what of the GPUs: by UUID and container, as far as processes could be told.
 
     `unattributed` counts, by UUID, processes that belong to no container that is known. `problem`
     says why no process can be attributed to its container, and what to do.
@@ -213,7 +213,7 @@ class Usage:
 def attribute(
     processes: Mapping[str, Iterable[GpuProcess]], containers: Mapping[int, Holder]
 ) -> Usage:
-    """Adds up the processes of each card, by UUID, for the container that each PID runs in."""
+    """Adds up the processes of each GPU, by UUID, for the container that each PID runs in."""
     used: dict[tuple[str, Holder], Used] = {}
     unattributed = dict.fromkeys(processes, 0)
     for uuid, running in processes.items():

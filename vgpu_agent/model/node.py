@@ -77,8 +77,8 @@ class Node:
         transitions = changed.transitions
         if after.inventory is not before.inventory:
             for flip in flips(before.inventory, after.inventory):
-                to = "healthy" if flip.card.healthy else "unhealthy"
-                transitions = counted(transitions, (flip.card.gpu.uuid, to, flip.reason))
+                to = "healthy" if flip.shared.healthy else "unhealthy"
+                transitions = counted(transitions, (flip.shared.gpu.uuid, to, flip.reason))
         if transitions is not changed.transitions:
             changed = replace(changed, transitions=transitions)
             after = compose(changed, self.rules, after)

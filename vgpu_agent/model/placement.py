@@ -3,14 +3,14 @@
 The order of what is wanted, most important first:
 
 1. vGPUs that must be included are; then as many as are asked for, or as there are.
-2. The fewest cards: one bigger slice instead of slivers of several.
-3. `spread` takes the cards with the most free vGPUs. `pack` takes those with the least free vGPUs
-   that still fit: the emptiest card it touches is as full as possible, then the next one, so that
-   untouched cards stay whole.
-4. The fewest NUMA nodes, then the lowest card indices.
+2. The fewest GPUs: one bigger slice instead of slivers of several.
+3. `spread` takes the GPUs with the most free vGPUs. `pack` takes those with the least free vGPUs
+   that still fit: the emptiest GPU it touches is as full as possible, then the next one, so that
+   untouched GPUs stay whole.
+4. The fewest NUMA nodes, then the lowest GPU indices.
 
-On several cards `spread` gives even parts, since MPS knows one thread percentage per client and
-the smallest share decides it; `pack` fills the fullest cards and leaves the largest rest whole.
+On several GPUs `spread` gives even parts, since MPS knows one thread percentage per client and
+the smallest share decides it; `pack` fills the fullest GPUs and leaves the largest rest whole.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A card as placement sees it: where it is, and the numbers of its free vGPUs, in order."""
+    """A GPU as placement sees it: where it is, and the numbers of its free vGPUs, in order."""
 
     index: int
     uuid: str
@@ -41,7 +41,7 @@ class _Slot:
 
     @property
     def key(self) -> tuple[int, str]:
-        """The order of cards. Two can share an index while one of them is lost."""
+        """The order of GPUs. Two can share an index while one of them is lost."""
         return self.index, self.uuid
 
 
@@ -58,30 +58,30 @@ def prefer(
     over (Allocate judges), except that whatever must be included and exists is.
     """
     named = list(dict.fromkeys(must_include))
-    must = [vgpu for vgpu in named if inventory.card_of(vgpu) is not None]
-    passed_over = [vgpu for vgpu in named if inventory.card_of(vgpu) is None]
+    must = [vgpu for vgpu in named if inventory.gpu_of(vgpu) is not None]
+    passed_over = [vgpu for vgpu in named if inventory.gpu_of(vgpu) is None]
     free: dict[str, list[int]] = {}
     for vgpu in set(available).difference(named):
-        card, parts = inventory.card_of(vgpu), split_device_id(vgpu)
-        if card is None or parts is None or not card.healthy:
+        shared, parts = inventory.gpu_of(vgpu), split_device_id(vgpu)
+        if shared is None or parts is None or not shared.healthy:
             passed_over.append(vgpu)
         else:
-            free.setdefault(card.gpu.uuid, []).append(parts[1])
-    held = Counter(card.gpu.uuid for vgpu in must if (card := inventory.card_of(vgpu)))
+            free.setdefault(shared.gpu.uuid, []).append(parts[1])
+    held = Counter(shared.gpu.uuid for vgpu in must if (shared := inventory.gpu_of(vgpu)))
     slots = [
         _Slot(
-            card.gpu.index,
-            card.gpu.uuid,
-            card.gpu.numa_node,
-            tuple(sorted(free.get(card.gpu.uuid, ()))),
+            shared.gpu.index,
+            shared.gpu.uuid,
+            shared.gpu.numa_node,
+            tuple(sorted(free.get(shared.gpu.uuid, ()))),
         )
-        for card in inventory.cards
-        if card.gpu.uuid in free or card.gpu.uuid in held
+        for shared in inventory.gpus
+        if shared.gpu.uuid in free or shared.gpu.uuid in held
     ]
     wanted = max(0, min(size - len(must), sum(len(slot.free) for slot in slots)))
     had = [slot for slot in slots if slot.uuid in held]
     others = [slot for slot in slots if slot.uuid not in held]
-    chosen = had + _more_cards(had, others, wanted, placement)
+    chosen = had + _more_gpus(had, others, wanted, placement)
     split = _fill_fullest if placement is Placement.PACK else _split_evenly
     counts = split(chosen, held, wanted)
     picked = tuple(
@@ -92,10 +92,10 @@ def prefer(
     return Preference(tuple(must) + picked, tuple(sorted(passed_over)))
 
 
-def _more_cards(
+def _more_gpus(
     had: Sequence[_Slot], others: Sequence[_Slot], wanted: int, placement: Placement
 ) -> list[_Slot]:
-    """The cards to use beside those that the container has anyway."""
+    """The GPUs to use beside those that the container has anyway."""
     wanted -= sum(len(slot.free) for slot in had)
     by_free = sorted((len(slot.free) for slot in others), reverse=True)
     count = 0
@@ -112,9 +112,9 @@ def _more_cards(
 
 
 def _fullest_profile(by_free: Iterable[int], count: int, wanted: int) -> Counter[int]:
-    """How many vGPUs are free on each of the `count` cards that `pack` takes.
+    """How many vGPUs are free on each of the `count` GPUs that `pack` takes.
 
-    Largest first, each as small as it can be while the rest still fits on the cards that are no
+    Largest first, each as small as it can be while the rest still fits on the GPUs that are no
     emptier than it.
     """
     profile: Counter[int] = Counter()
@@ -131,9 +131,9 @@ def _fullest_profile(by_free: Iterable[int], count: int, wanted: int) -> Counter
 
 
 def _nearest(had: Sequence[_Slot], others: Sequence[_Slot], profile: Counter[int]) -> list[_Slot]:
-    """Cards that match `profile` on the fewest NUMA nodes, then of the lowest indices.
+    """GPUs that match `profile` on the fewest NUMA nodes, then of the lowest indices.
 
-    Cards of no known node count as of one node of their own.
+    GPUs of no known node count as of one node of their own.
     """
     near = {slot.numa_node for slot in had}
     far = sorted({slot.numa_node for slot in others} - near, key=lambda node: (node is None, node))
@@ -146,13 +146,13 @@ def _nearest(had: Sequence[_Slot], others: Sequence[_Slot], profile: Counter[int
         ]
         if found:
             return min(found, key=lambda slots: [slot.key for slot in slots])
-    raise AssertionError("all cards together match the profile that was made of them")
+    raise AssertionError("all GPUs together match the profile that was made of them")
 
 
 def _match(
     ordered: Iterable[_Slot], nodes: Collection[int | None], profile: Counter[int]
 ) -> list[_Slot] | None:
-    """The first cards on those nodes that match `profile`, or None where they do not."""
+    """The first GPUs on those nodes that match `profile`, or None where they do not."""
     left = profile.copy()
     picked = []
     for slot in ordered:
@@ -163,7 +163,7 @@ def _match(
 
 
 def _split_evenly(chosen: Sequence[_Slot], held: Mapping[str, int], wanted: int) -> dict[str, int]:
-    """One by one to the card of which the container has least; then the one with most free."""
+    """One by one to the GPU of which the container has least; then the one with most free."""
     counts = dict.fromkeys((slot.uuid for slot in chosen), 0)
     for _ in range(wanted):
         slot = min(
@@ -176,10 +176,10 @@ def _split_evenly(chosen: Sequence[_Slot], held: Mapping[str, int], wanted: int)
 
 def _fill_fullest(
     chosen: Sequence[_Slot],
-    held: Mapping[str, int],  # noqa: ARG001 - what is held does not matter to a card that is filled
+    held: Mapping[str, int],  # noqa: ARG001 - what is held does not matter to a GPU that is filled
     wanted: int,
 ) -> dict[str, int]:
-    """The fullest card first, so that the largest rest stays on one card."""
+    """The fullest GPU first, so that the largest rest stays on one GPU."""
     counts = {}
     for slot in sorted(chosen, key=lambda slot: (len(slot.free), slot.key)):
         counts[slot.uuid] = min(len(slot.free), wanted)

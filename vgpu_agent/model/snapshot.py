@@ -11,7 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TypeVar
 
-from vgpu_agent.model.devices import Card, Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
 from vgpu_agent.model.health import GpuHealth
 from vgpu_agent.model.holders import Assignment, Holders, Part, Usage, largest_free, orphaned, parts
@@ -210,16 +210,16 @@ def compose(inputs: Inputs, rules: Rules, last: Snapshot | None = None) -> Snaps
         return Snapshot(
             **vars(inputs), inventory=last.inventory, excluded=last.excluded, mps=last.mps
         )
-    cards: list[Card] = []
+    gpus: list[SharedGpu] = []
     excluded = [each for each in inputs.undescribed if each.gpu.uuid not in inputs.gpus]
     for gpu in inputs.gpus.values():
         divided = _divided(gpu, inputs, rules.sharing)
         if isinstance(divided, Divided):
-            cards.append(_card(gpu, divided, inputs, rules))
+            gpus.append(_shared_gpu(gpu, divided, inputs, rules))
         elif gpu.uuid in inputs.present:
             excluded.append(divided)
-    order = [(card.gpu.index, card.gpu.uuid, card) for card in cards]
-    inventory = Inventory(tuple(card for *_, card in sorted(order, key=lambda each: each[:2])))
+    order = [(shared.gpu.index, shared.gpu.uuid, shared) for shared in gpus]
+    inventory = Inventory(tuple(shared for *_, shared in sorted(order, key=lambda each: each[:2])))
     mps = _mps(inputs, rules.sharing) if rules.sharing.mps else None
     return Snapshot(**vars(inputs), inventory=inventory, excluded=tuple(excluded), mps=mps)
 
@@ -239,7 +239,7 @@ def _divided(gpu: Gpu, inputs: Inputs, sharing: SharingRules) -> Divided | Exclu
     return replace(divided, gpu=gpu) if isinstance(divided, Excluded) else divided
 
 
-def _card(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Card:
+def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> SharedGpu:
     # Without health checks what was kept of before is kept, and means nothing.
     health = inputs.health.get(gpu.uuid) if rules.health.health_checks else None
     health = health or GpuHealth()
@@ -262,7 +262,7 @@ def _card(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Card:
         down = any(fault.reason is Reason.MPS for fault in faults)
         if inputs.not_applied is not None and applied is None and not down:
             faults.append(inputs.not_applied)
-    return Card(
+    return SharedGpu(
         gpu,
         replicas,
         tuple(faults),
@@ -309,15 +309,15 @@ def _replacement(look: DaemonLook, inputs: Inputs, sharing: SharingRules) -> str
 class Flip:
     """A GPU that became healthy or unhealthy; `reason` is what did it, or what ended."""
 
-    card: Card
+    shared: SharedGpu
     reason: Reason
 
 
 def flips(before: Inventory, after: Inventory) -> tuple[Flip, ...]:
     """The GPUs whose vGPUs may be given now and could not before, or the other way round."""
     found = []
-    for card in after.cards:
-        known = before.find(card.gpu.uuid)
-        if known is not None and known.healthy != card.healthy:
-            found.append(Flip(card, (known.faults or card.faults)[0].reason))
+    for shared in after.gpus:
+        known = before.find(shared.gpu.uuid)
+        if known is not None and known.healthy != shared.healthy:
+            found.append(Flip(shared, (known.faults or shared.faults)[0].reason))
     return tuple(found)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 
-from vgpu_agent.model.devices import Card, Effect, Gpu
+from vgpu_agent.model.devices import Effect, Gpu, SharedGpu
 from vgpu_agent.model.policy import judge_xid
 from vgpu_agent.model.rules import HealthRules
 from vgpu_agent.model.snapshot import Rules, Snapshot
@@ -98,51 +98,53 @@ def _xids(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[Log
 
 
 def _gpus(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:
-    for card in after.inventory.cards:
-        known = before.inventory.find(card.gpu.uuid)
-        gpu = _fields(card.gpu)
+    for shared in after.inventory.gpus:
+        known = before.inventory.find(shared.gpu.uuid)
+        gpu = _fields(shared.gpu)
         if known is None:
-            yield _info(f"advertising {card.replicas} vGPUs", **gpu, model=card.gpu.model)
-        elif known.replicas != card.replicas:
-            yield _info(f"advertising {card.replicas} vGPUs instead of {known.replicas}", **gpu)
-        yield from _faults(known, card)
-        for note in card.notes:
+            yield _info(f"advertising {shared.replicas} vGPUs", **gpu, model=shared.gpu.model)
+        elif known.replicas != shared.replicas:
+            yield _info(f"advertising {shared.replicas} vGPUs instead of {known.replicas}", **gpu)
+        yield from _faults(known, shared)
+        for note in shared.notes:
             if known is None or note not in known.notes:
                 yield _warning(note, **gpu)
-    listed = {card.gpu.uuid for card in after.inventory.cards}
-    for card in before.inventory.cards:
-        if card.gpu.uuid not in listed and card.gpu.uuid not in after.present:
+    listed = {shared.gpu.uuid for shared in after.inventory.gpus}
+    for shared in before.inventory.gpus:
+        if shared.gpu.uuid not in listed and shared.gpu.uuid not in after.present:
             minutes = rules.lost_card_seconds / 60
-            yield _warning(f"lost for {minutes:.0f} minutes: no longer listed", **_fields(card.gpu))
+            yield _warning(
+                f"lost for {minutes:.0f} minutes: no longer listed", **_fields(shared.gpu)
+            )
     known_excluded = {(e.gpu.uuid, e.gpu.index, e.reason) for e in before.excluded}
     for each in after.excluded:
         if (each.gpu.uuid, each.gpu.index, each.reason) not in known_excluded:
             yield _warning(f"GPU excluded: {each.detail}", **_fields(each.gpu), reason=each.reason)
 
 
-def _faults(known: Card | None, card: Card) -> Iterator[LogLine]:
+def _faults(known: SharedGpu | None, shared: SharedGpu) -> Iterator[LogLine]:
     """A new fault with what to do about it, or the end of some."""
-    gpu = _fields(card.gpu)
+    gpu = _fields(shared.gpu)
     old = {} if known is None else {each.reason: each for each in known.faults}
-    new = {each.reason: each for each in card.faults}
+    new = {each.reason: each for each in shared.faults}
     news = [
         each
-        for each in card.faults
+        for each in shared.faults
         if each.reason not in old or old[each.reason].effect is not each.effect
     ]
     if news:
         advice = "; ".join(dict.fromkeys(each.advice for each in news if each.advice))
         yield _warning(
-            f"{card.replicas} vGPUs are unhealthy: {card.fault_text}. Next: {advice}",
+            f"{shared.replicas} vGPUs are unhealthy: {shared.fault_text}. Next: {advice}",
             **gpu,
             reason=",".join(each.reason for each in news),
         )
     elif old and not new:
         ended = "; ".join(f"no longer {each.reason}: {each.detail}" for each in old.values())
-        yield _info(f"{card.replicas} vGPUs are healthy again ({ended})", **gpu)
+        yield _info(f"{shared.replicas} vGPUs are healthy again ({ended})", **gpu)
     elif old.keys() - new.keys():
         ended = ", ".join(reason for reason in old if reason not in new)
-        yield _info(f"no longer {ended}; still unhealthy: {card.fault_text}", **gpu)
+        yield _info(f"no longer {ended}; still unhealthy: {shared.fault_text}", **gpu)
 
 
 def _fields(gpu: Gpu) -> dict[str, object]:

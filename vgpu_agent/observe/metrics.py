@@ -107,8 +107,8 @@ def _c(holder: Holder) -> Labels:
 
 
 def _index(view: View, uuid: str | None) -> str:
-    card = view.snapshot.inventory.find(uuid or "")
-    return "" if card is None else str(card.gpu.index)
+    shared = view.snapshot.inventory.find(uuid or "")
+    return "" if shared is None else str(shared.gpu.index)
 
 
 @metric("vgpu_build_info", "version")
@@ -126,8 +126,8 @@ _one("vgpu_nvml_up", "Whether the GPU driver answers.", lambda s: s.driver.up)
 @metric("vgpu_gpu_info", *_G, "model", "driver_version", "numa_node")
 def _gpu_info(view: View) -> Samples:
     """What a GPU is."""
-    for card in view.snapshot.inventory.cards:
-        gpu = card.gpu
+    for shared in view.snapshot.inventory.gpus:
+        gpu = shared.gpu
         numa = "" if gpu.numa_node is None else str(gpu.numa_node)
         yield (*_g(gpu), gpu.model, view.snapshot.driver.version or "", numa), 1
 
@@ -135,29 +135,29 @@ def _gpu_info(view: View) -> Samples:
 @metric("vgpu_gpu_healthy", *_G)
 def _gpu_healthy(view: View) -> Samples:
     """Whether the vGPUs of a GPU may be given to pods."""
-    return ((_g(card.gpu), card.healthy) for card in view.snapshot.inventory.cards)
+    return ((_g(shared.gpu), shared.healthy) for shared in view.snapshot.inventory.gpus)
 
 
 @metric("vgpu_gpu_unhealthy_reason", *_G, "reason")
 def _unhealthy_reason(view: View) -> Samples:
     """1 for each reason for which a GPU is unhealthy now, 0 for the others."""
-    for card in view.snapshot.inventory.cards:
-        found = {fault.reason for fault in card.faults}
+    for shared in view.snapshot.inventory.gpus:
+        found = {fault.reason for fault in shared.faults}
         for reason in Reason:
-            yield (*_g(card.gpu), reason.value), reason in found
+            yield (*_g(shared.gpu), reason.value), reason in found
 
 
 @metric("vgpu_gpu_recovery_wait_seconds", *_G)
 def _recovery_wait(view: View) -> Samples:
     """For how long the probes of a GPU must pass before it is healthy; grows with relapses."""
-    return ((_g(card.gpu), card.recovery_wait) for card in view.snapshot.inventory.cards)
+    return ((_g(shared.gpu), shared.recovery_wait) for shared in view.snapshot.inventory.gpus)
 
 
 @metric("vgpu_gpu_memory_bytes", *_G, "kind")
 def _memory(view: View) -> Samples:
     """Memory of a GPU: all of it, what the driver reserves of it, and what is in use."""
-    for card in view.snapshot.inventory.cards:
-        gpu = card.gpu
+    for shared in view.snapshot.inventory.gpus:
+        gpu = shared.gpu
         yield (*_g(gpu), "total"), gpu.memory_bytes
         yield (*_g(gpu), "reserved"), gpu.reserved_bytes
         used = view.snapshot.memory_used.get(gpu.uuid)
@@ -174,10 +174,10 @@ def _excluded(view: View) -> Samples:
 @metric("vgpu_devices", "resource", *_G, "health")
 def _devices(view: View) -> Samples:
     """Advertised vGPUs, by GPU and health."""
-    for card in view.snapshot.inventory.cards:
+    for shared in view.snapshot.inventory.gpus:
         for health in ("healthy", "unhealthy"):
-            count = card.replicas if card.healthy == (health == "healthy") else 0
-            yield (view.resource, *_g(card.gpu), health), count
+            count = shared.replicas if shared.healthy == (health == "healthy") else 0
+            yield (view.resource, *_g(shared.gpu), health), count
 
 
 @metric("vgpu_xid_errors_total", *_G, "xid")
@@ -228,11 +228,11 @@ _one(
 def _allocated(view: View) -> Samples:
     """Whether a container holds the vGPU."""
     snapshot = view.snapshot
-    held = {(part.card.gpu.uuid, n) for part in snapshot.parts for n in part.numbers}
-    for card in snapshot.inventory.cards:
-        for n in range(card.replicas):
-            uuid = card.gpu.uuid
-            yield (view.resource, *_g(card.gpu), device_id(uuid, n)), (uuid, n) in held
+    held = {(part.shared.gpu.uuid, n) for part in snapshot.parts for n in part.numbers}
+    for shared in snapshot.inventory.gpus:
+        for n in range(shared.replicas):
+            uuid = shared.gpu.uuid
+            yield (view.resource, *_g(shared.gpu), device_id(uuid, n)), (uuid, n) in held
 
 
 @metric("vgpu_allocation_info", "resource", *_G, "device_id", *_C, only=(Only.HOLDERS,))
@@ -240,8 +240,8 @@ def _allocation_info(view: View) -> Samples:
     """Which container holds the vGPU."""
     for part in view.snapshot.parts:
         for n in part.numbers:
-            vgpu = device_id(part.card.gpu.uuid, n)
-            yield (view.resource, *_g(part.card.gpu), vgpu, *_c(part.holder)), 1
+            vgpu = device_id(part.shared.gpu.uuid, n)
+            yield (view.resource, *_g(part.shared.gpu), vgpu, *_c(part.holder)), 1
 
 
 @metric("vgpu_allocation_memory_share_bytes", *_G, *_C, only=(Only.HOLDERS,))
@@ -249,8 +249,8 @@ def _shares(view: View) -> Samples:
     """Memory of the GPU that the vGPUs of the container are worth together."""
     for part in view.snapshot.parts:
         if part.whole:
-            share = part.card.share_bytes(len(part.numbers))
-            yield (*_g(part.card.gpu), *_c(part.holder)), share
+            share = part.shared.share_bytes(len(part.numbers))
+            yield (*_g(part.shared.gpu), *_c(part.holder)), share
 
 
 @metric("vgpu_allocation_memory_limit_bytes_per_process", *_G, *_C, only=(Only.MPS, Only.HOLDERS))
@@ -276,9 +276,9 @@ def _largest_free(view: View) -> Samples:
 def _used(view: View, value: Callable[[Used], float | None]) -> Samples:
     usage = view.snapshot.usage
     for (uuid, holder), used in usage.containers.items() if usage else ():
-        card, count = view.snapshot.inventory.find(uuid), value(used)
-        if card is not None and count is not None:
-            yield (*_g(card.gpu), *_c(holder)), count
+        shared, count = view.snapshot.inventory.find(uuid), value(used)
+        if shared is not None and count is not None:
+            yield (*_g(shared.gpu), *_c(holder)), count
 
 
 @metric("vgpu_container_memory_used_bytes", *_G, *_C, only=(Only.USAGE,))
@@ -297,9 +297,9 @@ def _container_processes(view: View) -> Samples:
 def _unattributed(view: View) -> Samples:
     """Processes on the GPU that belong to no container that is known."""
     usage = view.snapshot.usage
-    for card in view.snapshot.inventory.cards if usage else ():
-        if usage and card.gpu.uuid in usage.unattributed:
-            yield _g(card.gpu), usage.unattributed[card.gpu.uuid]
+    for shared in view.snapshot.inventory.gpus if usage else ():
+        if usage and shared.gpu.uuid in usage.unattributed:
+            yield _g(shared.gpu), usage.unattributed[shared.gpu.uuid]
 
 
 # MPS
@@ -332,5 +332,5 @@ def _mps_max_clients(view: View) -> Samples:
 def _mps_clients(view: View) -> Samples:
     """MPS clients of a GPU."""
     mps = view.snapshot.mps
-    for card in view.snapshot.inventory.cards if mps else ():
-        yield _g(card.gpu), mps.clients.get(card.gpu.uuid, 0) if mps else 0
+    for shared in view.snapshot.inventory.gpus if mps else ():
+        yield _g(shared.gpu), mps.clients.get(shared.gpu.uuid, 0) if mps else 0

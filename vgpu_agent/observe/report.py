@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from vgpu_agent.model.devices import Card
+from vgpu_agent.model.devices import SharedGpu
 from vgpu_agent.model.holders import Part, Used
 from vgpu_agent.model.snapshot import Mps, Rules, Snapshot
 from vgpu_agent.store import decoded
@@ -206,11 +206,11 @@ class Identity:
 
 def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float) -> Report:
     """The report of a snapshot; `now` is in seconds since the epoch."""
-    driver, kubelet, cards = snapshot.driver, snapshot.kubelet, snapshot.inventory.cards
+    driver, kubelet, gpus = snapshot.driver, snapshot.kubelet, snapshot.inventory.gpus
     known = snapshot.assignments is not None
     usage = None if snapshot.usage is None else snapshot.usage.problem
     held = _held(snapshot) if known else None
-    counts = [_counts(card, held) for card in cards]
+    counts = [_counts(shared, held) for shared in gpus]
     applied = None if snapshot.mps is None else snapshot.mps.limits
     limited = rules.sharing.with_applied_limits(applied).limits_memory
     return Report(
@@ -239,7 +239,7 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
         problems=tuple(
             filter(None, (snapshot.store_error, snapshot.holders.checkpoint_error, usage))
         ),
-        gpus=tuple(_gpu(card, each, snapshot) for card, each in zip(cards, counts, strict=True)),
+        gpus=tuple(_gpu(shared, each, snapshot) for shared, each in zip(gpus, counts, strict=True)),
         excluded=tuple(
             ExcludedReport(e.gpu.uuid, e.gpu.index, e.gpu.model, e.reason, e.detail)
             for e in snapshot.excluded
@@ -253,16 +253,16 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
 
 def _held(snapshot: Snapshot) -> Counter[str]:
     """How many vGPUs of each GPU are held: several containers of a pod may hold the same one."""
-    advertised = {(p.card.gpu.uuid, number) for p in snapshot.parts for number in p.numbers}
+    advertised = {(p.shared.gpu.uuid, number) for p in snapshot.parts for number in p.numbers}
     return Counter(uuid for uuid, _ in advertised)
 
 
-def _counts(card: Card, held: Counter[str] | None) -> Counts:
-    total = card.replicas
+def _counts(shared: SharedGpu, held: Counter[str] | None) -> Counts:
+    total = shared.replicas
     if held is None:
-        return Counts(total, None, None, 0 if card.healthy else total, None)
-    here = held[card.gpu.uuid]
-    if card.healthy:
+        return Counts(total, None, None, 0 if shared.healthy else total, None)
+    here = held[shared.gpu.uuid]
+    if shared.healthy:
         return Counts(total, total - here, here, 0, 0)
     return Counts(total, 0, here, total - here, here)
 
@@ -286,8 +286,8 @@ def _mps(mps: Mps) -> MpsReport:
     )
 
 
-def _gpu(card: Card, counts: Counts, snapshot: Snapshot) -> GpuReport:
-    gpu, usage = card.gpu, snapshot.usage
+def _gpu(shared: SharedGpu, counts: Counts, snapshot: Snapshot) -> GpuReport:
+    gpu, usage = shared.gpu, snapshot.usage
     return GpuReport(
         uuid=gpu.uuid,
         index=gpu.index,
@@ -296,21 +296,21 @@ def _gpu(card: Card, counts: Counts, snapshot: Snapshot) -> GpuReport:
         memory_used_bytes=snapshot.memory_used.get(gpu.uuid),
         pci_bus_id=gpu.pci_bus_id,
         numa_node=gpu.numa_node,
-        healthy=card.healthy,
+        healthy=shared.healthy,
         vgpus=counts,
-        vgpu_bytes=card.share_bytes(1),
+        vgpu_bytes=shared.share_bytes(1),
         faults=tuple(
             FaultReport(f.reason, _time(f.since), f.detail, f.until_reset, f.advice)
-            for f in card.faults
+            for f in shared.faults
         ),
-        notes=card.notes,
-        recovery_wait_seconds=card.recovery_wait,
+        notes=shared.notes,
+        recovery_wait_seconds=shared.recovery_wait,
         unattributed_processes=None if usage is None else usage.unattributed.get(gpu.uuid),
     )
 
 
 def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationReport:
-    gpu, holder, usage = part.card.gpu, part.holder, snapshot.usage
+    gpu, holder, usage = part.shared.gpu, part.holder, snapshot.usage
     used = None if usage is None else usage.containers.get((gpu.uuid, holder), Used(0, 0))
     return AllocationReport(
         namespace=holder.namespace,
@@ -319,7 +319,7 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
         gpu_uuid=gpu.uuid,
         gpu_index=gpu.index,
         numbers=part.numbers,
-        memory_share_bytes=part.card.share_bytes(len(part.numbers)) if part.whole else None,
+        memory_share_bytes=part.shared.share_bytes(len(part.numbers)) if part.whole else None,
         memory_limited=limited,
         memory_used_bytes=None if used is None else used.memory_bytes,
         processes=None if used is None else used.processes,

@@ -98,8 +98,8 @@ class UsageWatch:
                     found[uuid] = running
 
         async with anyio.create_task_group() as tasks:
-            for card in self.node.snapshot.inventory.cards:
-                tasks.start_soon(ask, card.gpu.uuid)
+            for shared in self.node.snapshot.inventory.gpus:
+                tasks.start_soon(ask, shared.gpu.uuid)
         return found
 
 

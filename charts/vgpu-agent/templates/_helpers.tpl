@@ -113,9 +113,9 @@ otherwise. */}}
 {{- end }}
 
 {{/* Where the driver is asked for by a mount instead of a variable: JSON of a list of mounts. */}}
-{{- define "vgpu-agent.cards" -}}
+{{- define "vgpu-agent.gpus" -}}
 {{- if and (eq .gpuDriver "nvml") (eq .deviceList "volume-mounts") }}
-{{- list (dict "name" "cards" "path" "/dev/null" "type" "CharDevice" "at" "/var/run/nvidia-container-devices/all") | toJson }}
+{{- list (dict "name" "gpus" "path" "/dev/null" "type" "CharDevice" "at" "/var/run/nvidia-container-devices/all") | toJson }}
 {{- else }}[]{{ end }}
 {{- end }}
 

@@ -46,7 +46,7 @@ class Session:
 
     The threads own it, not the loop, so that a call whose caller has left still ends in order.
     `scan` and `close` run in one lane, `wait` in another, `probe` and `processes` in one of each
-    card. What they share is only replaced as a whole, and `close` is alone: NVML crashes if it is
+    GPU. What they share is only replaced as a whole, and `close` is alone: NVML crashes if it is
     shut down, or an event set freed, under a thread that is inside.
     """
 
@@ -215,14 +215,14 @@ class Session:
 
     def _wait(self) -> bool:
         found = [each for each in self._found.values() if each.problem is None]
-        cards = {calls.pointer(card.handle): card.gpu.uuid for card in found}
-        if cards != self._registered:
+        gpus = {calls.pointer(shared.handle): shared.gpu.uuid for shared in found}
+        if gpus != self._registered:
             # What the old set still holds would be lost with it.
             self._collect(seconds=0)
             self._drop_event_set()
             with suppress(pynvml.NVMLError):  # else it is tried again with the next slice
-                self._make_event_set([card.handle for card in found])
-                self._registered = cards
+                self._make_event_set([shared.handle for shared in found])
+                self._registered = gpus
         self._collect(seconds=SLICE_SECONDS)
         return self._event_set is not None
 
@@ -231,11 +231,11 @@ class Session:
         return tuple(self._events.popleft() for _ in range(len(self._events)))
 
     def _make_event_set(self, handles: Sequence[Handle]) -> None:
-        """Registers for the events that each card has; no set where none has any."""
+        """Registers for the events that each GPU has; no set where none has any."""
         event_set = self._event_set = EventSet(pynvml.nvmlEventSetCreate())
         some = False
         for handle in handles:
-            # A card without events, or lost since the scan, is left to its probe.
+            # A GPU without events, or lost since the scan, is left to its probe.
             with suppress(pynvml.NVMLError):
                 types: int = pynvml.nvmlDeviceGetSupportedEventTypes(handle)
                 if types := types & (XID_EVENT | RECOVERY_ACTION_EVENT):
@@ -257,10 +257,10 @@ class Session:
                     self._events.append(RecoveryActionChanged(uuid))
         except pynvml.NVMLError as error:
             if error.value != pynvml.NVML_ERROR_TIMEOUT:
-                self._drop_event_set()  # a set with a lost card in it may never work again
+                self._drop_event_set()  # a set with a lost GPU in it may never work again
 
     def _uuid_of(self, device: Handle) -> str | None:
-        """The card of an event. A card that falls off the bus is known only by its handle."""
+        """The GPU of an event. A GPU that falls off the bus is known only by its handle."""
         known = self._registered.get(calls.pointer(device))
         if known is not None:
             return known
