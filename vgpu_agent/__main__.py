@@ -50,7 +50,7 @@ def _explain(errors: BaseExceptionGroup[Exception], code: int) -> int:
 def _leave_hung_threads(code: int) -> None:
     """Ends the process hard if a call to the driver hangs: Python would wait for its thread.
 
-    Everything else is cleaned up by now. Idle worker threads have been told to end.
+    Everything else is cleaned up by now. Idle worker threads have been asked to end.
     """
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:

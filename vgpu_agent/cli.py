@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         const=2.0,
         type=_seconds,
         metavar="SECONDS",
-        help="show it anew every 2 seconds, or as often as said, until Ctrl-C",
+        help="show it again every 2 seconds, or at that interval, until Ctrl-C",
     )
     status.add_argument(
         "--address",
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     steps = mps.add_subparsers(dest="step", required=True)
     steps.add_parser("prepare", help="make the node ready for the MPS daemon")
     steps.add_parser("daemon", help="become the MPS daemon, in the foreground")
-    steps.add_parser("watch", help="tell the daemon its limits and keep an eye on them")
+    steps.add_parser("watch", help="set the limits of the daemon and watch them")
     steps.add_parser("restore", help="set the compute modes back that prepare has changed")
     doctor = commands.add_parser(
         "doctor",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from vgpu_agent.settings import PREFIX, Settings, variable
 
 # What Kubernetes puts into a pod for each Service of the namespace; a Service whose name begins
-# with "vgpu" makes variables that look like ours. NAME_PORT is told by its value.
+# with "vgpu" makes variables that look like ours. NAME_PORT is recognized by its value.
 _SERVICE_VARIABLE = re.compile(
     r"VGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
     r"|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"

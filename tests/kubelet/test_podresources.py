@@ -22,6 +22,7 @@ from tests.kubelet.rig import RESOURCE, gpus_of
 from tests.kubelet_peer import off_loop
 from tests.model.strategies import tried
 from tests.nodes import new_node
+from tests.test_store import damage
 from vgpu_agent.errors import KubeletError
 from vgpu_agent.kubelet import podresources
 from vgpu_agent.kubelet.podresources import (
@@ -630,3 +631,28 @@ def test_an_answer_that_breaks_off_is_garbage_or_has_fewer_whole_pods(those, dat
         return
     assert cut in [encoded(*those[:n]) for n in range(len(those))]
     assert found == decode_list(whole, RESOURCE)[: len(found)]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "directory"])
+async def test_a_checkpoint_that_would_hang_a_reader_holds_up_nothing(kubelet_dir, kind):
+    """The list alone decides then, and goes on to: a pipe is read without waiting for a writer."""
+    path = kubelet_dir / podresources.CHECKPOINT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    damage(path, kind)
+    async with serving(kubelet_dir, ONE) as kubelet, watching(kubelet_dir, interval=0.05) as agent:
+        await agent.until_held(a=1)
+        assert str(path) in (agent.node.snapshot.holders.checkpoint_error or "")
+        kubelet.answer = b""
+        await agent.until_held()
+
+
+async def test_a_reader_that_hangs_is_an_error_and_not_the_last_answer(kubelet_dir, monkeypatch):
+    """Whatever a file system does: who holds what is unknown then, and it is said so."""
+    going_on = threading.Event()
+    monkeypatch.setattr(podresources, "read_answer", lambda *_: going_on.wait(5))
+    timing = replace(QUICK, list_timeout=0.1)
+    try:
+        async with serving(kubelet_dir, ONE), watching(kubelet_dir, timing=timing) as agent:
+            await agent.until_error("could not be read within 0.1 s")
+    finally:
+        going_on.set()

@@ -1,6 +1,6 @@
 """`vgpu-agent dev`: the agent, simulated GPUs and a stand-in kubelet, and what happens then.
 
-The story is told by what the kubelet observed over its socket, and by what the agent knows of who
+The story follows what the kubelet observed over its socket, and by what the agent knows of who
 holds what. A step that is not observed in time
 ends it with a StoryError that names the step.
 """
@@ -26,7 +26,7 @@ from vgpu_agent.mps.daemon import SimulatedDaemon
 from vgpu_agent.observe.web import listen
 from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings
 
-Tell = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def _free_address(wanted: Address) -> Address:
 
 
 async def run_dev(
-    tell: Tell,
+    say: Say,
     *,
     seconds: float | None = None,
     watch_gpus: bool = True,
@@ -82,10 +82,10 @@ async def run_dev(
         ):
             agent = Agent(settings, driver, daemon)
             await tasks.start(partial(_run, agent, watch_gpus))
-            story = Story(kubelet, driver, daemon, settings, agent, tell, timing)
+            story = Story(kubelet, driver, daemon, settings, agent, say, timing)
             with anyio.move_on_after(seconds):
                 await story.run()
-                tell("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
+                say("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
                 await anyio.sleep_forever()
             if not story.complete:
                 raise StoryError(
@@ -113,7 +113,7 @@ class Story:
         daemon: SimulatedDaemon,
         settings: Settings,
         agent: Agent,
-        tell: Tell,
+        say: Say,
         timing: StoryTiming,
     ) -> None:
         self._kubelet = kubelet
@@ -121,7 +121,7 @@ class Story:
         self._daemon = daemon
         self._settings = settings
         self._agent = agent
-        self._tell = tell
+        self._say = say
         self._timing = timing
         self.step = "start"
         self.complete = False
@@ -134,11 +134,11 @@ class Story:
         failing = self._agent.node.snapshot.inventory.gpus[0].gpu
 
         seen = await self._until("registration", lambda seen: seen.registrations == 1)
-        self._tell(f"kubelet: a plugin registered {seen.resource_name}")
+        self._say(f"kubelet: a plugin registered {seen.resource_name}")
         seen = await self._until("first list", lambda seen: seen.healthy == total)
-        self._tell(f"kubelet: its first list has {_count(seen)}")
-        self._tell(f"         look yourself: {url}/ in a browser, curl {url}/metrics, or")
-        self._tell(f"         vgpu-agent status --address {self._agent.metrics_address}")
+        self._say(f"kubelet: its first list has {_count(seen)}")
+        self._say(f"         look yourself: {url}/ in a browser, curl {url}/metrics, or")
+        self._say(f"         vgpu-agent status --address {self._agent.metrics_address}")
 
         for pod, count in (("resnet-0", 1), ("bert-0", 2), ("llama-0", 5)):
             await anyio.sleep(self._timing.shown_for / 2)
@@ -147,49 +147,49 @@ class Story:
 
         await anyio.sleep(self._timing.shown_for)
         lists = self._kubelet.observed.value.lists
-        self._tell(f"(GPU {failing.index} reports XID 79 and falls off the bus)")
+        self._say(f"(GPU {failing.index} reports XID 79 and falls off the bus)")
         self._driver.xid(failing.uuid, 79, falls_off_the_bus=True)
         seen = await self._until("GPU failing", lambda seen: seen.healthy == total - each)
         if {uuid for uuid, ok in _by_gpu(seen).items() if not ok} != {failing.uuid}:
             raise self._failed("the unhealthy vGPUs are not those of the failing GPU")
-        self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+        self._say(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
 
         await anyio.sleep(self._timing.shown_for)
         lists = seen.lists
-        self._tell(f"(GPU {failing.index} was reset and is enumerated again)")
+        self._say(f"(GPU {failing.index} was reset and is enumerated again)")
         self._driver.enumerate_again(failing.uuid)
         seen = await self._until("GPU healing", lambda seen: seen.healthy == total)
-        self._tell(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+        self._say(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
 
         await anyio.sleep(self._timing.shown_for)
-        self._tell("(pod bert-0 ends)")
+        self._say("(pod bert-0 ends)")
         self._kubelet.end("bert-0")
         await self._held_by("holders after an end", {"resnet-0": 1, "llama-0": 5})
 
         await anyio.sleep(self._timing.shown_for)
-        self._tell("(the MPS daemon dies)")
+        self._say("(the MPS daemon dies)")
         self._daemon.die()
         seen = await self._until("MPS daemon dying", lambda seen: seen.healthy == 0)
-        self._tell(f"kubelet: now {_count(seen)}")
+        self._say(f"kubelet: now {_count(seen)}")
         await anyio.sleep(self._timing.shown_for)
-        self._tell("(another MPS daemon is there, with its limits)")
+        self._say("(another MPS daemon is there, with its limits)")
         self._daemon.come_back()
         seen = await self._until("MPS daemon back", lambda seen: seen.healthy == total)
-        self._tell(f"kubelet: now {_count(seen)}")
+        self._say(f"kubelet: now {_count(seen)}")
 
         await anyio.sleep(self._timing.shown_for)
-        self._tell("(the kubelet stops and starts again)")
+        self._say("(the kubelet stops and starts again)")
         await self._kubelet.stop()
         await self._until("stream end", lambda seen: seen.ended == 1)
         await self._kubelet.start()
         await self._until("registration again", lambda seen: seen.registrations == 2)
         seen = await self._until("list again", lambda seen: seen.healthy == total)
-        self._tell(f"kubelet: the plugin registered again; its list has {_count(seen)}")
+        self._say(f"kubelet: the plugin registered again; its list has {_count(seen)}")
         self._admitted(await self._admit("resnet-1", 1))
 
         self.step, self.complete = "end", True
-        self._tell(
-            "all of it worked: registered, listed, allocated, told who holds what, failed over,"
+        self._say(
+            "all of it worked: registered, listed, allocated, reported who holds what, failed over,"
             " healed, did without MPS and with it again, registered again"
         )
 
@@ -213,7 +213,7 @@ class Story:
                 held = _by_pod(snapshot.holders.assignments or ())
                 if held == expected:
                     pods = ", ".join(f"{pod} {count}" for pod, count in expected.items())
-                    self._tell(f"agent: vGPUs are held by {pods} (PodResources)")
+                    self._say(f"agent: vGPUs are held by {pods} (PodResources)")
                     return
         raise self._failed(f"not known within {self._timing.step:g} s; the agent knows of {held}")
 
@@ -226,11 +226,11 @@ class Story:
             raise self._failed(str(error)) from error
 
     def _admitted(self, pod: Admitted) -> None:
-        self._tell(f"kubelet: pod {pod.pod} admitted with {', '.join(pod.device_ids)}")
+        self._say(f"kubelet: pod {pod.pod} admitted with {', '.join(pod.device_ids)}")
         for name, value in sorted(pod.environment.items()):
-            self._tell(f"           {name}={value}")
+            self._say(f"           {name}={value}")
         for mount in pod.mounts:
-            self._tell(f"           mount {mount}")
+            self._say(f"           mount {mount}")
 
     def _has(self) -> str:
         seen = self._kubelet.observed.value

@@ -18,7 +18,7 @@ _EVENT_WAIT = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _SimulatedGpu:
-    """A GPU: `epoch` grows each time it is enumerated anew, which makes older handles void."""
+    """A GPU: `epoch` grows each time it is enumerated again, which makes older handles void."""
 
     gpu: Gpu
     epoch: int = 0
@@ -47,7 +47,7 @@ def simulated_gpus(
 
 
 class SimulatedDriver(GpuDriver):
-    """A GpuDriver whose GPUs fail and heal when told to."""
+    """A GpuDriver whose GPUs fail and recover on demand."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         self._gpus = {gpu.uuid: _SimulatedGpu(gpu) for gpu in gpus}
@@ -73,7 +73,7 @@ class SimulatedDriver(GpuDriver):
         return Scan(DRIVER_VERSION, tuple(shared.gpu for shared in present))
 
     async def probe(self, uuid: str) -> Reading:
-        """A GPU is lost where it fell off the bus or was enumerated anew since the last scan."""
+        """A GPU is lost where it fell off the bus or was enumerated again since the last scan."""
         while (shared := self._gpus.get(uuid)) is not None and shared.hangs:
             await self._changed.wait()
         if shared is None or not shared.on_the_bus or self._handles.get(uuid) != shared.epoch:
@@ -109,8 +109,8 @@ class SimulatedDriver(GpuDriver):
 
     def enumerate_again(self, uuid: str) -> None:
         """The GPU comes back as after a reset: it is well, and every older handle is void."""
-        anew = _SimulatedGpu(self._gpus[uuid].gpu, self._gpus[uuid].epoch + 1)
-        self._replace(uuid, anew)
+        again = _SimulatedGpu(self._gpus[uuid].gpu, self._gpus[uuid].epoch + 1)
+        self._replace(uuid, again)
 
     def show(self, uuid: str, reading: Reading) -> None:
         """Every probe of the GPU reads this from now on."""

@@ -287,8 +287,8 @@ def read_checkpoint(
         raise KubeletError(f"{path} is no checkpoint: {error!r}") from error
 
 
-def _device_ids(told: Any) -> list[Any]:
+def _device_ids(found: Any) -> list[Any]:
     """The IDs, by NUMA node as kubelets write them, or in a plain list as those before 1.20 did."""
-    if isinstance(told, dict):
-        return [vgpu for ids in told.values() for vgpu in ids or ()]
-    return told or []
+    if isinstance(found, dict):
+        return [vgpu for ids in found.values() for vgpu in ids or ()]
+    return found or []

@@ -106,8 +106,8 @@ class _PluginServer(Server):
 class KubeletSession:
     """Keeps this node's vGPUs registered with whatever kubelet is there.
 
-    `make_plugin` gives the service for one registration. `stat_file` tells the identity of a
-    socket; a test can make it tell what a file system cannot be made to do.
+    `make_plugin` gives the service for one registration. `stat_file` reads the identity of a
+    socket; a test can make it read what a file system cannot be made to do.
     """
 
     directory: Path

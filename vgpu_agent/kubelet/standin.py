@@ -1,8 +1,8 @@
 """A kubelet in this process, for `vgpu-agent dev`: it speaks the real API over real sockets.
 
 It registers plugins as the kubelet's device manager does (dials back inside Register, then opens
-ListAndWatch), keeps what it was told, admits and ends pods, and lists them (PodResources). What it
-observed is all that it tells.
+ListAndWatch), keeps the lists, admits and ends pods, and lists them (PodResources). What it
+observed is all that it reports.
 """
 
 import socket

@@ -77,7 +77,7 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
             )
     _refuse_more_than_the_daemon_grants(parts, rules)
     environment = {
-        # In PCI order, and CUDA told to count so, or its ordinals would not be ours.
+        # In PCI order, and CUDA must count so too, or its ordinals would not be ours.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         # Of one GPU each; on several GPUs the smallest, which is what one number can promise.
         "VGPU_SHARE": ",".join(str(part.share) for part in parts),

@@ -82,7 +82,7 @@ def cross_check(
 
     A vGPU that the checkpoint no longer has is free: older kubelets list pods that have ended. One
     that only the checkpoint has is held by an init container, which List leaves out; a pod of which
-    List shows nothing is told by the UID. But kubelets write the checkpoint when something is
+    List shows nothing is named by its UID. But kubelets write the checkpoint when something is
     given, not when a pod ends: a pod that was `named` before and no longer is has ended. Without a
     checkpoint the list alone decides.
     """
@@ -160,7 +160,7 @@ def parts(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[Part
 def orphaned(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[str, ...]:
     """The vGPUs that are held though the node no longer has them.
 
-    Fewer are made of the GPU than before, or it is gone or left out.
+    Fewer are made of the GPU than before, or it is gone or excluded.
     """
     held = {vgpu for each in assignments for vgpu in each.device_ids}
     return tuple(sorted((v for v in held if inventory.gpu_of(v) is None), key=_order))
@@ -178,7 +178,7 @@ def largest_free(inventory: Inventory, assignments: Iterable[Assignment]) -> int
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A process with a context on a GPU; its memory of the GPU in bytes, where that is told."""
+    """A process with a context on a GPU; its memory of the GPU in bytes, where that is known."""
 
     pid: int
     memory_bytes: int | None
@@ -188,7 +188,7 @@ class GpuProcess:
 class Used:
     """What the processes of a container use of a GPU together.
 
-    Memory in bytes, of those whose memory the driver tells; None where it tells none.
+    Memory in bytes, of those whose memory the driver reports; None where it reports none.
     """
 
     processes: int
@@ -197,7 +197,7 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Who uses what of the GPUs: by UUID and container, as far as processes could be told.
+    """Who uses what of the GPUs: by UUID and container, as far as processes could be attributed.
 
     `unattributed` counts, by UUID, processes that belong to no container that is known. `problem`
     says why no process can be attributed to its container, and what to do.

@@ -1,7 +1,7 @@
 """The node: the one owner of what its edges report.
 
 Each input is replaced as a whole by a plain method, called on the event loop only; the snapshot is
-composed anew of all of them. Nothing here awaits, so there is no lock and no torn view.
+composed again of all of them. Nothing here awaits, so there is no lock and no torn view.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -207,7 +207,7 @@ class Node:
     # Who holds what
 
     def allocated(self) -> None:
-        """The kubelet was told what a container gets."""
+        """An Allocate was answered."""
         self._update(allocates=self._inputs.allocates + 1)
 
     def set_assignments(

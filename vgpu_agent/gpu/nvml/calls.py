@@ -64,7 +64,7 @@ def open_nvml() -> None:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        help_ = _INIT_HELP.get(error.value, "nvidia-smi and the kernel log on the node tell more")
+        help_ = _INIT_HELP.get(error.value, "nvidia-smi and the kernel log on the node say more")
         kind = DriverLibraryError if error.value in _LIBRARY_ERRORS else DriverError
         raise kind(f"NVML does not start ({error}): {help_}") from error
 
@@ -199,7 +199,7 @@ def optional(ask: Callable[[Handle], T], handle: Handle) -> T | None:
 
 
 def pointer(handle: Handle) -> bytes:
-    """The value of a handle, which tells it from another: its ctypes object is new every time."""
+    """The value of a handle, which differs from another's: its ctypes object is new every time."""
     value: bytes = bytes(handle)  # type: ignore[call-overload]  # a ctypes pointer is a buffer
     return value
 

@@ -187,11 +187,11 @@ class Session:
             if found is None:
                 return None
             try:
-                told = calls.running(found.handle, "Compute") + calls.mps_clients(found.handle)
+                listed = calls.running(found.handle, "Compute") + calls.mps_clients(found.handle)
             except pynvml.NVMLError:
                 return None  # half of the truth would look like all of it
         memory: dict[int, int | None] = {}
-        for pid, used in told:
+        for pid, used in listed:
             before = memory.get(pid)
             memory[pid] = used if before is None else max(before, used or 0)
         return tuple(GpuProcess(pid, memory[pid]) for pid in sorted(memory))
