@@ -12,6 +12,7 @@ import yaml
 
 from vgpu_agent import store
 from vgpu_agent.errors import StoreError
+from vgpu_agent.unixsocket import Identity
 
 log = logging.getLogger(__name__)
 
@@ -22,33 +23,35 @@ DIRECTORIES = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
 
 class CdiSpecs:
-    """The specs of the host, and what was wrong with them when it was logged last."""
+    """The specs of the host. Each is read once for as long as its file is the same."""
 
     def __init__(self, kind: str, directories: Iterable[Path] = DIRECTORIES) -> None:
         self._kind = kind
         self._directories = tuple(directories)
-        self._wrong: dict[Path, str] = {}
+        self._read: dict[Path, tuple[Identity, frozenset[str]]] = {}
 
     def names(self) -> frozenset[str]:
-        """The names of all devices of the kind. Blocks. A spec that cannot be read has none.
+        """The names of all devices of the kind. Blocks. A spec that cannot be read has none."""
+        paths = [path for each in self._directories for path in sorted(each.glob("*"))]
+        self._read = {path: self._of(path) for path in paths if path.suffix in (".yaml", ".json")}
+        return frozenset().union(*(names for _, names in self._read.values()))
 
-        That is logged once for as long as the same is wrong with it.
-        """
-        names: set[str] = set()
-        wrong: dict[Path, str] = {}
-        for directory in self._directories:
-            for path in sorted(directory.glob("*")):
-                if path.suffix not in (".yaml", ".json"):
-                    continue
-                try:
-                    names |= _devices_of(path, self._kind)
-                except _WRONG as error:
-                    wrong[path] = f"CDI spec {path} cannot be read: {type(error).__name__}: {error}"
-        for path, words in wrong.items():
-            if self._wrong.get(path) != words:
-                log.warning("%s", words[:500])
-        self._wrong = wrong
-        return frozenset(names)
+    def _of(self, path: Path) -> tuple[Identity, frozenset[str]]:
+        """Which file it is, and its devices."""
+        try:
+            identity = Identity.of(path.stat())
+        except OSError as error:
+            # A link that leads nowhere is a file of its own.
+            identity = Identity(0, 0, error.errno or 0)
+        known = self._read.get(path)
+        if known is not None and known[0] == identity:
+            return known
+        try:
+            return identity, frozenset(_devices_of(path, self._kind))
+        except _WRONG as error:
+            words = f"CDI spec {path} cannot be read: {type(error).__name__}: {error}"
+            log.warning("%s", words[:500])
+            return identity, frozenset()
 
 
 _WRONG = (
