@@ -1,30 +1,44 @@
 """The table of docs/metrics.md: every metric of the agent."""
 
-from vgpu_agent.observe.metrics import RPC_DURATION, TABLE
+from collections.abc import Iterator
+
+from tests.kubelet.rig import RESOURCE
+from tests.observe.rules import RULES, SNAPSHOT, full_metrics
+from vgpu_agent.observe.metrics import PARTS, View
+
+
+def _families() -> Iterator[tuple[str, str, tuple[str, ...], str, str]]:
+    """Name, type, labels and text of each, and when it is there."""
+    view = View("1", RESOURCE, RULES, SNAPSHOT)
+    for part, only in PARTS:
+        for family in part(view):
+            name = family.samples[0].name
+            yield name, family.type, tuple(family.samples[0].labels), family.documentation, only
+    for family in full_metrics().timings.collect():
+        labels = tuple(each for each in family.samples[0].labels if each != "le")
+        yield family.name, family.type, labels, family.documentation, ""
 
 
 def labels() -> dict[str, tuple[str, ...]]:
     """The labels of every metric, by the name that a query uses."""
-    name, _, of_calls = RPC_DURATION
-    return {entry.name: entry.labels for entry in TABLE} | {name: of_calls}
+    return {name: of_metric for name, _, of_metric, _, _ in _families()}
 
 
 def names() -> set[str]:
     """Every name that a query may use: a histogram has several."""
-    histogram = RPC_DURATION[0]
-    return {*labels(), *(f"{histogram}_{part}" for part in ("bucket", "count", "sum"))}
+    parts = {
+        f"{name}_{part}"
+        for name, kind, *_ in _families()
+        for part in ("bucket", "count", "sum")
+        if kind == "histogram"
+    }
+    return labels().keys() | parts
 
 
 def markdown_table() -> str:
     """All metrics by name, with when they are there."""
-    rows = [
-        (entry.name, entry.kind, entry.labels, entry.text, ", ".join(entry.only) or "-")
-        for entry in TABLE
-    ]
-    name, text, of_calls = RPC_DURATION
-    rows.append((name, "histogram", of_calls, text, "-"))
     lines = ["| metric | type | labels | what it says | only |", "| --- | --- | --- | --- | --- |"]
-    for name, kind, of_metric, text, only in sorted(rows):
+    for name, kind, of_metric, text, only in sorted(_families()):
         words = ", ".join(f"`{label}`" for label in of_metric) or "-"
-        lines.append(f"| `{name}` | {kind} | {words} | {text} | {only} |")
+        lines.append(f"| `{name}` | {kind} | {words} | {text} | {only or '-'} |")
     return "\n".join(lines)

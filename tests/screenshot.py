@@ -19,7 +19,7 @@ from vgpu_agent.model.holders import Assignment, Holder, Usage, Used
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
-from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import Identity, make_report, to_json
 from vgpu_agent.observe.web import Web, listen
 

@@ -19,16 +19,15 @@ import pytest
 from tests.agent_process import environment, running
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer, off_loop
-from tests.test_status import FAULT, MPS, controlled, gpu, report
+from tests.test_status import FAULT, MPS, controlled, gpu, report, shown
 from tests.web_peer import answering, http
 from vgpu_agent import control, store
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address
 from vgpu_agent.agent import make_daemon, make_driver, make_watch
+from vgpu_agent.commands import judge
 from vgpu_agent.commands.doctor import (
-    Check,
     Timeouts,
-    Verdict,
     check_settings,
     checks,
     examine,
@@ -38,7 +37,7 @@ from vgpu_agent.commands.doctor import (
     render_text,
     worst,
 )
-from vgpu_agent.commands.doctor.judge import checks_of, checks_of_look
+from vgpu_agent.commands.judge import Check, Verdict
 from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
@@ -306,7 +305,7 @@ async def test_two_agents_for_one_resource_fail(kubelet_dir):
 
 
 def judged(**changes: object) -> list[Check]:
-    return checks_of(report(**changes))
+    return judge.of_report(report(**changes))
 
 
 def test_a_report_where_all_is_well_is_all_ok():
@@ -346,13 +345,26 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
             "fallen off the bus (until a reset) reset the GPU",
         ),
         ({"gpus": (gpu(0, notes=("a row waits",)),)}, "GPU 0 note", WARN, "a row waits"),
-        ({"gpus": (gpu(0, vgpu_bytes=MIB - 1),)}, "GPU 0", FAIL, "too little for any container"),
+        ({"gpus": (gpu(0, vgpu_bytes=MIB - 1),)}, "GPU 0", FAIL, "no vGPU can be given"),
+        ({"gpus": (gpu(0, vgpu_bytes=MIB - 1),)}, "GPU 0 vGPUs", FAIL, "lower VGPU_REPLICAS"),
         ({"gpus": (gpu(0, unattributed_processes=2),)}, "GPU 0 processes", WARN, "2 processes"),
         ({"kubelet": KubeletReport(False, False, 0, "gone")}, "kubelet", FAIL, "registered: gone"),
-        ({"kubelet": KubeletReport(False, False, 0, None)}, "kubelet", FAIL, "not registered yet"),
+        (
+            {"kubelet": KubeletReport(False, False, 0, None)},
+            "kubelet",
+            FAIL,
+            "not registered: starting",
+        ),
         ({"kubelet": KubeletReport(False, True, 0, None)}, "kubelet", FAIL, "follow the list"),
         ({"kubelet": KubeletReport(True, True, 1, "odd")}, "kubelet", WARN, "odd"),
-        ({"podresources": PodResourcesReport(False, "no dir")}, "podresources", WARN, "no dir"),
+        (
+            {"podresources": PodResourcesReport(False, "no dir")},
+            "podresources",
+            WARN,
+            "older: no dir",
+        ),
+        ({"process_metrics": False}, "podresources", OK, "usage: off (VGPU_PROCESS_METRICS)"),
+        ({"mps": None}, "sharing", OK, "by time-slicing"),
         ({"orphaned": ("GPU-x::3",)}, "orphaned", WARN, "GPU-x::3"),
         ({"problems": ("cannot write /x",)}, "agent", WARN, "cannot write /x"),
         ({"mps": MPS}, "mps", OK, "3 clients"),
@@ -363,7 +375,15 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
     ],
 )
 def test_what_a_report_says_is_what_is_said(changes, name, verdict, words):
-    expect(judged(**changes), name, verdict, words)
+    found = judged(**changes)
+    expect(found, name, verdict, words)
+    # `status` shows the same, beside its table of GPUs.
+    page = shown(report(**changes))
+    of_table = {"GPUs", *(f"GPU {each.index}" for each in report(**changes).gpus)}
+    for each in found:
+        if each.name not in of_table:
+            assert each.detail in page
+            assert each.verdict is OK or each.advice in page
 
 
 def test_gpus_and_excluded_ones_are_in_the_order_of_their_index():
@@ -373,7 +393,7 @@ def test_gpus_and_excluded_ones_are_in_the_order_of_their_index():
 
 
 def test_of_a_single_look_nothing_is_said_that_only_an_agent_knows():
-    found = checks_of_look(report(kubelet=KubeletReport(False, False, 0, None)))
+    found = judge.of_look(report(kubelet=KubeletReport(False, False, 0, None)))
     assert not {"kubelet", "podresources"} & {each.name for each in found}
 
 
@@ -570,6 +590,7 @@ async def looked(driver: SimulatedDriver, kubelet_dir: Path, look=WELL, **change
         (Reading(uncorrectable_ecc=7), "GPU 0", OK, "healthy"),
         (Reading(compute_mode=ComputeMode.EXCLUSIVE_PROCESS), "GPU 0", OK, "healthy"),
         (Reading(compute_mode=ComputeMode.PROHIBITED), "GPU 0 health", FAIL, "PROHIBITED"),
+        (Reading(compute_mode=ComputeMode.DEFAULT), "GPU 0 note", WARN, "can bypass MPS"),
     ],
 )
 async def test_one_probe_of_a_gpu_shows_its_health(kubelet_dir, reading, name, verdict, words):
@@ -585,7 +606,7 @@ async def test_one_probe_of_a_gpu_shows_its_health(kubelet_dir, reading, name, v
     [
         ({}, "GPU 0", OK, "10 vGPUs of 2406 MiB"),
         ({"replicas": 30}, "GPU 0 note", WARN, "a CUDA context takes hundreds"),
-        ({"memory_reserved": "24Gi"}, "GPU 0", FAIL, "too little"),
+        ({"memory_reserved": "24Gi"}, "GPU 0 vGPUs", FAIL, "too little"),
         ({"device_memory": "2Gi"}, "GPU 0", OK, "11 vGPUs of 2048 MiB"),
         ({"device_memory": "1Ti"}, "GPU 0", WARN, "VGPU_DEVICE_MEMORY"),
         ({"replicas_by_gpu": '{"0": 0}'}, "GPU 0", OK, "is excluded"),

@@ -1,4 +1,5 @@
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,11 @@ class Row(NamedTuple):
     allowed: str
 
 
+def one_of(default: StrEnum, bad: str) -> Row:
+    words = list(type(default))
+    return Row(default, {str(each): each for each in words}, bad, f"`{words[-2]}` or `{words[-1]}`")
+
+
 SWITCH = {"on": True, "off": False}
 LONG_NAMES = f"example.com/{'x' * 64}|{'x' * 245}/vgpu"
 TABLE = {
@@ -57,20 +63,10 @@ TABLE = {
     "critical_xids": Row(
         frozenset(), {"43,45": frozenset({43, 45})}, "x|-1", "none that VGPU_IGNORED_XIDS has"
     ),
-    "device_list": Row(
-        DeviceList.ENVVAR,
-        {"cdi+envvar": DeviceList.CDI_ENVVAR, "volume-mounts": DeviceList.VOLUME_MOUNTS},
-        "|CDI|env",
-        "`volume-mounts`",
-    ),
+    "device_list": one_of(DeviceList.ENVVAR, "|CDI|env"),
     "device_memory": Row(None, {"": None, "8Gi": 8 * GIB}, "0|512Ki|-1Gi|many", "a size from 1Mi"),
     "driver_wait": Row(300, {"1": 1}, "|0|nan", "seconds from 1"),
-    "gpu_driver": Row(
-        GpuDriverKind.NVML,
-        {"simulated": GpuDriverKind.SIMULATED},
-        "|NVML|cuda| nvml",
-        "`nvml` or `simulated`",
-    ),
+    "gpu_driver": one_of(GpuDriverKind.NVML, "|NVML|cuda| nvml"),
     "health_checks": Row(True, SWITCH, "|true|0|ON", "`on` or `off`"),
     "health_interval": Row(5, {"1": 1, "2.5": 2.5}, "|0|0.5|-5|5s|inf|nan", "seconds from 1"),
     "ignored_xids": Row(
@@ -85,13 +81,8 @@ TABLE = {
         "|kubelet|./kubelet|~/kubelet",
         "an absolute path",
     ),
-    "log_format": Row(LogFormat.TEXT, {"json": LogFormat.JSON}, "|JSON|logfmt", "`text` or `json`"),
-    "log_level": Row(
-        LogLevel.INFO,
-        {"debug": LogLevel.DEBUG, "error": LogLevel.ERROR},
-        "|INFO|trace|10",
-        "`debug`, `info`, `warning` or `error`",
-    ),
+    "log_format": one_of(LogFormat.TEXT, "|JSON|logfmt"),
+    "log_level": one_of(LogLevel.INFO, "|INFO|trace|10"),
     "lost_card_seconds": Row(3600, {"86400": 86400}, "|0.9|1h", "seconds from 1"),
     "memory_reserved": Row(
         None,
@@ -111,18 +102,11 @@ TABLE = {
         "|[host]:9408|a b:9408",
         "host:port or [IPv6]:port",
     ),
-    "mps_compute_mode": Row(
-        MpsComputeMode.EXCLUSIVE, {"keep": MpsComputeMode.KEEP}, "|default", "`exclusive` or `keep`"
-    ),
+    "mps_compute_mode": one_of(MpsComputeMode.EXCLUSIVE, "|default"),
     "mps_directory": Row(
         Path("/run/vgpu-agent/mps"), {"/run/mps": Path("/run/mps")}, "|mps", "an absolute path"
     ),
-    "mps_limits": Row(
-        MpsLimits.CLIENT,
-        {"server": MpsLimits.SERVER, "none": MpsLimits.NONE},
-        "|daemon",
-        "`client`, `server` or `none`",
-    ),
+    "mps_limits": one_of(MpsLimits.CLIENT, "|daemon"),
     "mps_max_clients": Row(
         None, {"auto": None, "10": 10, "1024": 1024}, "|0|-1|1025|many|4.5", "from 1 to 1024"
     ),
@@ -137,12 +121,7 @@ TABLE = {
         "|0|-1|nan|inf|half",
         "a factor above 0",
     ),
-    "placement": Row(
-        Placement.SPREAD,
-        {"spread": Placement.SPREAD, "pack": Placement.PACK},
-        "|Spread|random",
-        "`spread` or `pack`",
-    ),
+    "placement": one_of(Placement.SPREAD, "|Spread|random"),
     "podresources_interval": Row(60, {"10": 10}, "|0|often", "seconds from 1"),
     "process_metrics": Row(False, SWITCH, "|yes", "`on` or `off`"),
     "recovery_seconds": Row(60, {"3600": 3600}, "|0|0.5|-5|1m|inf|nan", "seconds from 1"),
@@ -167,12 +146,7 @@ TABLE = {
         f"|requests.example.com/vgpu|{LONG_NAMES}",
         "an extended resource domain/name, not of kubernetes.io",
     ),
-    "sharing": Row(
-        SharingKind.MPS,
-        {"mps": SharingKind.MPS, "time-slicing": SharingKind.TIME_SLICING},
-        "|MPS|timeslicing",
-        "`mps` or `time-slicing`",
-    ),
+    "sharing": one_of(SharingKind.MPS, "|MPS|timeslicing"),
     "simulated_gpus": Row(2, {"0": 0, "64": 64}, "|-1|65|two", "from 0 to 64"),
     "simulated_memory": Row(
         24 * GIB,
@@ -231,10 +205,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> list[str]
 # Values
 
 
-def test_every_setting_has_its_documented_default():
-    assert load().model_dump() == DEFAULTS
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_good_values_are_taken(monkeypatch, name):
     for value, meaning in TABLE[name].good.items():
@@ -252,12 +222,9 @@ def test_a_bad_value_is_told_with_its_variable_and_what_is_allowed(monkeypatch, 
         assert TABLE[name].allowed in line.removeprefix(wrong(variable(name), value))
 
 
-def test_a_value_that_is_no_text_is_told_without_a_failure_of_its_own(monkeypatch):
+def test_odd_values_and_a_name_in_small_letters_are_wrong_like_others(monkeypatch):
     (line,) = refused(monkeypatch, {"VGPU_SIMULATED_MODEL": "\udcff"})
     assert line.isascii()
-
-
-def test_a_value_too_deep_to_read_and_a_name_in_small_letters_are_wrong_like_others(monkeypatch):
     deep = '{"0":' * 10_000
     (line,) = refused(monkeypatch, {"VGPU_REPLICAS_BY_GPU": deep})
     assert line.startswith(wrong("VGPU_REPLICAS_BY_GPU", deep))
@@ -314,38 +281,37 @@ def test_values_that_go_together_are_taken(monkeypatch, given):
         assert str(found).replace("'", '"') == value
 
 
+CLIENTS = "VGPU_MPS_MAX_CLIENTS"
+
+
 @pytest.mark.parametrize(
-    ("given", "name", "words"),
+    ("name", "value", "words", "others"),
     [
-        ({"VGPU_REPLICAS": "49"}, "VGPU_REPLICAS", "VGPU_MPS_MAX_CLIENTS"),
+        ("VGPU_REPLICAS", "49", CLIENTS, {}),
+        ("VGPU_REPLICAS", "61", CLIENTS, {"VGPU_MPS_MAX_CLIENTS": "60"}),
+        ("VGPU_REPLICAS", "9", CLIENTS, {"VGPU_MPS_MAX_CLIENTS": "8"}),
+        ("VGPU_REPLICAS_BY_GPU", '{"0": 49}', CLIENTS, {}),
+        ("VGPU_KUBELET_DIR", f"{KUBELET_DIR}d", "107 bytes", EXAMPLE),
         (
-            {"VGPU_REPLICAS": "61", "VGPU_MPS_MAX_CLIENTS": "60"},
-            "VGPU_REPLICAS",
-            "VGPU_MPS_MAX_CLIENTS",
-        ),
-        (
-            {"VGPU_REPLICAS": "9", "VGPU_MPS_MAX_CLIENTS": "8"},
-            "VGPU_REPLICAS",
-            "VGPU_MPS_MAX_CLIENTS",
-        ),
-        ({"VGPU_REPLICAS_BY_GPU": '{"0": 49}'}, "VGPU_REPLICAS_BY_GPU", "VGPU_MPS_MAX_CLIENTS"),
-        (EXAMPLE | {"VGPU_KUBELET_DIR": f"{KUBELET_DIR}d"}, "VGPU_KUBELET_DIR", "107 bytes"),
-        (
-            {"VGPU_RESOURCE_NAME": f"{'x' * 60}.com/vgpu", "VGPU_KUBELET_DIR": "/var/lib/kubelet"},
             "VGPU_KUBELET_DIR",
+            "/k" * 20,
             "107 bytes",
+            {"VGPU_RESOURCE_NAME": f"{'x' * 60}.com/vgpu"},
         ),
-        (
-            {"VGPU_IGNORED_XIDS": "79,13", "VGPU_CRITICAL_XIDS": "13"},
-            "VGPU_CRITICAL_XIDS",
-            "none that VGPU_IGNORED_XIDS has",
-        ),
+        ("VGPU_CRITICAL_XIDS", "13", "that VGPU_IGNORED_XIDS has", {"VGPU_IGNORED_XIDS": "79,13"}),
+        ("VGPU_MPS_SHM_DIRECTORY", "/dev/shm", "not /dev/shm itself", {}),
+        ("VGPU_MPS_SHM_DIRECTORY", "/run", "a directory of its own", {}),
+        ("VGPU_MPS_SHM_DIRECTORY", "/var", "a directory of its own", {}),
+        ("VGPU_MPS_SHM_DIRECTORY", "/mps/shm", "a directory", {"VGPU_MPS_DIRECTORY": "/mps"}),
+        ("VGPU_STATE_DIRECTORY", "/dev/shm/vgpu-mps/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
     ],
 )
-def test_values_that_do_not_go_together_are_told_at_one_of_them(monkeypatch, given, name, words):
-    (line,) = refused(monkeypatch, given)
-    assert line.startswith(wrong(name, given[name]))
-    assert words in line
+def test_values_that_do_not_go_together_are_reported_at_one_of_them(
+    monkeypatch, name, value, words, others
+):
+    (line,) = refused(monkeypatch, {name: value, **others})
+    assert line.startswith(wrong(name, value))
+    assert words in line.removeprefix(wrong(name, value))
 
 
 def test_the_socket_is_named_after_the_resource():
@@ -363,49 +329,41 @@ def test_an_address_is_written_as_it_is_read(address, text):
     assert parse_address(text) == address
 
 
-# What the model is told
+# What the model gets
 
 
-@pytest.mark.parametrize(
-    ("given", "rules"),
-    [
-        ({}, SharingRules()),
-        (
-            {
-                "VGPU_MPS_DIRECTORY": "/mps",
-                "VGPU_MPS_SHM": "off",
-                "VGPU_MPS_THREADS": "1.5",
-                "VGPU_MPS_COMPUTE_MODE": "keep",
-                "VGPU_MEMORY_RESERVED": "0",
-                "VGPU_REPLICAS_BY_GPU": '{"0": 4}',
-                "VGPU_PLACEMENT": "pack",
-            },
-            SharingRules(
-                mps_pipe_directory="/mps/pipe",
-                mps_shm_directory=None,
-                mps_threads=1.5,
-                mps_exclusive=False,
-                memory_reserved=0,
-                replicas_by_gpu={"0": 4},
-                placement=Placement.PACK,
-            ),
-        ),
-        (TIME_SLICING | {"VGPU_REPLICAS": "60"}, SharingRules(mps=False, replicas=60)),
-    ],
-)
-def test_gpus_are_shared_as_the_settings_say(monkeypatch, given, rules):
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert load().sharing_rules() == rules
-
-
-def test_health_is_judged_as_the_settings_say(monkeypatch):
+def test_gpus_are_shared_and_their_health_is_judged_as_the_settings_say(monkeypatch):
+    assert load().sharing_rules() == SharingRules()
     assert load().health_rules() == HealthRules()
-    monkeypatch.setenv("VGPU_HEALTH_CHECKS", "off")
-    monkeypatch.setenv("VGPU_RECOVERY_SECONDS", "7.5")
-    monkeypatch.setenv("VGPU_CRITICAL_XIDS", "13")
-    expected = HealthRules(health_checks=False, recovery_seconds=7.5, critical_xids=frozenset({13}))
-    assert load().health_rules() == expected
+    for name, value in {
+        "SHARING": "time-slicing",
+        "REPLICAS": "60",
+        "MPS_DIRECTORY": "/mps",
+        "MPS_SHM": "off",
+        "MPS_THREADS": "1.5",
+        "MPS_COMPUTE_MODE": "keep",
+        "MEMORY_RESERVED": "0",
+        "REPLICAS_BY_GPU": '{"0": 4}',
+        "PLACEMENT": "pack",
+        "HEALTH_CHECKS": "off",
+        "RECOVERY_SECONDS": "7.5",
+        "CRITICAL_XIDS": "13",
+    }.items():
+        monkeypatch.setenv(f"VGPU_{name}", value)
+    assert load().sharing_rules() == SharingRules(
+        mps=False,
+        replicas=60,
+        mps_pipe_directory="/mps/pipe",
+        mps_shm_directory=None,
+        mps_threads=1.5,
+        mps_exclusive=False,
+        memory_reserved=0,
+        replicas_by_gpu={"0": 4},
+        placement=Placement.PACK,
+    )
+    assert load().health_rules() == HealthRules(
+        health_checks=False, recovery_seconds=7.5, critical_xids=frozenset({13})
+    )
 
 
 # Where they come from
@@ -453,12 +411,6 @@ def test_unknown_variables_are_found_in_order_with_the_nearest_known_one():
     assert "VGPU_AGENT_SERVICE" in unknown_variables({"VGPU_AGENT_SERVICE": ""})
 
 
-def test_known_variables_in_any_case_and_those_of_others_are_not_reported():
-    known = [variable(name) for name in Settings.model_fields]
-    others = ["PATH", "MY_VGPU_REPLICA", "VGPUS", "XVGPU_REPLICA"]
-    assert unknown_variables(dict.fromkeys([*known, *map(str.lower, known), *others], "")) == {}
-
-
 def test_unknown_variables_are_named_in_words():
     assert list(unknown_setting_warnings({"VGPU_REPLICA": "1", "VGPU_QQQQQQQQQQ": "1"})) == [
         "VGPU_QQQQQQQQQQ: unknown setting, ignored",
@@ -466,37 +418,32 @@ def test_unknown_variables_are_named_in_words():
     ]
 
 
-def test_the_variables_of_a_kubernetes_service_are_neither_wrong_nor_unknown(monkeypatch):
-    variables = {
-        "VGPU_SERVICE_HOST": "10.0.0.7",
-        "VGPU_SERVICE_PORT": "9408",
-        "VGPU_PORT": "tcp://10.0.0.7:9408",
-        "VGPU_PORT_9408_TCP": "tcp://10.0.0.7:9408",
-        "VGPU_AGENT_SERVICE_HOST": "10.0.0.7",
-        "VGPU_AGENT_SERVICE_PORT": "9408",
-        "VGPU_AGENT_SERVICE_PORT_METRICS": "9408",
-        "VGPU_AGENT_PORT": "tcp://10.0.0.7:9408",
-        "VGPU_AGENT_PORT_9408_TCP": "tcp://10.0.0.7:9408",
-        "VGPU_AGENT_PORT_9408_TCP_PROTO": "tcp",
-        "VGPU_AGENT_PORT_9408_TCP_PORT": "9408",
-        "VGPU_AGENT_PORT_9408_TCP_ADDR": "10.0.0.7",
-        "VGPU_AGENT_PORT_53_UDP_ADDR": "10.0.0.7",
+def test_settings_in_any_case_and_variables_of_others_and_of_services_are_not_unknown(monkeypatch):
+    known = [variable(name) for name in Settings.model_fields]
+    others = ["PATH", "MY_VGPU_REPLICA", "VGPUS", "XVGPU_REPLICA"]
+    url = "tcp://10.0.0.7:9408"
+    agent = {
+        *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_METRICS", "PORT", "PORT_9408_TCP"),
+        *("PORT_9408_TCP_PROTO", "PORT_9408_TCP_PORT", "PORT_9408_TCP_ADDR", "PORT_53_UDP_ADDR"),
     }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    services = [f"{prefix}_{each}" for prefix in ("VGPU", "VGPU_AGENT") for each in agent]
+    given = [*known, *map(str.lower, known), *others, *services]
+    assert unknown_variables(dict.fromkeys(given, url)) == {}
+    for name in services:
+        monkeypatch.setenv(name, url)
     assert load().replicas == 10
-    assert unknown_variables(variables) == {}
 
 
 # The table
 
 
-def test_a_default_of_the_table_of_every_setting_is_a_value_that_can_be_set(monkeypatch):
+def test_every_setting_has_its_documented_default_and_it_can_be_set(monkeypatch):
     _, _, *lines = settings_files.docs_table().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert all(len(row) == 5 and all(row) for row in cells)
     defaults = {row[0].strip("`"): row[1].strip("`").replace("(empty)", "") for row in cells}
     assert list(defaults) == sorted(variable(name) for name in Settings.model_fields)
+    assert load().model_dump() == DEFAULTS
     for name, value in defaults.items():
         monkeypatch.setenv(name, value)
     assert load().model_dump() == DEFAULTS

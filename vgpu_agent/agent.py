@@ -33,7 +33,7 @@ from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemon, RealDaemon, SimulatedDaemon
 from vgpu_agent.mps.guard import MpsGuard
 from vgpu_agent.observe import changes, report
-from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.web import Web, listen
 from vgpu_agent.settings import GpuDriverKind, Settings
 

@@ -38,10 +38,10 @@ def run(command: str, *arguments: str | Path, values: object = None) -> Any:
     )
 
 
-def template(values: object = None, *files: Path, chart: Path = CHART) -> str:
-    """What would be installed, as text, as release `r` in namespace `gpu`."""
+def template(values: object = None, *files: Path, chart: Path = CHART, release: str = "r") -> str:
+    """What would be installed, as text, in namespace `gpu`."""
     chosen = [word for file in files for word in ("--values", str(file))]
-    done = run("template", "r", chart, "--namespace", "gpu", *chosen, values=values)
+    done = run("template", release, chart, "--namespace", "gpu", *chosen, values=values)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

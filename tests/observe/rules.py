@@ -16,7 +16,7 @@ from vgpu_agent.model.devices import Effect, Excluded, Fault, Gpu, Inventory, Re
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
 from vgpu_agent.model.rules import MPS_SERVER_MARGIN, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Kubelet, Mps, RegistrationResult, Rules, Snapshot
-from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.metrics import Metrics
 
 FILES = REPOSITORY / "charts" / "vgpu-agent" / "files"
 ALERTS = FILES / "alerts.yaml"
@@ -212,12 +212,16 @@ SHRUNK holds vGPUs that are no longer advertised.
 """
 
 
-def full_text(resource: str = RESOURCE) -> bytes:
+def full_metrics(resource: str = RESOURCE) -> Metrics:
     metrics = Metrics("1.2.3", resource, RULES)
     for method in ("Allocate", "GetPreferredAllocation", "PreStartContainer"):
         metrics.observe_rpc(method, "OK", 0.002)
     metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
-    return metrics.render(SNAPSHOT, "")[0]
+    return metrics
+
+
+def full_text(resource: str = RESOURCE) -> bytes:
+    return full_metrics(resource).render(SNAPSHOT, "")[0]
 
 
 def metric_labels() -> dict[str, set[str]]:

@@ -15,8 +15,7 @@ from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Kubelet, Rules, Snapshot
-from vgpu_agent.observe.exposition import Metrics
-from vgpu_agent.observe.metrics import TABLE
+from vgpu_agent.observe.metrics import Metrics
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -167,13 +166,6 @@ def test_a_snapshot_is_exposed_in_exactly_these_families_and_samples(metrics):
             assert family.type == ("counter" if sample.name.endswith("_total") else "gauge")
             found.setdefault(sample.name, []).append((sample.labels, sample.value))
     assert found == EXPECTED
-
-
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
-def test_the_table_has_the_labels_of_every_sample(entry):
-    assert entry.text
-    for labels, _ in EXPECTED[entry.name]:
-        assert labels.keys() == set(entry.labels)
 
 
 def test_no_series_repeats_and_none_is_of_creation_times(metrics):

@@ -28,7 +28,7 @@ from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe import web as web_module
-from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.web import MAX_CONNECTIONS, Web, listen
 
 LOOPBACK = Address("127.0.0.1", 0)

@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 
@@ -25,10 +26,11 @@ from tests.agent_process import REPOSITORY, Agent, environment, execute, running
 from tests.kubelet_peer import KubeletPeer
 from tests.on_gpu.record import Record
 from vgpu_agent.agent import make_driver, make_node
-from vgpu_agent.model.container import grant
+from vgpu_agent.model.container import Grant, Mount, grant
 from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.snapshot import Driver
 from vgpu_agent.mps.control import BINARY
+from vgpu_agent.mps.directories import Directories
 from vgpu_agent.settings import EmbeddedSettings
 
 CLIENT = (sys.executable, "-m", "tests.on_gpu.client")
@@ -41,36 +43,17 @@ FLAGS = {
 }
 
 
-class Mount(NamedTuple):
-    host: str
-    container: str
-    read_only: bool = False
-
-
-class Container(NamedTuple):
-    """What Allocate returned."""
-
-    environment: dict[str, str]
-    mounts: tuple[Mount, ...]
-
-    def having(self, **variables: str) -> "Container":
-        return self._replace(environment=self.environment | variables)
-
-    def read_only(self) -> "Container":
-        return self._replace(mounts=tuple(each._replace(read_only=True) for each in self.mounts))
-
-    def without_shm(self) -> "Container":
-        kept = tuple(each for each in self.mounts if each.container != "/dev/shm")
-        return self._replace(mounts=kept)
+def having(container: Grant, **variables: str) -> Grant:
+    return replace(container, environment={**container.environment, **variables})
 
 
 class Client:
     """A CUDA process; see `client` for what it can be asked."""
 
-    def __init__(self, container: Container, namespaces: Sequence[str], own_shm: bool) -> None:
+    def __init__(self, container: Grant, namespaces: Sequence[str], own_shm: bool) -> None:
         lines = ["set -e"]
         for mount in container.mounts:
-            host, inside = shlex.quote(mount.host), shlex.quote(mount.container)
+            host, inside = shlex.quote(mount.host_path), shlex.quote(mount.container_path)
             lines.append(f"mount --bind {host} {inside}")
             if mount.read_only:
                 lines.append(f"mount -o remount,bind,ro {inside}")
@@ -78,32 +61,27 @@ class Client:
             lines.append("mount -t tmpfs tmpfs /dev/shm")
         flags = [flag for name in namespaces for flag in FLAGS[name]]
         script = "\n".join([*lines, 'exec "$@"'])
-        wrapped = ["unshare", *flags, "sh", "-c", script, "sh", *CLIENT] if flags else CLIENT
         self.process = subprocess.Popen(
-            wrapped,
+            ["unshare", *flags, "sh", "-c", script, "sh", *CLIENT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env=environment() | container.environment,
+            env=environment() | dict(container.environment),
         )
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             self._answers.put(json.loads(line))
         self._answers.put({"error": f"the process ended with {self.process.wait()}"})
 
     def send(self, do: str, **values: Any) -> None:
-        assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # the reader says how it ended
             self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return  # the reader says how it ended
 
     def answer(self, timeout: float = 30) -> dict[str, Any]:
         try:
@@ -118,9 +96,9 @@ class Client:
     def close(self) -> None:
         self.process.kill()
         self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
 
 
 class Node:
@@ -128,24 +106,21 @@ class Node:
 
     agent: Agent
     kubelet: KubeletPeer
+    daemon: subprocess.Popen[bytes]
 
     def __init__(self, root: Path, record: Record, stack: ExitStack, **variables: str) -> None:
         self.root, self.record, self.stack = root, record, stack
+        self.mps = Directories(root / "mps", root / "shm")
         self.variables = {
             "VGPU_GPU_DRIVER": "nvml",
             "VGPU_MPS_COMPUTE_MODE": "keep",
-            "VGPU_MPS_DIRECTORY": str(root / "mps"),
-            "VGPU_MPS_SHM_DIRECTORY": str(root / "shm"),
+            "VGPU_MPS_DIRECTORY": str(self.mps.root),
+            "VGPU_MPS_SHM_DIRECTORY": str(self.mps.shm),
             "VGPU_HEALTH_INTERVAL": "1",
             **variables,
         }
-        self.mps_environment = environment(
-            CUDA_MPS_PIPE_DIRECTORY=str(root / "mps/pipe"),
-            CUDA_MPS_LOG_DIRECTORY=str(root / "mps/log"),
-        )
         names = {name.removeprefix("VGPU_").lower(): each for name, each in self.variables.items()}
         self.settings = EmbeddedSettings.model_validate(names)
-        self.daemon: subprocess.Popen[bytes] | None = None
         self.inventory: Inventory | None = None
 
     # MPS
@@ -156,19 +131,19 @@ class Node:
         self.record.event("prepare", exit=prepared.returncode, stderr=prepared.stderr)
         if prepared.returncode != 0:
             self.record.say(f"`mps prepare` ended with {prepared.returncode}: see the transcript")
-        for path in ("mps/pipe", "mps/log", "shm"):
-            (self.root / path).mkdir(parents=True, exist_ok=True)
+        for path in self.mps.modes():
+            path.mkdir(parents=True, exist_ok=True)
         self.start_daemon()
         watch = subprocess.Popen(
             [sys.executable, "-m", "vgpu_agent", "mps", "watch"],
             env=environment(**self.variables),
-            stderr=(self.root / "watch.log").open("w"),
+            stderr=self.stack.enter_context((self.root / "watch.log").open("w")),
         )
         self.stack.callback(watch.wait)
         self.stack.callback(watch.terminate)
 
     def start_daemon(self) -> None:
-        daemon = subprocess.Popen([BINARY, "-f"], env=self.mps_environment)
+        daemon = subprocess.Popen([BINARY, "-f"], env=environment(**self.mps.environment()))
         self.daemon = daemon
         self.stack.callback(self._end_daemon, daemon)
         deadline = time.monotonic() + 10
@@ -176,36 +151,28 @@ class Node:
             time.sleep(0.1)
 
     def _end_daemon(self, daemon: subprocess.Popen[bytes]) -> None:
-        if daemon.poll() is not None:
-            return
-        self.control("quit")
-        try:
+        if daemon.poll() is None:
+            self.control("quit")
+        with suppress(subprocess.TimeoutExpired):
             daemon.wait(10)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+        daemon.kill()
+        daemon.wait()
+
+    def _ask(self, command: str) -> subprocess.CompletedProcess[str]:
+        return self.record.command([BINARY], f"{command}\n", environment(**self.mps.environment()))
 
     def control(self, command: str) -> str:
-        return self.record.command([BINARY], command + "\n", self.mps_environment)
+        done = self._ask(command)
+        return f"exit {done.returncode}, {(done.stdout + done.stderr).strip()!r}"
 
     def servers(self) -> list[int]:
-        done = subprocess.run(
-            [BINARY],
-            input="get_server_list\n",
-            env=self.mps_environment,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-        return [int(word) for word in done.stdout.split() if word.isdigit()]
+        return [int(word) for word in self._ask("get_server_list").stdout.split() if word.isdigit()]
 
     def logs(self) -> None:
         """All logs of the daemon, the watcher and the agent, into the transcript."""
-        for path in [*(self.root / "mps/log").glob("*.log"), self.root / "watch.log"]:
-            if path.exists():
-                text = path.read_text(errors="replace")
-                self.record.event("log", name=path.name, lines=text.splitlines()[-400:])
+        for path in [*self.mps.log.glob("*.log"), *self.root.glob("watch.log")]:
+            text = path.read_text(errors="replace")
+            self.record.event("log", name=path.name, lines=text.splitlines()[-400:])
         if hasattr(self, "agent"):
             self.record.event("log", name="agent", lines=self.agent.lines[-400:])
 
@@ -222,33 +189,6 @@ class Node:
             self.record.say("the agent gives no vGPU (see its log): containers are the model's")
             self.inventory = anyio.run(self._inventory)
 
-    def wait_health(self, *, healthy: bool, timeout: float = 30) -> float:
-        """When the list said so of all vGPUs, by the monotonic clock."""
-        word = "Healthy" if healthy else "Unhealthy"
-        found = self.kubelet.wait_list(
-            lambda devices: devices and all(each.health == word for each in devices), timeout
-        )
-        return found.time
-
-    def containers(self, count: int) -> list[Container]:
-        """So many containers of one vGPU each, all of the same GPU."""
-        ids = list(self.inventory.device_ids if self.inventory else self.kubelet.allocatable)
-        gpu = ids[0].split("::")[0]
-        of_gpu = [each for each in ids if each.startswith(gpu)]
-        return [self._container(each) for each in of_gpu[:count]]
-
-    def _container(self, vgpu: str) -> Container:
-        if self.inventory:
-            given = grant(self.inventory, [vgpu], self.settings.sharing_rules())
-            variables, given_mounts = given.environment, given.mounts
-        else:
-            answer = self.kubelet.allocate([vgpu]).container_responses[0]
-            variables, given_mounts = answer.envs, answer.mounts
-        mounts = tuple(Mount(m.host_path, m.container_path, m.read_only) for m in given_mounts)
-        container = Container(dict(variables), mounts)
-        self.record.event("allocated", vgpu=vgpu, environment=container.environment, mounts=mounts)
-        return container
-
     async def _inventory(self) -> Inventory:
         """The GPUs as the model divides them, whatever is wrong with them."""
         node = make_node(self.settings)
@@ -257,9 +197,37 @@ class Node:
         node.driver_looked(Driver(scan.driver_version, None), scan, {}, memory_used={})
         return node.snapshot.inventory
 
+    def wait_health(self, *, healthy: bool, timeout: float = 30) -> float:
+        """When the list said so of all vGPUs, by the monotonic clock."""
+        word = "Healthy" if healthy else "Unhealthy"
+        found = self.kubelet.wait_list(
+            lambda devices: devices and all(each.health == word for each in devices), timeout
+        )
+        return found.time
+
+    def containers(self, count: int) -> list[Grant]:
+        """So many containers of one vGPU each, all of the same GPU."""
+        ids = list(self.inventory.device_ids if self.inventory else self.kubelet.allocatable)
+        gpu = ids[0].split("::")[0]
+        of_gpu = [each for each in ids if each.startswith(gpu)]
+        return [self._container(each) for each in of_gpu[:count]]
+
+    def _container(self, vgpu: str) -> Grant:
+        if self.inventory:
+            given = grant(self.inventory, [vgpu], self.settings.sharing_rules())
+        else:
+            answer = self.kubelet.allocate([vgpu]).container_responses[0]
+            mounted = (Mount(m.host_path, m.container_path, m.read_only) for m in answer.mounts)
+            given = Grant(dict(answer.envs), tuple(mounted))
+        mounts = [asdict(mount) for mount in given.mounts]
+        self.record.event(
+            "allocated", vgpu=vgpu, environment=dict(given.environment), mounts=mounts
+        )
+        return given
+
     @contextmanager
     def clients(
-        self, *containers: Container, namespaces: Sequence[str] = ("mount",), own_shm: bool = False
+        self, *containers: Grant, namespaces: Sequence[str] = ("mount",), own_shm: bool = False
     ) -> Iterator[list[Client]]:
         with ExitStack() as stack:
             found = []
@@ -275,7 +243,7 @@ def node(record: Record, **variables: str) -> Iterator[Node]:
     with tempfile.TemporaryDirectory(prefix="vgpu-") as name, ExitStack() as stack:
         found = Node(Path(name), record, stack, **variables)
         stack.callback(found.logs)
-        if variables["VGPU_SHARING"] == "mps":
+        if found.settings.sharing_rules().mps:
             found.start_mps()
         found.start_agent()
         yield found

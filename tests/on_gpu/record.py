@@ -15,10 +15,9 @@ import pynvml
 
 
 def _machine() -> list[str]:
-    lines = [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, driver {pynvml.nvmlSystemGetDriverVersion()}"
-    ]
-    lines[0] += f", kernel {platform.release()}, Python {platform.python_version()}"
+    time_of_day, driver = datetime.now(UTC), pynvml.nvmlSystemGetDriverVersion()
+    python = f"kernel {platform.release()}, Python {platform.python_version()}"
+    lines = [f"{time_of_day:%Y-%m-%d %H:%M} UTC, driver {driver}, {python}"]
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         mode = pynvml.nvmlDeviceGetComputeMode(handle)
@@ -64,7 +63,9 @@ class Record:
         at = round(time.monotonic() - self._start, 4)
         self._events.append({"at": at, "section": self._name, "what": what, **values})
 
-    def command(self, arguments: Sequence[str], text: str, env: dict[str, str]) -> str:
+    def command(
+        self, arguments: Sequence[str], text: str, env: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a command for at most 5 s; all that it said goes into the transcript."""
         try:
             done = subprocess.run(
@@ -77,11 +78,10 @@ class Record:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            self.event("command", arguments=list(arguments), stdin=text, exit="none within 5 s")
-            return "no answer within 5 s"
+            done = subprocess.CompletedProcess(arguments, "none", "", "no answer within 5 s")
         said = {"exit": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
         self.event("command", arguments=list(arguments), stdin=text, **said)
-        return f"exit {done.returncode}, {(done.stdout + done.stderr).strip()!r}"
+        return done
 
     def _write(self) -> None:
         (self._folder / "report.md").write_text("\n".join(self._lines) + "\n")

@@ -5,12 +5,13 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pynvml
 
 from tests.on_gpu.client import MIB
-from tests.on_gpu.node import Client, Node, kill, node
+from tests.on_gpu.node import Client, Node, having, kill, node
 from tests.on_gpu.record import Record
 
 MPS = {"VGPU_SHARING": "mps", "VGPU_MPS_THREADS": "share"}
@@ -51,10 +52,12 @@ def unknowns(record: Record, _: float) -> None:
 
 def _reach(record: Record, it: Node) -> None:
     (container,) = it.containers(1)
+    without_shm = tuple(each for each in container.mounts if each.container_path != "/dev/shm")
+    read_only = tuple(replace(each, read_only=True) for each in container.mounts)
     cases = {
         "as allocated": (container, False),
-        "with a /dev/shm of its own": (container.without_shm(), True),
-        "with the pipe directory read-only": (container.read_only(), False),
+        "with a /dev/shm of its own": (replace(container, mounts=without_shm), True),
+        "with the pipe directory read-only": (replace(container, mounts=read_only), False),
     }
     rows = []
     for name, (case, own_shm) in cases.items():
@@ -78,7 +81,8 @@ def _context_memory(record: Record, it: Node) -> None:
 def _invisible_gpu(record: Record, it: Node) -> None:
     (container,) = it.containers(1)
     for text in ("0=1G", "0=1G,1=1G", "1=1G,0=1G"):
-        changed = container.having(
+        changed = having(
+            container,
             CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=text,
             CUDA_VISIBLE_DEVICES=container.environment["NVIDIA_VISIBLE_DEVICES"],
         )
@@ -90,7 +94,7 @@ def _invisible_gpu(record: Record, it: Node) -> None:
 def _ordinals(record: Record, it: Node) -> None:
     (container,) = it.containers(1)
     for order in ("PCI_BUS_ID", "FASTEST_FIRST"):
-        with it.clients(container.having(CUDA_DEVICE_ORDER=order)) as (client,):
+        with it.clients(having(container, CUDA_DEVICE_ORDER=order)) as (client,):
             record.say(f"CUDA_DEVICE_ORDER={order}: {client.ask('info')}")
     if pynvml.nvmlDeviceGetCount() < 2:
         record.say("one GPU only: which GPU an ordinal of the limit means is not settled")
@@ -101,7 +105,7 @@ def _reach_of_a_fault(record: Record, it: Node) -> None:
         record.say("one GPU only: whether a fault reaches clients of another is not settled")
         return
     (container,) = it.containers(1)
-    one, two = (container.having(CUDA_VISIBLE_DEVICES=str(n)) for n in (0, 1))
+    one, two = (having(container, CUDA_VISIBLE_DEVICES=str(n)) for n in (0, 1))
     with it.clients(one, two) as (bad, other):
         other.ask("info")
         record.say(f"illegal access on GPU 0: {bad.ask('illegal')}")
@@ -204,7 +208,6 @@ def faults(record: Record, _: float) -> None:
                 f"neighbours of the illegal access: {[outcome(each.answer()) for each in others]}"
             )
         _reported(record, it, begun, "illegal access")
-        assert it.daemon is not None
         with it.clients(*it.containers(1)) as (client,):
             client.send("work", seconds=3, start_at=0)
             time.sleep(1.5)
@@ -259,7 +262,6 @@ def transcripts(record: Record, _: float) -> None:
             ]
             commands = [*of_servers, "get_device_client_list", "ps"]
             rows += [("two clients", command, it.control(command)) for command in commands]
-        assert it.daemon is not None
         os.kill(it.daemon.pid, signal.SIGSTOP)
         rows.append(("daemon stopped", "get_server_list", it.control("get_server_list")))
         os.kill(it.daemon.pid, signal.SIGCONT)

@@ -2,16 +2,18 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from vgpu_agent.observe.report import AllocationReport, GpuReport, MpsReport, Report
+from vgpu_agent.commands import judge
+from vgpu_agent.commands.judge import Check, Verdict
+from vgpu_agent.observe.report import AllocationReport, GpuReport, Report
 
 UNKNOWN = "unknown"
-GOOD, BAD, ODD, HEAD, QUIET = "green", "bold red", "yellow", "bold", "dim"
+GOOD, BAD, ODD, HEAD = "green", "bold red", "yellow", "bold"
+COLOURS = {Verdict.OK: "", Verdict.WARN: ODD, Verdict.FAIL: BAD}
 
 TABLE_WIDTH = 80
 """Columns of a terminal from which on a table that does not fit is folded within its cells."""
@@ -23,8 +25,8 @@ _GIB = 1 << 30
 def page(report: Report) -> RenderableType:
     """All of it: the node, its GPUs, what is wrong and what to do, and who holds what."""
     parts: list[RenderableType] = [_pairs(_facts(report)), Text(), *_gpus(report)]
-    if troubles := list(_troubles(report)):
-        parts += [Text(), *troubles]
+    if findings := list(judge.findings(report)):
+        parts += [Text(), *(line for check in findings for line in _finding(check))]
     return Group(*parts, Text(), *_holders(report))
 
 
@@ -51,20 +53,8 @@ def ranges(numbers: Collection[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def moment(text: str) -> str:
-    """A time of the report, to the second and in UTC."""
-    try:
-        return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    except (ValueError, OverflowError):
-        return text
-
-
 def _or_unknown(value: object) -> str:
     return UNKNOWN if value is None else str(value)
-
-
-def _count(number: int, thing: str, plural: str = "") -> str:
-    return f"{number} {thing if number == 1 else plural or thing + 's'}"
 
 
 def _line(*parts: str | tuple[str, str]) -> Text:
@@ -114,57 +104,13 @@ class _Sheet:
 
 
 def _facts(report: Report) -> Iterator[tuple[str, Text]]:
-    yield "Node", Text(report.host)
-    yield "Resource", Text(report.resource)
-    yield "Agent", Text(f"{report.version}, report of {moment(report.time)}")
-    yield "Driver", _driver(report)
-    yield "Kubelet", _kubelet(report)
-    yield "MPS", Text("not used") if report.mps is None else _mps(report.mps)
-    if report.mps is not None and report.mps.replacement:
-        yield "", Text(report.mps.replacement, ODD)
-    yield "Pods", _pods(report)
-    if not report.health_checks:
-        yield "Health", Text("off: no fault of any GPU is noticed", BAD)
+    yield "node", Text(report.host)
+    yield "resource", Text(report.resource)
+    yield "version", Text(f"{report.version}, report of {report.time}")
     yield "vGPUs", _vgpus(report)
-
-
-def _driver(report: Report) -> Text:
-    driver = report.driver
-    if driver.released_until is not None:
-        return Text(f"released for a reset until {moment(driver.released_until)}", ODD)
-    if driver.error is not None:
-        return Text(f"no GPU can be used: {driver.error}", BAD)
-    return Text(driver.version or "of an unknown version")
-
-
-def _kubelet(report: Report) -> Text:
-    kubelet = report.kubelet
-    if kubelet.connected:
-        return Text("registered", GOOD)
-    state = "it does not follow our list" if kubelet.registered else "not registered"
-    return Text(f"{state}: {kubelet.error or 'starting'}", BAD)
-
-
-def _mps(mps: MpsReport) -> Text:
-    if mps.problem is not None or not mps.limits_in_effect:
-        return Text(f"no vGPU can be given: {mps.problem or 'limits are not in effect'}", BAD)
-    text = Text(f"limits are in effect, {_count(sum(mps.clients.values()), 'client')}")
-    if mps.waiting_clients:
-        text.append(f", {mps.waiting_clients} of another user waiting", ODD)
-    return text
-
-
-def _pods(report: Report) -> Text:
-    if not report.names_pods:
-        return Text("not named: VGPU_STATUS_PAGE=off")
-    if not report.podresources.up:
-        old = "" if report.allocations is None else ", what is shown is older"
-        why = report.podresources.error or "for an unknown reason"
-        return Text(f"the kubelet does not say who holds what{old}: {why}", BAD)
-    text = Text("from the kubelet", GOOD)
-    if not report.process_metrics:
-        text.append("; usage: off (VGPU_PROCESS_METRICS)", QUIET)
-    return text
+    for check in judge.of_node(report):
+        advice = "" if check.verdict is Verdict.OK else f"\n-> {check.advice}"
+        yield check.name, Text.assemble((check.detail, COLOURS[check.verdict]), advice)
 
 
 def _vgpus(report: Report) -> Text:
@@ -184,8 +130,7 @@ def _vgpus(report: Report) -> Text:
         text.append("; the kubelet cannot give any to a pod now", BAD)
     elif report.largest_free:
         where = [f" (GPU {g.index})" for g in report.gpus if g.vgpus.free == report.largest_free]
-        block = _count(report.largest_free, "vGPU")
-        text.append(f"; largest free block: {block}{where[0] if where else ''}")
+        text.append(f"; largest free block: {report.largest_free}{where[0] if where else ''}")
     return text
 
 
@@ -226,36 +171,11 @@ def _health(gpu: GpuReport, report: Report) -> Text:
     return Text(", ".join(fault.reason for fault in gpu.faults) or "unhealthy", BAD)
 
 
-# What is wrong, and what to do
-
-
-def _troubles(report: Report) -> Iterator[Text]:
-    """A line for each, and below it what to do."""
-    for gpu in report.gpus:
-        name = f"GPU {gpu.index}"
-        for fault in gpu.faults:
-            yield _line(
-                (f"{name}: {fault.reason}", BAD),
-                f" since {moment(fault.since)}: {fault.detail}",
-                " (until a reset)" if fault.until_reset else "",
-            )
-            if fault.advice:
-                yield _line("  -> ", fault.advice)
-        for note in gpu.notes:
-            yield _line((f"{name}: ", ODD), note)
-        if count := gpu.unattributed_processes:
-            what = f"{_count(count, 'process', 'processes')} of no pod that holds its vGPUs"
-            yield _line((f"{name}: ", ODD), what)
-    for each in report.excluded:
-        yield _line(
-            (f"GPU {each.index} is excluded", ODD),
-            f" ({each.model}, {each.uuid}): {each.reason}: {each.detail}",
-        )
-    if report.orphaned:
-        vgpus = _count(len(report.orphaned), "vGPU")
-        yield _line((f"{vgpus} held, but no longer advertised: ", ODD), ", ".join(report.orphaned))
-    for problem in report.problems:
-        yield _line((problem, ODD))
+def _finding(check: Check) -> Iterator[Text]:
+    """What is wrong, and below it what to do."""
+    yield _line((f"{check.name}: ", COLOURS[check.verdict]), check.detail)
+    if check.verdict is not Verdict.OK:
+        yield _line("  -> ", check.advice)
 
 
 # Who holds what
@@ -264,7 +184,8 @@ def _troubles(report: Report) -> Iterator[Text]:
 def _holders(report: Report) -> Iterator[RenderableType]:
     allocations = report.allocations
     if allocations is None:
-        yield _line(f"Who holds which vGPUs is {UNKNOWN if report.names_pods else 'not shown'}.")
+        why = UNKNOWN if report.names_pods else "not shown: VGPU_STATUS_PAGE=off"
+        yield _line(f"Who holds which vGPUs is {why}.")
         return
     if not allocations:
         yield _line("No vGPU is held.")

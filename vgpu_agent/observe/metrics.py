@@ -1,32 +1,47 @@
-"""The metrics of the agent: a table of them, each a function of one snapshot of the node.
+"""The metrics of the agent: families made from one snapshot of the node, and the duration of calls.
 
-Names, units and types follow the Prometheus conventions. docs/metrics.md is made from the table.
+Names, units and types follow the Prometheus conventions; docs/metrics.md is made from `PARTS`.
+Families are made at each scrape, so no series outlives the GPU that it speaks of.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from vgpu_agent.model.devices import Gpu, Reason, device_id
 from vgpu_agent.model.holders import Holder, Used
-from vgpu_agent.model.snapshot import Mps, RegistrationResult, Rules, Snapshot
+from vgpu_agent.model.snapshot import RegistrationResult, Rules, Snapshot
+
+Labels = tuple[str, ...]
+Samples = Iterable[tuple[Labels, float]]
+
+_G = ("gpu_uuid", "gpu_index")
+_C = ("namespace", "pod", "container")
 
 
-class Only(StrEnum):
-    """When a metric is there: where something is unknown there is no series, unknown is not 0."""
+def _family(name: str, text: str, labels: Labels, samples: Samples) -> Metric:
+    """A metric; its name says of which kind."""
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    family = kind(name.removesuffix("_total"), text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, float(value))
+    return family
 
-    HOLDERS = "while it is known who holds what"
-    MPS = "under MPS"
-    USAGE = "with `VGPU_PROCESS_METRICS=on`"
 
-    def holds(self, snapshot: Snapshot) -> bool:
-        """Whether metrics of that kind are there now."""
-        known = {
-            Only.HOLDERS: snapshot.assignments,
-            Only.MPS: snapshot.mps,
-            Only.USAGE: snapshot.usage,
-        }
-        return known[self] is not None
+def _one(name: str, text: str, value: float) -> Metric:
+    return _family(name, text, (), [((), value)])
+
+
+def _g(gpu: Gpu) -> Labels:
+    return gpu.uuid, str(gpu.index)
+
+
+def _c(holder: Holder) -> Labels:
+    return holder.namespace, holder.pod, holder.container
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,298 +54,296 @@ class View:
     snapshot: Snapshot
 
 
-Labels = tuple[str, ...]
-Samples = Iterable[tuple[Labels, float]]
-Sampler = Callable[[View], Samples]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A metric of the table."""
-
-    name: str
-    text: str
-    labels: Labels
-    only: tuple[Only, ...]
-    samples: Sampler
-
-    @property
-    def kind(self) -> str:
-        """Its type in Prometheus."""
-        return "counter" if self.name.endswith("_total") else "gauge"
-
-
-RPC_DURATION = (
-    "vgpu_rpc_duration_seconds",
-    "Duration of the kubelet's unary calls, by method and gRPC status code.",
-    ("method", "code"),
-)
-"""Name, text and labels of the one histogram, which lasts from scrape to scrape."""
-
-TABLE: list[Entry] = []
-"""All metrics, in the order in which they are exposed; the functions below enter themselves."""
-
-
-def metric(name: str, *labels: str, only: tuple[Only, ...] = ()) -> Callable[[Sampler], Sampler]:
-    """Enters a metric into the table: the decorated function makes its samples.
-
-    Its docstring is what Prometheus and docs/metrics.md say of the metric.
-    """
-
-    def enter(samples: Sampler) -> Sampler:
-        TABLE.append(Entry(name, samples.__doc__ or "", labels, only, samples))
-        return samples
-
-    return enter
-
-
-def _one(name: str, text: str, value: Callable[[Snapshot], float], *only: Only) -> None:
-    """Enters a metric with one series."""
-    TABLE.append(Entry(name, text, (), only, lambda view: [((), value(view.snapshot))]))
-
-
-def _mps(name: str, text: str, value: Callable[[Mps], float]) -> None:
-    """Enters a metric with one series, of the MPS daemon."""
-    _one(name, text, lambda s: 0 if s.mps is None else value(s.mps), Only.MPS)
-
-
-_G = ("gpu_uuid", "gpu_index")
-_C = ("namespace", "pod", "container")
-
-
-def _g(gpu: Gpu) -> Labels:
-    return gpu.uuid, str(gpu.index)
-
-
-def _c(holder: Holder) -> Labels:
-    return holder.namespace, holder.pod, holder.container
-
-
-def _index(view: View, uuid: str | None) -> str:
-    shared = view.snapshot.inventory.find(uuid or "")
-    return "" if shared is None else str(shared.gpu.index)
-
-
-@metric("vgpu_build_info", "version")
-def _build_info(view: View) -> Samples:
-    """Version of the agent."""
-    yield (view.version,), 1
-
-
-_one("vgpu_nvml_up", "Whether the GPU driver answers.", lambda s: s.driver.up)
-
-
-# GPUs
-
-
-@metric("vgpu_gpu_info", *_G, "model", "driver_version", "numa_node")
-def _gpu_info(view: View) -> Samples:
-    """What a GPU is."""
-    for shared in view.snapshot.inventory.gpus:
-        gpu = shared.gpu
-        numa = "" if gpu.numa_node is None else str(gpu.numa_node)
-        yield (*_g(gpu), gpu.model, view.snapshot.driver.version or "", numa), 1
-
-
-@metric("vgpu_gpu_healthy", *_G)
-def _gpu_healthy(view: View) -> Samples:
-    """Whether the vGPUs of a GPU may be given to pods."""
-    return ((_g(shared.gpu), shared.healthy) for shared in view.snapshot.inventory.gpus)
-
-
-@metric("vgpu_gpu_unhealthy_reason", *_G, "reason")
-def _unhealthy_reason(view: View) -> Samples:
-    """1 for each reason for which a GPU is unhealthy now, 0 for the others."""
-    for shared in view.snapshot.inventory.gpus:
-        found = {fault.reason for fault in shared.faults}
-        for reason in Reason:
-            yield (*_g(shared.gpu), reason.value), reason in found
-
-
-@metric("vgpu_gpu_recovery_wait_seconds", *_G)
-def _recovery_wait(view: View) -> Samples:
-    """For how long the probes of a GPU must pass before it is healthy; grows with relapses."""
-    return ((_g(shared.gpu), shared.recovery_wait) for shared in view.snapshot.inventory.gpus)
-
-
-@metric("vgpu_gpu_memory_bytes", *_G, "kind")
-def _memory(view: View) -> Samples:
-    """Memory of a GPU: all of it, what the driver reserves of it, and what is in use."""
-    for shared in view.snapshot.inventory.gpus:
-        gpu = shared.gpu
-        yield (*_g(gpu), "total"), gpu.memory_bytes
-        yield (*_g(gpu), "reserved"), gpu.reserved_bytes
-        used = view.snapshot.memory_used.get(gpu.uuid)
-        if used is not None:
-            yield (*_g(gpu), "used"), used
-
-
-@metric("vgpu_gpu_excluded", *_G, "reason")
-def _excluded(view: View) -> Samples:
-    """GPUs of the node that are not shared."""
-    return (((*_g(each.gpu), each.reason), 1) for each in view.snapshot.excluded)
-
-
-@metric("vgpu_devices", "resource", *_G, "health")
-def _devices(view: View) -> Samples:
-    """Advertised vGPUs, by GPU and health."""
-    for shared in view.snapshot.inventory.gpus:
-        for health in ("healthy", "unhealthy"):
-            count = shared.replicas if shared.healthy == (health == "healthy") else 0
-            yield (view.resource, *_g(shared.gpu), health), count
-
-
-@metric("vgpu_xid_errors_total", *_G, "xid")
-def _xids(view: View) -> Samples:
-    """XIDs that the driver reported. gpu_uuid is empty where it could not name the GPU."""
-    for (uuid, xid), count in view.snapshot.xids.items():
-        yield (uuid or "", _index(view, uuid), str(xid)), count
-
-
-@metric("vgpu_health_transitions_total", *_G, "to", "reason")
-def _transitions(view: View) -> Samples:
-    """GPUs that became healthy or unhealthy, and the reason that did it or ended."""
-    for (uuid, to, reason), count in view.snapshot.transitions.items():
-        yield (uuid, _index(view, uuid), to, reason.value), count
-
-
-# The kubelet
-
-
-@metric("vgpu_registrations_total", "result")
-def _registrations(view: View) -> Samples:
-    """Attempts to register with the kubelet, by result."""
-    for result in RegistrationResult:
-        yield (result.value,), view.snapshot.registrations.get(result, 0)
-
-
-_one(
-    "vgpu_list_and_watch_updates_total",
-    "Device lists sent to the kubelet.",
-    lambda s: s.lists_sent,
-)
-_one(
-    "vgpu_kubelet_connected",
-    "Whether the kubelet is registered with and follows the device list.",
-    lambda s: s.kubelet.connected,
-)
-_one(
-    "vgpu_podresources_up",
-    "Whether the kubelet said who holds which vGPU when it was last asked.",
-    lambda s: s.holders.up,
-)
-
-
-# Containers
-
-
-@metric("vgpu_device_allocated", "resource", *_G, "device_id", only=(Only.HOLDERS,))
-def _allocated(view: View) -> Samples:
-    """Whether a container holds the vGPU."""
-    snapshot = view.snapshot
-    held = {(part.shared.gpu.uuid, n) for part in snapshot.parts for n in part.numbers}
-    for shared in snapshot.inventory.gpus:
-        for n in range(shared.replicas):
-            uuid = shared.gpu.uuid
-            yield (view.resource, *_g(shared.gpu), device_id(uuid, n)), (uuid, n) in held
-
-
-@metric("vgpu_allocation_info", "resource", *_G, "device_id", *_C, only=(Only.HOLDERS,))
-def _allocation_info(view: View) -> Samples:
-    """Which container holds the vGPU."""
-    for part in view.snapshot.parts:
-        for n in part.numbers:
-            vgpu = device_id(part.shared.gpu.uuid, n)
-            yield (view.resource, *_g(part.shared.gpu), vgpu, *_c(part.holder)), 1
-
-
-@metric("vgpu_allocation_memory_share_bytes", *_G, *_C, only=(Only.HOLDERS,))
-def _shares(view: View) -> Samples:
-    """Memory of the GPU that the vGPUs of the container are worth together."""
-    for part in view.snapshot.parts:
-        if part.whole:
-            share = part.shared.share_bytes(len(part.numbers))
-            yield (*_g(part.shared.gpu), *_c(part.holder)), share
-
-
-@metric("vgpu_allocation_memory_limit_bytes_per_process", *_G, *_C, only=(Only.MPS, Only.HOLDERS))
-def _limits(view: View) -> Samples:
-    """Memory of the GPU that MPS lets each process of the container have."""
+def _node(view: View) -> Iterator[Metric]:
+    s = view.snapshot
+    yield _family("vgpu_build_info", "Version of the agent.", ("version",), [((view.version,), 1)])
+    yield _one("vgpu_nvml_up", "Whether the GPU driver answers.", s.driver.up)
+    yield _family(
+        "vgpu_registrations_total",
+        "Attempts to register with the kubelet, by result.",
+        ("result",),
+        (((result.value,), s.registrations.get(result, 0)) for result in RegistrationResult),
+    )
+    yield _one(
+        "vgpu_list_and_watch_updates_total", "Device lists sent to the kubelet.", s.lists_sent
+    )
+    yield _one(
+        "vgpu_kubelet_connected",
+        "Whether the kubelet is registered with and follows the device list.",
+        s.kubelet.connected,
+    )
+    yield _one(
+        "vgpu_podresources_up",
+        "Whether the kubelet said who holds which vGPU when it was last asked.",
+        s.holders.up,
+    )
+
+
+def _gpus(view: View) -> Iterator[Metric]:
+    s, gpus = view.snapshot, view.snapshot.inventory.gpus
+    version = s.driver.version or ""
+
+    def index(uuid: str | None) -> str:
+        shared = s.inventory.find(uuid or "")
+        return "" if shared is None else str(shared.gpu.index)
+
+    def memory() -> Samples:
+        for gpu in (shared.gpu for shared in gpus):
+            yield (*_g(gpu), "total"), gpu.memory_bytes
+            yield (*_g(gpu), "reserved"), gpu.reserved_bytes
+            if (used := s.memory_used.get(gpu.uuid)) is not None:
+                yield (*_g(gpu), "used"), used
+
+    yield _family(
+        "vgpu_gpu_info",
+        "What a GPU is.",
+        (*_G, "model", "driver_version", "numa_node"),
+        (
+            ((*_g(gpu), gpu.model, version, "" if gpu.numa_node is None else str(gpu.numa_node)), 1)
+            for gpu in (shared.gpu for shared in gpus)
+        ),
+    )
+    yield _family(
+        "vgpu_gpu_healthy",
+        "Whether the vGPUs of a GPU may be given to pods.",
+        _G,
+        ((_g(shared.gpu), shared.healthy) for shared in gpus),
+    )
+    yield _family(
+        "vgpu_gpu_unhealthy_reason",
+        "1 for each reason for which a GPU is unhealthy now, 0 for the others.",
+        (*_G, "reason"),
+        (
+            ((*_g(shared.gpu), reason.value), reason in {fault.reason for fault in shared.faults})
+            for shared in gpus
+            for reason in Reason
+        ),
+    )
+    yield _family(
+        "vgpu_gpu_recovery_wait_seconds",
+        "For how long the probes of a GPU must pass before it is healthy; grows with relapses.",
+        _G,
+        ((_g(shared.gpu), shared.recovery_wait) for shared in gpus),
+    )
+    yield _family(
+        "vgpu_gpu_memory_bytes",
+        "Memory of a GPU: all of it, what the driver reserves of it, and what is in use.",
+        (*_G, "kind"),
+        memory(),
+    )
+    yield _family(
+        "vgpu_gpu_excluded",
+        "GPUs of the node that are not shared.",
+        (*_G, "reason"),
+        (((*_g(each.gpu), each.reason), 1) for each in s.excluded),
+    )
+    yield _family(
+        "vgpu_devices",
+        "Advertised vGPUs, by GPU and health.",
+        ("resource", *_G, "health"),
+        (
+            ((view.resource, *_g(shared.gpu), words), shared.replicas * (shared.healthy is healthy))
+            for shared in gpus
+            for words, healthy in (("healthy", True), ("unhealthy", False))
+        ),
+    )
+    yield _family(
+        "vgpu_xid_errors_total",
+        "XIDs that the driver reported. gpu_uuid is empty where it could not name the GPU.",
+        (*_G, "xid"),
+        (((uuid or "", index(uuid), str(xid)), count) for (uuid, xid), count in s.xids.items()),
+    )
+    yield _family(
+        "vgpu_health_transitions_total",
+        "GPUs that became healthy or unhealthy, and the reason that did it or ended.",
+        (*_G, "to", "reason"),
+        (
+            ((uuid, index(uuid), to, reason.value), count)
+            for (uuid, to, reason), count in s.transitions.items()
+        ),
+    )
+
+
+def _holders(view: View) -> Iterator[Metric]:
+    s, resource = view.snapshot, view.resource
+    if s.assignments is None:
+        return
+    held = [(part, n) for part in s.parts for n in part.numbers]
+    numbers = {(part.shared.gpu.uuid, n) for part, n in held}
+    shares = [
+        ((*_g(part.shared.gpu), *_c(part.holder)), part.shared.share_bytes(len(part.numbers)))
+        for part in s.parts
+        if part.whole
+    ]
+    yield _family(
+        "vgpu_device_allocated",
+        "Whether a container holds the vGPU.",
+        ("resource", *_G, "device_id"),
+        (
+            ((resource, *_g(gpu), device_id(gpu.uuid, n)), (gpu.uuid, n) in numbers)
+            for gpu, replicas in ((shared.gpu, shared.replicas) for shared in s.inventory.gpus)
+            for n in range(replicas)
+        ),
+    )
+    yield _family(
+        "vgpu_allocation_info",
+        "Which container holds the vGPU.",
+        ("resource", *_G, "device_id", *_C),
+        (
+            ((resource, *_g(gpu), device_id(gpu.uuid, n), *_c(holder)), 1)
+            for gpu, n, holder in ((part.shared.gpu, n, part.holder) for part, n in held)
+        ),
+    )
+    yield _family(
+        "vgpu_allocation_memory_share_bytes",
+        "Memory of the GPU that the vGPUs of the container are worth together.",
+        (*_G, *_C),
+        shares,
+    )
+    limited = s.mps and view.rules.sharing.with_applied_limits(s.mps.limits).limits_memory
+    yield _family(
+        "vgpu_allocation_memory_limit_bytes_per_process",
+        "Memory of the GPU that MPS lets each process of the container have, where it limits it.",
+        (*_G, *_C),
+        shares if limited else (),
+    )
+    yield _family(
+        "vgpu_orphaned_allocations",
+        "How many vGPUs containers hold though the node no longer has them.",
+        ("resource",),
+        [((resource,), len(s.orphans))],
+    )
+    yield _family(
+        "vgpu_largest_free_share",
+        "How many vGPUs the largest request may ask for that still fits on one GPU.",
+        ("resource",),
+        [((resource,), s.largest_free)],
+    )
+
+
+def _usage(view: View) -> Iterator[Metric]:
+    usage, find = view.snapshot.usage, view.snapshot.inventory.find
+    if usage is None:
+        return
+
+    def used(value: Callable[[Used], int | None]) -> Samples:
+        for (uuid, holder), used in usage.containers.items():
+            shared, count = find(uuid), value(used)
+            if shared is not None and count is not None:
+                yield (*_g(shared.gpu), *_c(holder)), count
+
+    yield _family(
+        "vgpu_container_memory_used_bytes",
+        "Memory of the GPU that the processes of the container have together.",
+        (*_G, *_C),
+        used(lambda each: each.memory_bytes),
+    )
+    yield _family(
+        "vgpu_container_processes",
+        "Processes of the container with a context on the GPU.",
+        (*_G, *_C),
+        used(lambda each: each.processes),
+    )
+    yield _family(
+        "vgpu_unattributed_processes",
+        "Processes on the GPU that belong to no container that is known.",
+        _G,
+        (
+            (_g(shared.gpu), usage.unattributed[shared.gpu.uuid])
+            for shared in view.snapshot.inventory.gpus
+            if shared.gpu.uuid in usage.unattributed
+        ),
+    )
+
+
+def _mps(view: View) -> Iterator[Metric]:
     mps = view.snapshot.mps
-    applied = view.rules.sharing.with_applied_limits(None if mps is None else mps.limits)
-    return _shares(view) if applied.limits_memory else ()
+    if mps is None:
+        return
+    yield _one("vgpu_mps_up", "Whether the MPS daemon answers.", mps.up)
+    yield _one(
+        "vgpu_mps_limits_in_force",
+        "Whether the MPS daemon's limits were read back as this node needs them.",
+        mps.limits_in_effect,
+    )
+    yield _one(
+        "vgpu_mps_replacement_needed",
+        "Whether the MPS pod serves other settings than the agent's and must be replaced.",
+        mps.replacement is not None,
+    )
+    yield _one(
+        "vgpu_mps_waiting_clients",
+        "MPS clients of another user that wait for their turn.",
+        mps.waiting,
+    )
+    yield _one(
+        "vgpu_mps_max_clients",
+        "Most MPS client contexts of a GPU.",
+        view.rules.sharing.max_clients or 0,
+    )
+    yield _family(
+        "vgpu_mps_clients",
+        "MPS clients of a GPU.",
+        _G,
+        (
+            (_g(shared.gpu), mps.clients.get(shared.gpu.uuid, 0))
+            for shared in view.snapshot.inventory.gpus
+        ),
+    )
 
 
-@metric("vgpu_orphaned_allocations", "resource", only=(Only.HOLDERS,))
-def _orphaned(view: View) -> Samples:
-    """How many vGPUs containers hold though the node no longer has them."""
-    yield (view.resource,), len(view.snapshot.orphans)
-
-
-@metric("vgpu_largest_free_share", "resource", only=(Only.HOLDERS,))
-def _largest_free(view: View) -> Samples:
-    """How many vGPUs the largest request may ask for that still fits on one GPU."""
-    yield (view.resource,), view.snapshot.largest_free
-
-
-def _used(view: View, value: Callable[[Used], float | None]) -> Samples:
-    usage = view.snapshot.usage
-    for (uuid, holder), used in usage.containers.items() if usage else ():
-        shared, count = view.snapshot.inventory.find(uuid), value(used)
-        if shared is not None and count is not None:
-            yield (*_g(shared.gpu), *_c(holder)), count
-
-
-@metric("vgpu_container_memory_used_bytes", *_G, *_C, only=(Only.USAGE,))
-def _container_memory(view: View) -> Samples:
-    """Memory of the GPU that the processes of the container have together."""
-    return _used(view, lambda used: used.memory_bytes)
-
-
-@metric("vgpu_container_processes", *_G, *_C, only=(Only.USAGE,))
-def _container_processes(view: View) -> Samples:
-    """Processes of the container with a context on the GPU."""
-    return _used(view, lambda used: used.processes)
-
-
-@metric("vgpu_unattributed_processes", *_G, only=(Only.USAGE,))
-def _unattributed(view: View) -> Samples:
-    """Processes on the GPU that belong to no container that is known."""
-    usage = view.snapshot.usage
-    for shared in view.snapshot.inventory.gpus if usage else ():
-        if usage and shared.gpu.uuid in usage.unattributed:
-            yield _g(shared.gpu), usage.unattributed[shared.gpu.uuid]
-
-
-# MPS
-
-_mps("vgpu_mps_up", "Whether the MPS daemon answers.", lambda mps: mps.up)
-_mps(
-    "vgpu_mps_limits_in_force",
-    "Whether the MPS daemon's limits were read back as this node needs them.",
-    lambda mps: mps.limits_in_effect,
+PARTS: tuple[tuple[Callable[[View], Iterator[Metric]], str], ...] = (
+    (_node, ""),
+    (_gpus, ""),
+    (_holders, "while it is known who holds what"),
+    (_usage, "with `VGPU_PROCESS_METRICS=on`"),
+    (_mps, "under MPS"),
 )
-_mps(
-    "vgpu_mps_replacement_needed",
-    "Whether the MPS pod serves other settings than the agent's and must be replaced.",
-    lambda mps: mps.replacement is not None,
-)
-_mps(
-    "vgpu_mps_waiting_clients",
-    "MPS clients of another user that wait for their turn.",
-    lambda mps: mps.waiting,
-)
+"""What makes the metrics, and when they are there: of what is unknown there is no series."""
 
 
-@metric("vgpu_mps_max_clients", only=(Only.MPS,))
-def _mps_max_clients(view: View) -> Samples:
-    """Most MPS client contexts of a GPU."""
-    yield (), view.rules.sharing.max_clients or 0
+class Metrics:
+    """The metrics of one agent, and where calls of the kubelet are timed."""
+
+    _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+    def __init__(self, version: str, resource: str, rules: Rules) -> None:
+        self._version = version
+        self._resource = resource
+        self._rules = rules
+        self.timings = CollectorRegistry()
+        self._rpc = Histogram(
+            "vgpu_rpc_duration_seconds",
+            "Duration of the kubelet's unary calls, by method and gRPC status code.",
+            ("method", "code"),
+            buckets=self._BUCKETS,
+            registry=self.timings,
+        )
+
+    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
+        """A call of `method` ended with a gRPC status code after so many seconds."""
+        self._rpc.labels(method, code).observe(seconds)
+
+    def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+        """The metrics as text and its content type, in the format that `accept` asks for.
+
+        Takes 1 ms and more for every 10 vGPUs: call it in a worker thread.
+        """
+        encode, content_type = choose_encoder(accept)
+        view = View(self._version, self._resource, self._rules, snapshot)
+        return encode(_Families(view, self.timings)), content_type
 
 
-@metric("vgpu_mps_clients", *_G, only=(Only.MPS,))
-def _mps_clients(view: View) -> Samples:
-    """MPS clients of a GPU."""
-    mps = view.snapshot.mps
-    for shared in view.snapshot.inventory.gpus if mps else ():
-        yield _g(shared.gpu), mps.clients.get(shared.gpu.uuid, 0) if mps else 0
+class _Families(Collector):
+    """What an encoder asks of a registry: all families of a view, then the durations of calls."""
+
+    def __init__(self, view: View, timings: CollectorRegistry) -> None:
+        self._view, self._timings = view, timings
+
+    def collect(self) -> Iterator[Metric]:
+        for part, _ in PARTS:
+            yield from part(self._view)
+        for family in self._timings.collect():
+            # Without the `_created` series, which nobody asked for and which double the series.
+            family.samples = [e for e in family.samples if not e.name.endswith("_created")]
+            yield family

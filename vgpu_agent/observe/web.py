@@ -27,7 +27,7 @@ from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
-from vgpu_agent.observe.exposition import Metrics
+from vgpu_agent.observe.metrics import Metrics
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -14,14 +14,12 @@ import anyio
 
 from vgpu_agent import __version__, control, store
 from vgpu_agent import settings as configuration
-from vgpu_agent.commands import ask
+from vgpu_agent.commands import ask, judge
 from vgpu_agent.commands.doctor import preflight
 from vgpu_agent.commands.doctor.checks import (
     TIMEOUTS,
-    Check,
     Checking,
     Timeouts,
-    Verdict,
     guarded,
     in_thread,
     late,
@@ -30,7 +28,7 @@ from vgpu_agent.commands.doctor.checks import (
     unexpected,
     worst,
 )
-from vgpu_agent.commands.doctor.judge import checks_of, checks_of_look
+from vgpu_agent.commands.judge import Check, Verdict
 from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.driver import GpuDriver
@@ -108,7 +106,7 @@ def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
         return
     reports.append(report)
     yield Check("agent", Verdict.OK, f"version {report.version} runs, and reports what follows")
-    yield from checks_of(report)
+    yield from judge.of_report(report)
 
 
 async def look_once(
@@ -152,7 +150,7 @@ async def look_once(
     report = make_report(
         node.snapshot, rules, Identity(__version__, "", settings.resource_name), time.time()
     )
-    found = guarded("report", partial(checks_of_look, report))
+    found = guarded("report", partial(judge.of_look, report))
     if failed:
         found = tuple(each for each in found if each.name != "driver")
     return (*failed, *found, *kept, *_absent(node))

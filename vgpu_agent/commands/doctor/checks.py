@@ -3,29 +3,12 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from functools import partial
 
 import anyio
 from anyio import to_thread
 
-
-class Verdict(StrEnum):
-    """What a check came to. `FAIL`: some vGPUs, or all, cannot be given until that ends."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the report: what was looked at, what was found, and what to do about it."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-    advice: str = ""
+from vgpu_agent.commands.judge import Check, Verdict
 
 
 @dataclass(frozen=True, slots=True)

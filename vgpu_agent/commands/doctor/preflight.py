@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vgpu_agent.address import Address
 from vgpu_agent.commands.ask import get
-from vgpu_agent.commands.doctor.checks import Check, Verdict
+from vgpu_agent.commands.judge import Check, Verdict
 from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.mps.control import BINARY

@@ -1,25 +1,65 @@
-"""What a report means for the node, as checks: never ok where the report says otherwise."""
+"""What a report means for the node, as checks: never ok where the report says otherwise.
+
+`status` shows them, and `doctor` adds what no report can know.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 
-from vgpu_agent.commands.doctor.checks import Check, Verdict
-from vgpu_agent.observe.report import GpuReport, KubeletReport, MpsReport, Report
+from vgpu_agent.observe.report import ExcludedReport, GpuReport, KubeletReport, MpsReport, Report
+
+
+class Verdict(StrEnum):
+    """What a check came to. `FAIL`: some vGPUs, or all, cannot be given until that ends."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was looked at, what was found, and what to do about it."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    advice: str = ""
+
 
 MIB = 2**20
 
 _AGENT_LOG = "see the agent's log, and docs/runbook.md"
 
 
-def checks_of(report: Report) -> list[Check]:
+def of_report(report: Report) -> list[Check]:
     """All that a running agent reports."""
-    return [*checks_of_look(report), *_agent(report)]
+    return [*of_look(report), *_agent(report)]
 
 
-def checks_of_look(report: Report) -> list[Check]:
+def of_look(report: Report) -> list[Check]:
     """What a look at driver, GPUs and MPS found, whoever looked. The first cause first."""
     return [*_driver(report), *_mps(report.mps), *_gpus(report)]
+
+
+def of_node(report: Report) -> list[Check]:
+    """What a running agent reports of all but the GPUs."""
+    return [*_driver(report), *_mps(report.mps), *_agent(report)]
+
+
+def findings(report: Report) -> Iterator[Check]:
+    """What is wrong with GPUs, or worth knowing, and which are excluded; as nvidia-smi orders."""
+    for each in _by_index(report):
+        yield from _findings(each)
+
+
+def _by_index(report: Report) -> list[GpuReport | ExcludedReport]:
+    every: list[GpuReport | ExcludedReport] = [*report.gpus, *report.excluded]
+    return sorted(every, key=lambda each: each.index)
 
 
 def _driver(report: Report) -> Iterator[Check]:
@@ -42,6 +82,7 @@ def _driver(report: Report) -> Iterator[Check]:
 
 def _mps(mps: MpsReport | None) -> Iterator[Check]:
     if mps is None:
+        yield Check("sharing", OK, "by time-slicing, without MPS")
         return
     if mps.problem is not None or not mps.limits_in_effect:
         detail = f"no vGPU can be given: {mps.problem or 'its limits are not in effect'}"
@@ -69,33 +110,35 @@ def _gpus(report: Report) -> Iterator[Check]:
     elif report.driver.up:
         advice = "see `nvidia-smi -L` on the node; a node without GPUs needs no agent"
         yield Check("GPUs", FAIL, "the driver lists no GPU", advice)
-    # In the order of nvidia-smi.
-    found = [(gpu.index, list(_gpu(gpu))) for gpu in report.gpus]
-    for each in report.excluded:
-        detail = f"{each.model} {each.uuid} is excluded ({each.reason}): {each.detail}"
-        verdict = OK if each.reason == "replicas" else WARN
-        advice = "do that, or leave it to others"  # the detail says what
-        found.append((each.index, [Check(f"GPU {each.index}", verdict, detail, advice)]))
-    for _, checks in sorted(found, key=lambda each: each[0]):
-        yield from checks
+    for each in _by_index(report):
+        if isinstance(each, GpuReport):
+            yield _overview(each)
+        yield from _findings(each)
 
 
-def _gpu(gpu: GpuReport) -> Iterator[Check]:
-    name = f"GPU {gpu.index}"
-    size = gpu.vgpu_bytes // MIB
+def _overview(gpu: GpuReport) -> Check:
     detail = f"{gpu.model} {gpu.uuid}, {gpu.memory_bytes // MIB} MiB"
-    detail += f"; {gpu.vgpus.total} vGPUs of {size} MiB"
-    if not gpu.healthy:
-        yield Check(name, FAIL, f"{detail}; unhealthy, no vGPU can be given", "see below")
-    elif size < 1:
-        advice = "lower VGPU_REPLICAS or VGPU_MEMORY_RESERVED"
-        yield Check(name, FAIL, f"{detail}: too little for any container", advice)
-    else:
-        yield Check(name, OK, f"{detail}; healthy")
+    detail += f"; {gpu.vgpus.total} vGPUs of {gpu.vgpu_bytes // MIB} MiB"
+    if gpu.healthy and gpu.vgpu_bytes >= MIB:
+        return Check(f"GPU {gpu.index}", OK, f"{detail}; healthy")
+    return Check(f"GPU {gpu.index}", FAIL, f"{detail}; no vGPU can be given", "see below")
+
+
+def _findings(gpu: GpuReport | ExcludedReport) -> Iterator[Check]:
+    name = f"GPU {gpu.index}"
+    if isinstance(gpu, ExcludedReport):
+        detail = f"{gpu.model} {gpu.uuid} is excluded ({gpu.reason}): {gpu.detail}"
+        # The detail says what to do.
+        verdict = OK if gpu.reason == "replicas" else WARN
+        yield Check(name, verdict, detail, "do that, or leave it to others")
+        return
     for fault in gpu.faults:
         until = " (until a reset)" if fault.until_reset else ""
         words = f"{fault.reason} since {fault.since}: {fault.detail}{until}"
         yield Check(f"{name} health", FAIL, words, fault.advice or _AGENT_LOG)
+    if gpu.vgpu_bytes < MIB:
+        advice = "lower VGPU_REPLICAS or VGPU_MEMORY_RESERVED"
+        yield Check(f"{name} vGPUs", FAIL, "too little memory for any container", advice)
     for note in gpu.notes:
         yield Check(f"{name} note", WARN, note, "see docs/health.md and docs/settings.md")
     if gpu.unattributed_processes:
@@ -108,9 +151,12 @@ def _agent(report: Report) -> Iterator[Check]:
     yield _kubelet(report.kubelet)
     pods = report.podresources
     if pods.up:
-        yield Check("podresources", OK, "the kubelet says who holds which vGPU")
+        usage = "" if report.process_metrics else "; usage: off (VGPU_PROCESS_METRICS)"
+        yield Check("podresources", OK, f"the kubelet says who holds which vGPU{usage}")
     else:
-        detail = f"the kubelet does not say who holds which vGPU: {pods.error}"
+        old = "" if report.orphaned is None else ", what is shown is older"
+        why = pods.error or "for an unknown reason"
+        detail = f"the kubelet does not say who holds which vGPU{old}: {why}"
         advice = "mount the kubelet's pod-resources directory, or set VGPU_KUBELET_DIR"
         yield Check("podresources", WARN, detail, advice)
     if report.orphaned:
@@ -122,11 +168,10 @@ def _agent(report: Report) -> Iterator[Check]:
 
 
 def _kubelet(kubelet: KubeletReport) -> Check:
-    if kubelet.error is not None:
-        state = "connected, after" if kubelet.connected else "not registered:"
-        verdict = WARN if kubelet.connected else FAIL
-        return Check("kubelet", verdict, f"{state} {kubelet.error}", _AGENT_LOG)
-    if not kubelet.connected:
-        why = "it does not follow the list" if kubelet.registered else "not registered yet"
-        return Check("kubelet", FAIL, why, f"wait a few seconds; then {_AGENT_LOG}")
-    return Check("kubelet", OK, "registered, and it follows the list")
+    if kubelet.connected and kubelet.error is None:
+        return Check("kubelet", OK, "registered, and it follows the list")
+    if kubelet.connected:
+        return Check("kubelet", WARN, f"connected, after {kubelet.error}", _AGENT_LOG)
+    state = "it does not follow the list" if kubelet.registered else "not registered"
+    advice = f"wait a few seconds; then {_AGENT_LOG}"
+    return Check("kubelet", FAIL, f"{state}: {kubelet.error or 'starting'}", advice)
