@@ -117,10 +117,11 @@ class _RefusedError(Exception):
     """Register is answered with UNKNOWN and this text."""
 
 
+@dataclass(eq=False)
 class KubeletPeer:
     """A kubelet in `kubelet_dir`, which must be short: socket paths end at 107 bytes.
 
-    The options are attributes too and may be changed while it runs; each registration looks anew.
+    The options may be changed while it runs; each registration looks anew.
 
     `refuse_register`  a text: Register fails with UNKNOWN and this text
     `slow_options`     seconds that it waits inside Register before it dials the plugin
@@ -129,25 +130,17 @@ class KubeletPeer:
     `hold_connection`  after the end of a stream its connection stays open until `stop`
     """
 
-    def __init__(
-        self,
-        kubelet_dir: Path | str,
-        *,
-        refuse_register: str | None = None,
-        slow_options: float = 0.0,
-        never_watch: bool = False,
-        stall: bool = False,
-        hold_connection: bool = False,
-    ) -> None:
-        self.kubelet_dir = Path(kubelet_dir)
+    kubelet_dir: Path | str
+    refuse_register: str | None = None
+    slow_options: float = 0.0
+    never_watch: bool = False
+    stall: bool = False
+    hold_connection: bool = False
+
+    def __post_init__(self) -> None:
+        self.kubelet_dir = Path(self.kubelet_dir)
         self.directory = self.kubelet_dir / "device-plugins"
         self.socket = self.directory / "kubelet.sock"
-        self.refuse_register = refuse_register
-        self.slow_options = slow_options
-        self.never_watch = never_watch
-        self.stall = stall
-        self.hold_connection = hold_connection
-
         self.registrations: list[Registration] = []
         self.lists: list[Listing] = []
         self.stream_ends: list[StreamEnd] = []
@@ -183,8 +176,8 @@ class KubeletPeer:
         """Starts as a kubelet does: plugins' sockets go first, then its own is made anew."""
         self._stopping.clear()
         self.directory.mkdir(parents=True, exist_ok=True)
-        others = [path for path in self.directory.iterdir() if path != self.socket]
-        for path in [*others, self.socket]:
+        own_last = sorted(self.directory.iterdir(), key=lambda path: path == self.socket)
+        for path in own_last:
             if path.is_socket():
                 path.unlink(missing_ok=True)
         # grpc-core removes a socket by its name when a server is destroyed, at some later time.
@@ -263,10 +256,13 @@ class KubeletPeer:
                 raise AssertionError(f"no {what} within {timeout} s; {self.seen()}")
             return result
 
+    def _nth(self, records: list[Any], n: int, what: str, timeout: float) -> Any:
+        self.wait(lambda: len(records) >= n, f"{what} {n}", timeout)
+        return records[n - 1]
+
     def wait_registrations(self, n: int, timeout: float = 10.0) -> Registration:
         """The n-th call of Register, accepted or not, counted from 1."""
-        self.wait(lambda: len(self.registrations) >= n, f"registration {n}", timeout)
-        return self.registrations[n - 1]
+        return self._nth(self.registrations, n, "registration", timeout)
 
     def wait_registering(self, timeout: float = 10.0) -> None:
         """Until a call of Register is under way."""
@@ -280,8 +276,7 @@ class KubeletPeer:
         What came on a stream that has ended is no longer the latest.
         """
         if isinstance(wanted, int):
-            self.wait(lambda: len(self.lists) >= wanted, f"list {wanted}", timeout)
-            return self.lists[wanted - 1]
+            return self._nth(self.lists, wanted, "list", timeout)
         with self._changed:
             first = max(len(self.lists) - 1, self._void)
 
@@ -291,8 +286,7 @@ class KubeletPeer:
         return self.wait(found, "list as wanted", timeout)
 
     def wait_stream_ends(self, n: int, timeout: float = 10.0) -> StreamEnd:
-        self.wait(lambda: len(self.stream_ends) >= n, f"end of stream {n}", timeout)
-        return self.stream_ends[n - 1]
+        return self._nth(self.stream_ends, n, "end of stream", timeout)
 
     def wait_stalled(self, timeout: float = 10.0) -> None:
         """With `stall`: until the plugin has begun its answer and cannot send the list."""
@@ -345,14 +339,17 @@ class KubeletPeer:
 
     def Register(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         at = time.monotonic()
-        self._under_way(+1)
+        with self._changed:
+            self.registering += 1
+            self._changed.notify_all()
         try:
             endpoint, options = self._accept(request, context)
         except _RefusedError as refusal:
             self._record(self.registrations, Registration(at, request, error=str(refusal)))
             context.abort(grpc.StatusCode.UNKNOWN, str(refusal))
         finally:
-            self._under_way(-1)
+            with self._changed:
+                self.registering -= 1
         self._record(self.registrations, Registration(at, request, options))
         # The stream is opened when the answer is out.
         if not self.never_watch and not context.add_callback(partial(self._open, endpoint)):
@@ -489,11 +486,6 @@ class KubeletPeer:
             endpoint.close()
         if client is not None and client is not endpoint:
             client.close()
-
-    def _under_way(self, change: int) -> None:
-        with self._changed:
-            self.registering += change
-            self._changed.notify_all()
 
     def _record(self, where: list[Any], what: Any) -> None:
         with self._changed:

@@ -201,7 +201,7 @@ class Machine(RuleBasedStateMachine):
                 recovery_seconds=RECOVERY,
                 lost_card_seconds=LOST_SECONDS,
             ),
-            call_limit=0.005,
+            call_limit=0.03,
         )
         self.agent.now, self.agent.jumped = self.now, self.jumped
         self.said: dict[str, bool] = {}
@@ -217,7 +217,7 @@ class Machine(RuleBasedStateMachine):
     async def follow(self) -> None:
         self.list: dict[str, str] = {}
         async for encoded in self.plugin.list_and_watch(Empty()):
-            message = ListAndWatchResponse().parse(encoded.SerializeToString())
+            message = ListAndWatchResponse().parse(encoded)
             self.list = {device.id: device.health for device in message.devices}
 
     async def stop(self) -> None:

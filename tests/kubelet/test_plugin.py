@@ -444,13 +444,14 @@ def whole_list(inventory):
 @pytest.fixture
 def encoded_gpus(monkeypatch):
     """The GPUs that were encoded, in each call."""
-    seen, encode = [], plugin_module._encode_gpus
+    seen, encode = [], plugin_module._encode
+    indices = {gpu.uuid: gpu.index for gpu in gpus_of(4)}
 
     def recording(gpus):
-        seen.append([shared.gpu.index for shared in gpus])
+        seen.append([indices[uuid] for uuid, *_ in gpus])
         return encode(gpus)
 
-    monkeypatch.setattr(plugin_module, "_encode_gpus", recording)
+    monkeypatch.setattr(plugin_module, "_encode", recording)
     return seen
 
 

@@ -338,26 +338,6 @@ def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path):
 # Orphans
 
 
-async def test_vgpus_that_are_held_and_no_longer_made_are_told_once(kubelet_dir, caplog):
-    answer = encoded(a_pod("a", *vgpus(0, 9, 10, 11), *vgpus(1, 0)))
-    async with (
-        serving(kubelet_dir, answer) as kubelet,
-        watching(kubelet_dir, interval=0.05) as agent,
-    ):
-        await agent.until_held(a=4)
-        await more_calls(kubelet)
-        (line,) = told(caplog, "no longer advertised")
-        assert line.endswith(", ".join(vgpus(0, 10, 11)))
-        kubelet.answer = encoded(a_pod("a", *vgpus(0, *range(10, 30))))
-        await agent.until_held(a=20)
-        await wait_for(lambda: told(caplog, "and 12 more"), "another line")
-        kubelet.answer = b""
-        await agent.until_held()
-        await wait_for(lambda: told(caplog, "is advertised again"), "a last line")
-        await more_calls(kubelet)
-        assert len(told(caplog, "no longer advertised")) == 2
-
-
 async def test_nothing_is_orphaned_before_the_driver_has_told_its_gpus(kubelet_dir, caplog):
     async with serving(kubelet_dir, ONE), watching(kubelet_dir, gpus=0) as agent:
         await agent.until_held(a=1)
@@ -491,35 +471,26 @@ async def test_a_kubelet_that_fails_is_asked_less_and_less_often(kubelet_dir):
         await wait_for(lambda: len(times) >= 12, "attempts", within=4)
 
 
-async def test_what_was_told_too_long_ago_is_forgotten(kubelet_dir, caplog):
-    async with watching(kubelet_dir, interval=0.1) as agent:
-        async with serving(kubelet_dir, ONE):
-            await agent.until_held(a=1)
-        await agent.until(lambda now: not now.node.snapshot.holders.up)
-        agent.clock.ahead += QUICK.forget_at_least - 10
-        await anyio.sleep(0.3)
-        assert agent.held == {"a": 1}
-        agent.clock.ahead += 11
-        await agent.until(lambda now: now.held is None)
-        await anyio.sleep(0.3)
-        assert len(told(caplog, "forgetting")) == 1
-        lines = told(caplog, "cannot ask")
-        assert len(lines) == len(set(lines))
-
-
-async def test_a_long_interval_lets_it_be_remembered_for_longer(kubelet_dir):
-    async with watching(kubelet_dir, interval=100) as agent:
+@pytest.mark.parametrize(
+    ("interval", "believed"), [(0.1, QUICK.forget_at_least), (100, 100 * QUICK.forget_intervals)]
+)
+async def test_what_was_told_too_long_ago_is_forgotten(kubelet_dir, caplog, interval, believed):
+    async with watching(kubelet_dir, interval=interval) as agent:
         async with serving(kubelet_dir, ONE):
             await agent.until_held(a=1)
         agent.node.allocated()
         await agent.until(lambda now: not now.node.snapshot.holders.up)
-        agent.clock.ahead += 490
+        agent.clock.ahead += believed - 10
         agent.node.allocated()
         await anyio.sleep(0.5)
         assert agent.held == {"a": 1}
         agent.clock.ahead += 11
         agent.node.allocated()
         await agent.until(lambda now: now.held is None)
+        await anyio.sleep(0.3)
+        assert len(told(caplog, "forgetting")) == 1
+        lines = told(caplog, "cannot ask")
+        assert len(lines) == len(set(lines))
 
 
 async def test_a_bug_of_ours_is_not_taken_for_a_kubelet_in_trouble(kubelet_dir, monkeypatch):

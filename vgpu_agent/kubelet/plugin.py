@@ -7,15 +7,16 @@ with INVALID_ARGUMENT, requests that cannot be met now with FAILED_PRECONDITION.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskStatus
-from betterproto import FieldMetadata, Message
+from betterproto import Message
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.encoding.proto import ProtoCodec
@@ -42,7 +43,7 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     TopologyInfo,
 )
 from vgpu_agent.model.container import Grant, check_start, grant
-from vgpu_agent.model.devices import Inventory, SharedGpu, device_id
+from vgpu_agent.model.devices import Inventory, device_id
 from vgpu_agent.model.latest import Latest
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.placement import prefer
@@ -66,7 +67,11 @@ class RpcObserver(Protocol):
 
 
 class WireCodec(ProtoCodec):
-    """grpclib's codec, with undecodable bytes as the caller's mistake and not ours."""
+    """grpclib's codec. Bytes are encoded already; undecodable ones are the caller's mistake."""
+
+    def encode(self, message: Any, message_type: Any) -> bytes:
+        """Its bytes."""
+        return message if isinstance(message, bytes) else super().encode(message, message_type)
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         """The message. Raises GRPCError INVALID_ARGUMENT."""
@@ -80,87 +85,62 @@ class WireCodec(ProtoCodec):
         return message
 
 
-_PYTHON_TYPES = {"message": Message, "string": str, "bool": bool, "int32": int, "int64": int}
-
-
 def _check_types(message: Message) -> None:
     """Raises TypeError: betterproto keeps a value whose wire type is not that of its field."""
-    right = type(message)()
-    for field in fields(message):  # type: ignore[arg-type]  # every message class is a dataclass
-        value = getattr(message, field.name)
-        if isinstance(value, list) is not isinstance(getattr(right, field.name), list):
-            raise TypeError(f"{field.name} is of another type")
-        for each in value if isinstance(value, list) else [value]:
-            if not isinstance(each, _PYTHON_TYPES[FieldMetadata.get(field).proto_type]):
-                raise TypeError(f"{field.name} is of another type")
+    known = cast("Any", message)._betterproto  # which is typed wrongly
+    for name, kind in known.cls_by_field.items():
+        value = getattr(message, name)
+        several = isinstance(value, list)
+        for each in value if several else [value]:
+            if not isinstance(each, kind) or several is not (known.default_gen[name] is list):
+                raise TypeError(f"{name} is of another type")
             if isinstance(each, Message):
                 _check_types(each)
 
 
-class EncodedList(ListAndWatchResponse):
-    """A device list that is encoded already."""
-
-    def __init__(self, encoded: bytes) -> None:
-        super().__init__()
-        self._encoded = encoded
-
-    def SerializeToString(self) -> bytes:  # noqa: N802 - protobuf's name, which grpclib calls
-        """The bytes as they are."""
-        return self._encoded
-
-
-_GpuKey = tuple[str, int, int | None, bool]
+_Listed = tuple[str, int, int | None]
+"""What the vGPUs of a GPU are listed by: its UUID, their number, its NUMA node."""
 
 
 class ListEncoder:
-    """Encodes device lists GPU by GPU, each GPU in each health once. Owns that cache.
+    """Encodes device lists GPU by GPU, each GPU once. Owns that cache.
 
     betterproto takes about 0.1 ms for a vGPU, on the event loop. Serialised messages with repeated
     fields concatenate, so a list is the joined lists of its GPUs.
     """
 
     def __init__(self) -> None:
-        self._encoded: dict[_GpuKey, bytes] = {}
+        self._encoded: dict[_Listed, Mapping[bool, bytes]] = {}
 
     async def encode(self, inventory: Inventory) -> bytes:
         """The list, encoded off the loop where GPUs are new and from the cache otherwise."""
-        wanted = {_key(shared): shared for shared in inventory.gpus}
-        missing = [shared for key, shared in wanted.items() if key not in self._encoded]
+        wanted = [(each.gpu.uuid, each.replicas, each.gpu.numa_node) for each in inventory.gpus]
+        missing = [key for key in wanted if key not in self._encoded]
         if missing:
-            # Both states of health at once: a fault has no time to wait for an encoder.
-            fresh = await anyio.to_thread.run_sync(_encode_gpus, missing)
-            self._encoded = {
-                key: blob
-                for key, blob in (self._encoded | fresh).items()
-                if (*key[:3], True) in wanted or (*key[:3], False) in wanted
-            }
-        return b"".join(self._encoded[key] for key in wanted)
+            fresh = await anyio.to_thread.run_sync(_encode, missing)
+            known = self._encoded | fresh
+            self._encoded = {key: known[key] for key in wanted}
+        gpus = zip(wanted, inventory.gpus, strict=True)
+        return b"".join(self._encoded[key][shared.healthy] for key, shared in gpus)
 
 
-def _key(shared: SharedGpu) -> _GpuKey:
-    return shared.gpu.uuid, shared.replicas, shared.gpu.numa_node, shared.healthy
-
-
-def _encode_gpus(gpus: Iterable[SharedGpu]) -> dict[_GpuKey, bytes]:
+def _encode(gpus: Iterable[_Listed]) -> dict[_Listed, Mapping[bool, bytes]]:
+    """The lists of these GPUs, by health: a fault has no time to wait for an encoder."""
     return {
-        (shared.gpu.uuid, shared.replicas, shared.gpu.numa_node, healthy): b"".join(
-            bytes(_list_of_one(device_id(shared.gpu.uuid, n), healthy, shared.gpu.numa_node))
-            for n in range(shared.replicas)
-        )
-        for shared in gpus
-        for healthy in (True, False)
+        gpu: {
+            healthy: b"".join(_list_of_one(gpu, n, healthy) for n in range(gpu[1]))
+            for healthy in (True, False)
+        }
+        for gpu in gpus
     }
 
 
-def _list_of_one(vgpu: str, healthy: bool, numa_node: int | None) -> ListAndWatchResponse:
-    topology = None if numa_node is None else TopologyInfo(nodes=[NumaNode(id=numa_node)])
-    health = HEALTHY if healthy else UNHEALTHY
-    device = (
-        Device(id=vgpu, health=health)
-        if topology is None
-        else Device(id=vgpu, health=health, topology=topology)
-    )
-    return ListAndWatchResponse(devices=[device])
+def _list_of_one(gpu: _Listed, number: int, healthy: bool) -> bytes:
+    uuid, _, numa_node = gpu
+    device = Device(id=device_id(uuid, number), health=HEALTHY if healthy else UNHEALTHY)
+    if numa_node is not None:
+        device.topology = TopologyInfo(nodes=[NumaNode(id=numa_node)])
+    return bytes(ListAndWatchResponse(devices=[device]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,17 +184,11 @@ class DevicePlugin(DevicePluginBase):
     gets a new plugin.
     """
 
-    def __init__(
-        self,
-        *,
-        node: Node,
-        encoder: ListEncoder,
-        observer: RpcObserver,
-    ) -> None:
+    def __init__(self, *, node: Node, encoder: ListEncoder, observer: RpcObserver) -> None:
         self._node = node
         self._encoder = encoder
         self._observer = observer
-        self._lists: Latest[EncodedList] = Latest(EncodedList(b""))
+        self._lists = Latest(b"")
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self.streams = Latest(Streams())
 
@@ -231,15 +205,14 @@ class DevicePlugin(DevicePluginBase):
     async def _publish_lists(
         self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
-        published: list[_GpuKey] | None = None
+        published: bytes | None = None
         async for snapshot in self._node.latest.follow():
-            keys = [_key(shared) for shared in snapshot.inventory.gpus]
-            if keys == published:
-                continue
-            self._lists.publish(EncodedList(await self._encoder.encode(snapshot.inventory)))
+            encoded = await self._encoder.encode(snapshot.inventory)
+            if encoded != published:
+                self._lists.publish(encoded)
             if published is None:
                 task_status.started()
-            published = keys
+            published = encoded
 
     def fail(self, error: Exception) -> None:
         """A call failed in a way that nobody expected: `run` raises the first such error."""
@@ -275,7 +248,7 @@ class DevicePlugin(DevicePluginBase):
         is finalised by the garbage collector, in another task.
         """
         async for encoded in self._lists.follow(version=0):  # 0 is before the first list
-            yield encoded
+            yield cast("ListAndWatchResponse", encoded)  # for `WireCodec`, as it is
             self._node.list_sent()
 
     @_guarded
@@ -368,40 +341,29 @@ class DevicePlugin(DevicePluginBase):
         """Counts streams here, where the end comes at once, and not in the generator."""
 
         async def call(stream: Stream[Any, Any]) -> None:
-            self._count(opened=1)
+            before = self.streams.value
+            self.streams.publish(replace(before, opened=before.opened + 1))
             self._node.stream_opened()
             try:
                 await func(stream)
             finally:
-                self._count(ended=1)
+                before = self.streams.value
+                self.streams.publish(replace(before, ended=before.ended + 1))
                 self._node.stream_ended()
 
         return call
 
-    def _count(self, *, opened: int = 0, ended: int = 0) -> None:
-        before = self.streams.value
-        self.streams.publish(Streams(before.opened + opened, before.ended + ended))
-
 
 def _check_disjoint(requests: Iterable[Iterable[str]]) -> None:
-    seen: set[str] = set()
-    for device_ids in requests:
-        for vgpu in set(device_ids):
-            if vgpu in seen:
-                raise InvalidRequestError(f"device {vgpu!r} is requested for two containers")
-            seen.add(vgpu)
+    containers = Counter(vgpu for device_ids in requests for vgpu in set(device_ids))
+    for vgpu, count in containers.items():
+        if count > 1:
+            raise InvalidRequestError(f"device {vgpu!r} is requested for two containers")
 
 
 def _response(granted: Grant) -> ContainerAllocateResponse:
     return ContainerAllocateResponse(
         envs=dict(granted.environment),
-        mounts=[
-            Mount(
-                container_path=mount.container_path,
-                host_path=mount.host_path,
-                read_only=mount.read_only,
-            )
-            for mount in granted.mounts
-        ],
+        mounts=[Mount(**asdict(mount)) for mount in granted.mounts],
         cdi_devices=[CdiDevice(name=name) for name in granted.cdi_devices],
     )

@@ -8,7 +8,7 @@ observed is all that it reports.
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio
@@ -25,14 +25,13 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     AllocateRequest,
     ContainerAllocateRequest,
     ContainerPreferredAllocationRequest,
+    Device,
     DevicePluginStub,
     Empty,
-    ListAndWatchResponse,
     PreferredAllocationRequest,
     PreStartContainerRequest,
     RegisterRequest,
     RegistrationBase,
-    TopologyInfo,
 )
 from vgpu_agent.kubelet.plugin import HEALTHY
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES_SOCKET
@@ -57,7 +56,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the kubelet has seen. `health` is the newest list, by device ID.
+    """What the kubelet has seen. `devices` is the newest list, by device ID.
 
     `lists` counts the lists of all registrations, `ended` the streams that ended.
     """
@@ -66,12 +65,12 @@ class Observed:
     registrations: int = 0
     lists: int = 0
     ended: int = 0
-    health: Mapping[str, str] | None = None
+    devices: Mapping[str, Device] = field(default_factory=dict)
 
     @property
-    def healthy(self) -> int:
-        """The number of devices that pods may be given."""
-        return sum(1 for health in (self.health or {}).values() if health == HEALTHY)
+    def unhealthy(self) -> frozenset[str]:
+        """The devices that no pod may be given."""
+        return frozenset(vgpu for vgpu, device in self.devices.items() if device.health != HEALTHY)
 
 
 @asynccontextmanager
@@ -110,7 +109,6 @@ class StandinKubelet(RegistrationBase):
         self._channel: Channel | None = None
         self._pre_start = False
         self._held: dict[str, Admitted] = {}
-        self._topology: dict[str, TopologyInfo] = {}
         self.observed = Latest(Observed())
 
     @property
@@ -170,19 +168,15 @@ class StandinKubelet(RegistrationBase):
             with CancelScope() as scope:
                 self._plugin = scope
                 async for each in DevicePluginStub(channel).list_and_watch(Empty()):
-                    self._list(each)
+                    self._see(
+                        lists=self.observed.value.lists + 1,
+                        devices={device.id: device for device in each.devices},
+                    )
         except (OSError, GRPCError, StreamTerminatedError):
             pass  # the end of a stream is the end of it, however it came
         finally:
             channel.close()
-        self._see(ended=self.observed.value.ended + 1, health={})
-
-    def _list(self, devices: ListAndWatchResponse) -> None:
-        self._see(
-            lists=self.observed.value.lists + 1,
-            health={device.id: device.health for device in devices.devices},
-        )
-        self._topology = {device.id: device.topology for device in devices.devices}
+        self._see(ended=self.observed.value.ended + 1, devices={})
 
     def _see(self, **seen: object) -> None:
         self.observed.publish(replace(self.observed.value, **seen))  # type: ignore[arg-type]
@@ -202,8 +196,8 @@ class StandinKubelet(RegistrationBase):
             raise AdmissionError("no plugin is registered")
         plugin = DevicePluginStub(self._channel)
         held = {vgpu for each in self._held.values() for vgpu in each.device_ids}
-        health = self.observed.value.health or {}
-        free = [vgpu for vgpu, state in health.items() if state == HEALTHY and vgpu not in held]
+        given = held | self.observed.value.unhealthy
+        free = [vgpu for vgpu in self.observed.value.devices if vgpu not in given]
         preferred = await plugin.get_preferred_allocation(
             PreferredAllocationRequest(
                 container_requests=[
@@ -251,7 +245,7 @@ class StandinKubelet(RegistrationBase):
         )
 
     def _device(self, vgpu: str) -> v1.ContainerDevices:
-        nodes = self._topology.get(vgpu, TopologyInfo()).nodes
+        nodes = self.observed.value.devices.get(vgpu, Device()).topology.nodes
         return v1.ContainerDevices(
             resource_name=self.observed.value.resource_name,
             device_ids=[vgpu],
