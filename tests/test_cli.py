@@ -21,6 +21,7 @@ from tests.agent_process import REPOSITORY, execute, running
 from tests.kubelet_peer import KubeletPeer
 from vgpu_agent import __main__ as program
 from vgpu_agent import cli
+from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError, SettingsError, StoryError
 
 VENVS = REPOSITORY / ".cache" / "venvs"
@@ -90,16 +91,26 @@ def sockets(kubelet_dir: Path) -> list[str]:
 # The command line
 
 
-def test_run_takes_no_arguments():
-    assert vars(cli.parse(["run"])) == {"command": "run"}
-
-
 @pytest.mark.parametrize(
-    ("given", "seconds"),
-    [([], None), (["--for", "20"], 20.0), (["--for", "0.5"], 0.5), (["--for", "1e1"], 10.0)],
+    ("arguments", "options"),
+    [
+        ("run", {}),
+        ("dev", {"seconds": None}),
+        ("dev --for 1e1", {"seconds": 10.0}),
+        ("release", {"seconds": 60.0, "reset_done": False}),
+        ("doctor --json", {"json": True}),
+        ("status", {"json": False, "watch": None, "address": None}),
+        ("status --watch", {"json": False, "watch": 2.0, "address": None}),
+        ("status --watch 0.5", {"json": False, "watch": 0.5, "address": None}),
+        (
+            "status --json --address [::1]:9408",
+            {"json": True, "watch": None, "address": Address("::1", 9408)},
+        ),
+    ],
 )
-def test_dev_takes_a_number_of_seconds(given, seconds):
-    assert cli.parse(["dev", *given]).seconds == seconds
+def test_arguments(arguments, options):
+    command = arguments.split()[0]
+    assert vars(cli.parse(arguments.split())) == {"command": command, **options}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,11 @@ def test_dev_takes_a_number_of_seconds(given, seconds):
         (["dev", "--for", "inf"], "'inf' is not a number of seconds above 0"),
         (["dev", "--for", "nan"], "'nan' is not a number of seconds above 0"),
         (["dev", "--for", "soon"], "'soon' is not a number of seconds above 0"),
+        (["status", "--watch", "0"], "'0' is not a number of seconds above 0"),
+        (["status", "--json", "--watch"], "not allowed with"),
+        (["status", "--address", "9408"], "'9408' is not host:port or [IPv6]:port"),
+        (["status", "--address", "localhost:0"], "'localhost:0' is not host:port"),
+        (["status", "--address", "a:99999"], "'a:99999' is not host:port"),
     ],
 )
 def test_wrong_arguments_end_with_2_and_a_message_that_names_them(capsys, arguments, named):

@@ -478,35 +478,6 @@ async def test_it_is_asked_at_its_control_socket(tmp_path):
 # The command line
 
 
-def test_its_arguments():
-    assert vars(cli.parse(["status"])) == {
-        "command": "status",
-        "json": False,
-        "watch": None,
-        "address": None,
-    }
-    assert cli.parse(["status", "--watch"]).watch == 2.0
-    assert cli.parse(["status", "--watch", "0.5"]).watch == 0.5
-    assert cli.parse(["status", "--address", "[::1]:9408"]).address == Address("::1", 9408)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--watch", "0"], "'0' is not a number of seconds above 0"),
-        (["--json", "--watch"], "not allowed with"),
-        (["--address", "9408"], "'9408' is not host:port or [IPv6]:port"),
-        (["--address", "localhost:0"], "'localhost:0' is not host:port"),
-        (["--address", "a:99999"], "'a:99999' is not host:port"),
-    ],
-)
-def test_its_wrong_arguments(capsys, arguments, named):
-    with pytest.raises(SystemExit) as caught:
-        cli.parse(["status", *arguments])
-    assert caught.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
-
-
 async def test_only_the_setting_that_it_needs_must_be_right(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VGPU_REPLICAS", "many")
     monkeypatch.setenv("VGPU_STATE_DIRECTORY", str(tmp_path))

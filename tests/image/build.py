@@ -26,27 +26,17 @@ PIP_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A file of a layer."""
-
-    name: str
-    size: int
-    mode: int
-    regular: bool
-
-
-@dataclass(frozen=True)
 class Image:
     """What was built. `layers` are those above the base image's, each with its size in bytes."""
 
     config: dict[str, Any]
     rootfs: Path
-    layers: list[tuple[list[Entry], int]]
+    layers: list[tuple[list[tarfile.TarInfo], int]]
     marked: list[str]
     seconds: float
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[tarfile.TarInfo]:
         return [entry for entries, _ in self.layers for entry in entries]
 
 
@@ -96,12 +86,12 @@ def _layers(layout: Path) -> list[Path]:
     return [blob(layer["digest"]) for layer in manifest["layers"]]
 
 
-def _read_layer(path: Path) -> tuple[list[Entry], int, list[str]]:
+def _read_layer(path: Path) -> tuple[list[tarfile.TarInfo], int, list[str]]:
     """Its entries, its bytes, and the names of those that have the mark of a secret."""
     entries, marked = [], []
     with tarfile.open(path) as archive:
         for member in archive:
-            entries.append(Entry(member.name, member.size, member.mode, member.isreg()))
+            entries.append(member)
             content = archive.extractfile(member) if member.isreg() else None
             if content is not None and MARK.encode() in content.read():
                 marked.append(member.name)
@@ -123,17 +113,11 @@ def _pip_access(directory: Path) -> list[str | Path]:
     ]
 
     arguments: list[str | Path] = []
-    authorities = next(
-        filter(
-            None,
-            (
-                options.get("cert"),
-                os.environ.get("REQUESTS_CA_BUNDLE"),
-                os.environ.get("SSL_CERT_FILE"),
-                ssl.get_default_verify_paths().cafile,
-            ),
-        ),
-        None,
+    authorities = (
+        options.get("cert")
+        or os.environ.get("REQUESTS_CA_BUNDLE")
+        or os.environ.get("SSL_CERT_FILE")
+        or ssl.get_default_verify_paths().cafile
     )
     if authorities:
         copy = directory / "ca.pem"

@@ -132,7 +132,7 @@ def test_it_has_only_the_agent_with_its_libraries_and_bytecode(image: Image) -> 
     strangers = [
         entry.name
         for entry in image.entries
-        if entry.regular
+        if entry.isreg()
         and not re.match(
             r"opt/vgpu-agent/(lib/python3\.\d+/site-packages/|pyvenv\.cfg$)", entry.name
         )
@@ -164,7 +164,7 @@ def test_no_secret_of_the_build_is_left_in_it(image: Image) -> None:
 
 
 def test_every_user_can_read_it(image: Image) -> None:
-    closed = [entry.name for entry in image.entries if entry.regular and not entry.mode & 0o004]
+    closed = [entry.name for entry in image.entries if entry.isreg() and not entry.mode & 0o004]
     assert closed == []
 
 
@@ -173,7 +173,7 @@ def test_every_source_has_bytecode_that_never_goes_stale(image: Image) -> None:
     sources = [
         image.rootfs / entry.name
         for entry in image.entries
-        if entry.regular and re.match(r"opt/vgpu-agent/lib/.*\.py$", entry.name)
+        if entry.isreg() and re.match(r"opt/vgpu-agent/lib/.*\.py$", entry.name)
     ]
     assert len(sources) > 300
     for source in sources:

@@ -23,7 +23,7 @@ OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, what was found, and what to do about it."""
+    """What was looked at, what was found, and what to do about it where that is not ok."""
 
     name: str
     verdict: Verdict

@@ -5,7 +5,7 @@ pods, and what to do next.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -46,15 +46,9 @@ def changes(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine
     yield from _mps(before, after)
     yield from _kubelet(before, after, rules.resource)
     yield from _holders(before, after)
-    if after.store_error != before.store_error:
-        if after.store_error is None:
-            yield LogLine(logging.INFO, "the state file is written again")
-        else:
-            yield LogLine(
-                logging.WARNING,
-                f"{after.store_error}; tried again. A restart of the agent would forget which GPUs"
-                " wait for a reset: look at VGPU_STATE_DIRECTORY",
-            )
+    for problem, begun, ended in _PROBLEMS:
+        if (new := problem(after)) != problem(before):
+            yield _info(ended) if new is None else _warning(begun.format(new))
 
 
 def _info(message: str, **fields: object) -> LogLine:
@@ -189,14 +183,6 @@ def _holders(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
             yield _warning(f"cannot ask the kubelet who holds which vGPU: {new.error}")
         if new.assignments is None and old.assignments is not None:
             yield _warning("forgetting who holds which vGPU: the kubelet's answer is too old")
-        if new.checkpoint_error != old.checkpoint_error:
-            if new.checkpoint_error is None:
-                yield _info("the kubelet's checkpoint is of use again")
-            else:
-                yield _warning(
-                    "the kubelet's checkpoint is of no use, so List alone says who holds which"
-                    f" vGPU: {new.checkpoint_error}"
-                )
     if (old is not new or before.inventory is not after.inventory) and (
         before.orphans != after.orphans
     ):
@@ -206,9 +192,26 @@ def _holders(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
             yield _warning(f"held, but no longer advertised: {names}", vgpus=len(after.orphans))
         else:
             yield _info("every vGPU that is held is advertised again")
-    problem = None if after.usage is None else after.usage.problem
-    if problem != (None if before.usage is None else before.usage.problem):
-        if problem is None:
-            yield _info("usage is attributed to containers again")
-        else:
-            yield _warning(f"{problem} (docs/usage.md)")
+
+
+_PROBLEMS: tuple[tuple[Callable[[Snapshot], str | None], str, str], ...] = (
+    (
+        lambda snapshot: snapshot.holders.checkpoint_error,
+        "the kubelet's checkpoint is of no use, so List alone says who holds which vGPU: {}",
+        "the kubelet's checkpoint is of use again",
+    ),
+    (
+        lambda snapshot: None if snapshot.usage is None else snapshot.usage.problem,
+        "{} (docs/usage.md)",
+        "usage is attributed to containers again",
+    ),
+    (
+        lambda snapshot: snapshot.store_error,
+        (
+            "{}; tried again. A restart of the agent would forget which GPUs wait for a reset:"
+            " look at VGPU_STATE_DIRECTORY"
+        ),
+        "the state file is written again",
+    ),
+)
+"""What may be wrong with the agent itself, and the words for its begin and its end."""

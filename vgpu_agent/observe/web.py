@@ -41,11 +41,11 @@ GRACE = 1
 
 PLAIN = "text/plain; charset=utf-8"
 
-EVERYWHERE = {
-    "cache-control": "no-store",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
+EVERYWHERE = [
+    ("cache-control", "no-store"),
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]
 """Headers of every answer."""
 
 
@@ -190,7 +190,6 @@ class Web:
         headers = {
             "content-type": answer.content_type,
             "content-length": str(len(answer.body)),
-            **EVERYWHERE,
             **(answer.headers or {}),
         }
         await send(
@@ -200,8 +199,8 @@ class Web:
                 "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             }
         )
-        body = b"" if method == "HEAD" else answer.body
-        await send({"type": "http.response.body", "body": body})
+        # uvicorn sends none for HEAD.
+        await send({"type": "http.response.body", "body": answer.body})
 
     async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
         accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
@@ -264,6 +263,7 @@ class _Server(uvicorn.Server):
                 app,
                 interface="asgi3",
                 proxy_headers=False,
+                headers=EVERYWHERE,
                 http=_Connection,
                 backlog=MAX_CONNECTIONS,
                 ws="none",

@@ -6,11 +6,12 @@ import socket
 import stat
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from vgpu_agent.address import Address
 from vgpu_agent.commands.ask import get
-from vgpu_agent.commands.judge import Check, Verdict
+from vgpu_agent.commands.judge import FAIL, OK, WARN, Check, Verdict
 from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.mps.control import BINARY
@@ -53,7 +54,7 @@ def _directory(
     path: Path,
     advice: str,
     *,
-    bad: Verdict = Verdict.FAIL,
+    bad: Verdict = FAIL,
     write: bool = False,
     others: int = 0,
 ) -> Check:
@@ -72,11 +73,11 @@ def _directory(
         return Check(name, bad, detail, advice)
     if mode & others != others:
         detail += ": containers of other users cannot use it"
-        return Check(name, Verdict.WARN, detail, f"`chmod {mode | others:o} {path}` on the node")
+        return Check(name, WARN, detail, f"`chmod {mode | others:o} {path}` on the node")
     if others and label is not None and label.split(":")[2:3] != ["container_file_t"]:
         detail += ": where SELinux is enforcing, containers cannot use it"
-        return Check(name, Verdict.WARN, detail, f"`chcon -t container_file_t {path}` on the node")
-    return Check(name, Verdict.OK, detail)
+        return Check(name, WARN, detail, f"`chcon -t container_file_t {path}` on the node")
+    return Check(name, OK, detail)
 
 
 # The kubelet and the agent's own sockets
@@ -84,14 +85,11 @@ def _directory(
 
 def check_socket_paths(*paths: Path) -> Iterable[Check]:
     """Whether paths of sockets fit into what a socket's address can hold."""
+    advice = "set the variable of that directory (VGPU_..._DIR...) to a shorter path"
     for path in paths:
         length = len(bytes(path))
         detail = f"{path} takes {length} of {MAX_PATH} bytes"
-        if length <= MAX_PATH:
-            yield Check("socket path", Verdict.OK, detail)
-        else:
-            advice = "set the variable of that directory (VGPU_..._DIR...) to a shorter path"
-            yield Check("socket path", Verdict.FAIL, detail, advice)
+        yield Check("socket path", OK if length <= MAX_PATH else FAIL, detail, advice)
 
 
 def check_kubelet(directory: Path) -> Iterable[Check]:
@@ -102,11 +100,9 @@ def check_kubelet(directory: Path) -> Iterable[Check]:
         return
     path = directory / KUBELET_SOCKET
     reason = refusal(path)
-    if reason is None:
-        yield Check("kubelet socket", Verdict.OK, f"a kubelet listens at {path}")
-        return
+    detail = f"no kubelet at {path}: {reason}" if reason else f"a kubelet listens at {path}"
     advice = "start the node's kubelet, or set VGPU_KUBELET_DIR to the directory that it uses"
-    yield Check("kubelet socket", Verdict.FAIL, f"no kubelet at {path}: {reason}", advice)
+    yield Check("kubelet socket", FAIL if reason else OK, detail, advice)
 
 
 def check_endpoint(path: Path, control: Path, agent: Report | None, resource: str) -> Check:
@@ -118,42 +114,40 @@ def check_endpoint(path: Path, control: Path, agent: Report | None, resource: st
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
-        return Check(name, Verdict.OK, f"{path} is free")
+        return Check(name, OK, f"{path} is free")
     if not stat.S_ISSOCK(mode):
-        return Check(name, Verdict.FAIL, f"{path} is not a socket", "remove it")
+        return Check(name, FAIL, f"{path} is not a socket", "remove it")
     if refusal(path) is not None:
-        return Check(name, Verdict.OK, f"{path} is stale; the agent replaces it")
+        return Check(name, OK, f"{path} is stale; the agent replaces it")
     pid, agent_pid = listener_pid(path), listener_pid(control)
     # Processes of other PID namespaces are not named: then the agent's own word counts.
     unnamed = pid is None and agent_pid is None
     ours = agent is not None and (agent.kubelet.error is None if unnamed else pid == agent_pid)
     if ours:
-        return Check(name, Verdict.OK, f"{path} is served by the running agent")
+        return Check(name, OK, f"{path} is served by the running agent")
     detail = f"another process{f', {pid},' if pid else ''} serves {path}"
-    return Check(name, Verdict.FAIL, detail, f"another agent for {resource}? Remove one")
+    return Check(name, FAIL, detail, f"another agent for {resource}? Remove one")
 
 
 def check_metrics(address: Address) -> Check:
     """The metrics address: free, or served by the running agent."""
     name = "metrics address"
     code, body = 0, b""
-    if address.port:
-        try:
+    with suppress(NoAgentError):
+        if address.port:
             code, body = get(address, "/healthz")
-        except NoAgentError:
-            code = 0
     text = body.decode(errors="replace").strip()
     if code == 200 and text == "ok":
-        return Check(name, Verdict.OK, f"{address} is served by the running agent")
+        return Check(name, OK, f"{address} is served by the running agent")
     if code == 503 and text.startswith("no sign of life"):
         advice = "see the agent's log; its liveness probe restarts it"
-        return Check(name, Verdict.FAIL, f"the agent at {address} is stuck: {text}", advice)
+        return Check(name, FAIL, f"the agent at {address} is stuck: {text}", advice)
     try:
         listen(address).close()
     except ListenError as error:
         advice = "set another VGPU_METRICS_ADDRESS, or end what uses this one"
-        return Check(name, Verdict.FAIL, str(error).partition("; set another")[0], advice)
-    return Check(name, Verdict.OK, f"{address} is free")
+        return Check(name, FAIL, str(error).partition("; set another")[0], advice)
+    return Check(name, OK, f"{address} is free")
 
 
 def check_state_directory(path: Path) -> Check:
@@ -161,12 +155,12 @@ def check_state_directory(path: Path) -> Check:
     name = "state directory"
     parent = next(each for each in (path, *path.parents) if each.exists())
     if parent != path and parent.is_dir() and writable(parent):
-        return Check(name, Verdict.OK, f"{path} is not there yet; the agent makes it")
+        return Check(name, OK, f"{path} is not there yet; the agent makes it")
     advice = (
         "mount a writable directory there, or set VGPU_STATE_DIRECTORY: without it a restart of the"
         " agent would forget which GPUs wait for a reset"
     )
-    return _directory(name, path, advice, bad=Verdict.WARN, write=True)
+    return _directory(name, path, advice, bad=WARN, write=True)
 
 
 # MPS
@@ -175,20 +169,19 @@ def check_state_directory(path: Path) -> Check:
 def check_binary(environment: Mapping[str, str]) -> Check:
     """Whether the daemon's control program is there: the daemon is asked through it."""
     found = shutil.which(BINARY, path=environment.get("PATH", os.defpath))
-    if found is not None:
-        return Check("mps binary", Verdict.OK, found)
     advice = (
         "run this container with the NVIDIA runtime and"
         " NVIDIA_DRIVER_CAPABILITIES=compute,utility, which brings it in"
     )
-    return Check("mps binary", Verdict.FAIL, f"{BINARY} is not on PATH", advice)
+    detail = found or f"{BINARY} is not on PATH"
+    return Check("mps binary", OK if found else FAIL, detail, advice)
 
 
 def check_other_mps(path: Path) -> Check:
     """Another MPS on the node, in the directory that the NVIDIA runtime mounts everywhere."""
     name = "other mps"
     if not path.exists():
-        return Check(name, Verdict.OK, f"{path} is not there")
+        return Check(name, OK, f"{path} is not there")
     alive = refusal(path / "control") is None
     detail = (
         f"{path} is there ({'a daemon serves it' if alive else 'left behind'}): the NVIDIA runtime"
@@ -196,7 +189,7 @@ def check_other_mps(path: Path) -> Check:
         " clients there, without limits"
     )
     advice = f"{'end that daemon, then ' if alive else ''}remove {path} on the node"
-    return Check(name, Verdict.WARN, detail, advice)
+    return Check(name, WARN, detail, advice)
 
 
 def check_mps_directories(directory: Path, shm: Path | None) -> Iterable[Check]:
@@ -210,6 +203,6 @@ def check_mps_directories(directory: Path, shm: Path | None) -> Iterable[Check]:
     shared = [] if shm is None else [("mps shm", shm, stat.S_IRWXO)]
     for name, path, others in [("mps log", directory / "log", 0), *shared]:
         if pipe.is_dir() and not path.exists():
-            yield Check(name, Verdict.OK, f"{path} is not mounted here")
+            yield Check(name, OK, f"{path} is not mounted here")
         else:
             yield _directory(name, path, advice, others=others)
