@@ -23,7 +23,8 @@ from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.gpu.watch import GpuWatch
-from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
+from vgpu_agent.kubelet.codec import ListEncoder
+from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.kubelet.podresources import PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
 from vgpu_agent.model.health import Moment

@@ -24,7 +24,8 @@ from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.kubelet._proto.v1beta1 import Empty, ListAndWatchResponse
-from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
+from vgpu_agent.kubelet.codec import ListEncoder
+from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.model.facts import Applied, AppliedGpu, ComputeMode, DaemonLook, Reading
 from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
 from vgpu_agent.observe.report import Identity, make_report

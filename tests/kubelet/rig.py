@@ -16,7 +16,8 @@ from tests.kubelet.peers import started, until
 from tests.kubelet_peer import CHANNEL_OPTIONS, KubeletPeer, off_loop
 from tests.nodes import new_node, probed
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.kubelet.plugin import DevicePlugin, ListEncoder
+from vgpu_agent.kubelet.codec import ListEncoder
+from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.kubelet.session import KubeletSession, SessionTiming, StatFunction
 from vgpu_agent.model.devices import Gpu, SharedGpu, device_id
 from vgpu_agent.model.facts import Reading

@@ -20,9 +20,10 @@ from tests.kubelet.rig import (
 from tests.kubelet_peer import LIST_AND_WATCH, Device, StalledPeer, off_loop
 from tests.nodes import found
 from tests.wire import dp
+from vgpu_agent.kubelet import codec
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
-from vgpu_agent.kubelet.plugin import ListEncoder
+from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.model.devices import Inventory, SharedGpu
 from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading
 from vgpu_agent.model.placement import Placement
@@ -444,14 +445,14 @@ def whole_list(inventory):
 @pytest.fixture
 def encoded_gpus(monkeypatch):
     """The GPUs that were encoded, in each call."""
-    seen, encode = [], plugin_module._encode
+    seen, encode = [], codec._encode
     indices = {gpu.uuid: gpu.index for gpu in gpus_of(4)}
 
     def recording(gpus):
         seen.append([indices[uuid] for uuid, *_ in gpus])
         return encode(gpus)
 
-    monkeypatch.setattr(plugin_module, "_encode", recording)
+    monkeypatch.setattr(codec, "_encode", recording)
     return seen
 
 

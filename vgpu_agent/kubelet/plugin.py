@@ -1,4 +1,4 @@
-"""The device plugin service: the wire on one side, the model on the other. Knows no sockets.
+"""The device plugin service: its five calls, answered from the model. Knows no sockets.
 
 The contract is the kubelet's device plugin API v1beta1 (KEP-3573). Wrong requests are answered
 with INVALID_ARGUMENT, requests that cannot be met now with FAILED_PRECONDITION.
@@ -8,18 +8,16 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskStatus
 from betterproto import Message
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
-from grpclib.encoding.proto import ProtoCodec
 from grpclib.server import Stream
 
 from vgpu_agent.errors import AllocationError, InvalidRequestError, UnavailableDeviceError
@@ -29,21 +27,18 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     CdiDevice,
     ContainerAllocateResponse,
     ContainerPreferredAllocationResponse,
-    Device,
     DevicePluginBase,
     DevicePluginOptions,
     Empty,
     ListAndWatchResponse,
     Mount,
-    NumaNode,
     PreferredAllocationRequest,
     PreferredAllocationResponse,
     PreStartContainerRequest,
     PreStartContainerResponse,
-    TopologyInfo,
 )
+from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.model.container import Grant, check_start, grant
-from vgpu_agent.model.devices import Inventory, device_id
 from vgpu_agent.model.latest import Latest
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.placement import prefer
@@ -54,9 +49,6 @@ Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 _Call = Callable[[Stream[Any, Any]], Awaitable[None]]
 
-HEALTHY = "Healthy"
-UNHEALTHY = "Unhealthy"
-
 
 class RpcObserver(Protocol):
     """Where the duration of every unary call goes."""
@@ -64,83 +56,6 @@ class RpcObserver(Protocol):
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         """A call of `method` ended with a gRPC status code after so many seconds."""
         ...
-
-
-class WireCodec(ProtoCodec):
-    """grpclib's codec. Bytes are encoded already; undecodable ones are the caller's mistake."""
-
-    def encode(self, message: Any, message_type: Any) -> bytes:
-        """Its bytes."""
-        return message if isinstance(message, bytes) else super().encode(message, message_type)
-
-    def decode(self, data: bytes, message_type: Any) -> Any:
-        """The message. Raises GRPCError INVALID_ARGUMENT."""
-        try:
-            message: Message = message_type().parse(data)
-            _check_types(message)
-        except Exception as error:  # betterproto raises whatever its parser stumbles on
-            raise GRPCError(
-                Status.INVALID_ARGUMENT, f"cannot decode {message_type.__name__}: {error}"
-            ) from error
-        return message
-
-
-def _check_types(message: Message) -> None:
-    """Raises TypeError: betterproto keeps a value whose wire type is not that of its field."""
-    known = cast("Any", message)._betterproto  # which is typed wrongly
-    for name, kind in known.cls_by_field.items():
-        value = getattr(message, name)
-        several = isinstance(value, list)
-        for each in value if several else [value]:
-            if not isinstance(each, kind) or several is not (known.default_gen[name] is list):
-                raise TypeError(f"{name} is of another type")
-            if isinstance(each, Message):
-                _check_types(each)
-
-
-_Listed = tuple[str, int, int | None]
-"""What the vGPUs of a GPU are listed by: its UUID, their number, its NUMA node."""
-
-
-class ListEncoder:
-    """Encodes device lists GPU by GPU, each GPU once. Owns that cache.
-
-    betterproto takes about 0.1 ms for a vGPU, on the event loop. Serialised messages with repeated
-    fields concatenate, so a list is the joined lists of its GPUs.
-    """
-
-    def __init__(self) -> None:
-        self._encoded: dict[_Listed, Mapping[bool, bytes]] = {}
-
-    async def encode(self, inventory: Inventory) -> bytes:
-        """The list, encoded off the loop where GPUs are new and from the cache otherwise."""
-        wanted = [(each.gpu.uuid, each.replicas, each.gpu.numa_node) for each in inventory.gpus]
-        missing = [key for key in wanted if key not in self._encoded]
-        if missing:
-            fresh = await anyio.to_thread.run_sync(_encode, missing)
-            known = self._encoded | fresh
-            self._encoded = {key: known[key] for key in wanted}
-        gpus = zip(wanted, inventory.gpus, strict=True)
-        return b"".join(self._encoded[key][shared.healthy] for key, shared in gpus)
-
-
-def _encode(gpus: Iterable[_Listed]) -> dict[_Listed, Mapping[bool, bytes]]:
-    """The lists of these GPUs, by health: a fault has no time to wait for an encoder."""
-    return {
-        gpu: {
-            healthy: b"".join(_list_of_one(gpu, n, healthy) for n in range(gpu[1]))
-            for healthy in (True, False)
-        }
-        for gpu in gpus
-    }
-
-
-def _list_of_one(gpu: _Listed, number: int, healthy: bool) -> bytes:
-    uuid, _, numa_node = gpu
-    device = Device(id=device_id(uuid, number), health=HEALTHY if healthy else UNHEALTHY)
-    if numa_node is not None:
-        device.topology = TopologyInfo(nodes=[NumaNode(id=numa_node)])
-    return bytes(ListAndWatchResponse(devices=[device]))
 
 
 @dataclass(frozen=True, slots=True)

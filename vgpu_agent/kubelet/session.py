@@ -30,8 +30,9 @@ from vgpu_agent.errors import (
     StreamMissingError,
 )
 from vgpu_agent.kubelet._proto.v1beta1 import RegisterRequest, RegistrationStub
+from vgpu_agent.kubelet.codec import WireCodec
 from vgpu_agent.kubelet.grpc import Connection, call
-from vgpu_agent.kubelet.plugin import DevicePlugin, WireCodec
+from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult
 from vgpu_agent.unixsocket import Identity

@@ -33,7 +33,7 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     RegisterRequest,
     RegistrationBase,
 )
-from vgpu_agent.kubelet.plugin import HEALTHY
+from vgpu_agent.kubelet.codec import HEALTHY
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES_SOCKET
 from vgpu_agent.kubelet.session import API_VERSION, KUBELET_SOCKET
 from vgpu_agent.model.latest import Latest

@@ -2,7 +2,7 @@
 
 The running agent makes a `Report` from a snapshot and writes it as JSON; `status`, `doctor` and the
 page read it. Memory is in bytes, times are ISO 8601 in UTC. docs/status.md is made from the
-classes below.
+classes below; the module is long because the whole schema and its text stand in it.
 """
 
 import json
