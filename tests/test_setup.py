@@ -140,3 +140,10 @@ def test_without_a_network_it_is_one_line_soon(checkout):
     assert lines[0].startswith("setting up .venv")
     assert "needed: a package index that pip reaches" in lines[1]
     assert not (checkout / ".venv/run").exists()
+
+
+@pytest.mark.xdist_group("one")
+def test_a_group_of_tests_is_one_workers(request):
+    """Or each builds the image. pytest-xdist 3.8 does not group with pytest 9.2, without a word."""
+    grouped = request.config.getoption("loadgroup", default=False)
+    assert request.node.nodeid.endswith("@one") == grouped
