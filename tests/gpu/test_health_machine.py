@@ -521,7 +521,7 @@ class Machine(RuleBasedStateMachine):
             for uuid, is_so in healthy.items()
             for n in range(REPLICAS)
         }
-        with anyio.move_on_after(2):
+        with anyio.move_on_after(10):
             while self.list != expected:  # noqa: ASYNC110 - polled on purpose
                 await anyio.sleep(0.001)
         assert self.list == expected
