@@ -113,17 +113,19 @@ class Agent:
         self,
         *,
         watch_gpus: bool = True,
+        listener: socket.socket | None = None,
         task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
         """Runs until cancelled. Raises ListenError where it cannot serve its metrics.
 
+        They are served at `listener`, or else at one for the address of the settings.
         Without `watch_gpus` the GPUs are looked at once and never again, which is for tests that
         want to see that this is noticed.
         """
         settings, node = self._settings, self.node
         metrics = Metrics(__version__, settings.resource_name, node.rules)
         web = Web(
-            listener=listen(settings.metrics_address),
+            listener=listener or listen(settings.metrics_address),
             node=node,
             metrics=metrics,
             report=partial(self.report, names_pods=settings.status_page),

@@ -5,6 +5,7 @@ holds what. A step that is not observed in time ends it with a StoryError that n
 """
 
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,26 +35,25 @@ class StoryTiming:
     shown_for: float = 1.0
 
 
-def embedded_settings(kubelet_dir: Path) -> Settings:
+def embedded_settings(kubelet_dir: Path, metrics_address: Address) -> Settings:
     """The settings of the embedded default; none comes from the environment."""
     return EmbeddedSettings(
         gpu_driver=GpuDriverKind.SIMULATED,
         kubelet_dir=kubelet_dir,
         state_directory=kubelet_dir / "state",
-        metrics_address=_free_address(Address("127.0.0.1", 9408)),
+        metrics_address=metrics_address,
         health_interval=1,
         recovery_seconds=1,
         podresources_interval=1,
     )
 
 
-def _free_address(wanted: Address) -> Address:
-    """The wanted address, or one with any free port where that one is taken."""
+def _listen(wanted: Address) -> socket.socket:
+    """A listening socket at that address, or with any free port where that one is taken."""
     try:
-        listen(wanted).close()
+        return listen(wanted)
     except ListenError:
-        return Address(wanted.host, 0)
-    return wanted
+        return listen(Address(wanted.host, 0))
 
 
 async def run_dev(
@@ -67,8 +67,11 @@ async def run_dev(
 
     Raises StoryError where a step was not observed, also when the time was too short for it.
     """
-    with tempfile.TemporaryDirectory(prefix="vgpu-", dir=_short_directory()) as directory:
-        settings = embedded_settings(Path(directory))
+    with (
+        tempfile.TemporaryDirectory(prefix="vgpu-", dir=_short_directory()) as directory,
+        _listen(Address("127.0.0.1", 9408)) as listener,
+    ):
+        settings = embedded_settings(Path(directory), Address(*listener.getsockname()))
         driver = make_driver(settings)
         daemon = make_daemon(settings, driver)
         if not (isinstance(driver, SimulatedDriver) and isinstance(daemon, SimulatedDaemon)):
@@ -78,7 +81,7 @@ async def run_dev(
             standin_kubelet(settings.plugin_directory) as kubelet,
         ):
             agent = Agent(settings, driver, daemon)
-            await tasks.start(partial(agent.run, watch_gpus=watch_gpus))
+            await tasks.start(partial(agent.run, watch_gpus=watch_gpus, listener=listener))
             story = Story(kubelet, driver, daemon, agent, say, timing)
             with anyio.move_on_after(seconds):
                 await story.run()
