@@ -11,6 +11,9 @@ SOURCE ?=
 COMPILE = $(BIN)/uv pip compile -q $(ARGS) --universal --python-version 3.11 --no-strip-extras \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
 
+# pytest keeps the tests as it rewrote them beside them; without, every worker does it at every run.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help run seconds test quick bench lint fmt proto lock image dist clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10

@@ -39,23 +39,14 @@ def interpreters() -> dict[str, str]:
     for name in SUPPORTED:
         managed = sorted(Path.home().glob(f".pyenv/versions/*/bin/python{name}"))
         for candidate in (shutil.which(f"python{name}"), *map(str, managed)):
-            if name not in found and candidate and _runs(candidate):
+            if name not in found and candidate and _has_venv(Path(candidate), name):
                 found[name] = candidate
     return dict(sorted(found.items()))
 
 
-def _runs(python: str) -> bool:
-    """Whether it can make a virtual environment: a shim may lead nowhere."""
-    try:
-        done = subprocess.run(
-            [python, "-I", "-c", "import ensurepip, venv"],
-            capture_output=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+def _has_venv(python: Path, name: str) -> bool:
+    """Whether its library can make a virtual environment: a shim has none beside it."""
+    return (python.resolve().parents[1] / "lib" / f"python{name}" / "ensurepip").is_dir()
 
 
 PYTHONS = interpreters()

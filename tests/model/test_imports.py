@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import vgpu_agent
 
 PACKAGE = Path(vgpu_agent.__file__).parent
 SOURCES = {
-    source.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): source.read_text()
+    source.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): source
     for source in PACKAGE.rglob("*.py")
     if "_proto" not in source.parts
 }
@@ -52,14 +52,23 @@ LIBRARIES = {
 """Where each library of an edge may be imported. anyio is not one: it is how all of it runs."""
 
 
-def imported(source: str) -> Iterator[str]:
-    """The modules and names that a source imports, in full."""
-    for node in ast.walk(ast.parse(source)):
+@cache
+def nodes(name: str) -> list[ast.AST]:
+    """What that module is made of."""
+    return list(ast.walk(ast.parse(SOURCES[name].read_text())))
+
+
+@cache
+def imported(name: str) -> set[str]:
+    """The modules and names that a module imports, in full."""
+    found: set[str] = set()
+    for node in nodes(name):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where they go"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
 
 
 def within(name: str, places: tuple[str, ...]) -> bool:
@@ -67,11 +76,7 @@ def within(name: str, places: tuple[str, ...]) -> bool:
 
 
 def importers(library: str) -> set[str]:
-    return {
-        name
-        for name, source in SOURCES.items()
-        if any(within(each, (library,)) for each in imported(source))
-    }
+    return {name for name in SOURCES if any(within(each, (library,)) for each in imported(name))}
 
 
 def test_every_module_has_its_room():
@@ -83,9 +88,10 @@ def test_a_room_imports_only_lower_ones(room):
     allowed = tuple(f"vgpu_agent.{each}" for each in (room, "__version__", *ROOMS[room]))
     assert {
         f"{name}: {each}"
-        for name, source in SOURCES.items()
-        for each in imported(source)
-        if within(name, (room,)) and within(each, ("vgpu_agent",)) and not within(each, allowed)
+        for name in SOURCES
+        if within(name, (room,))
+        for each in imported(name)
+        if within(each, ("vgpu_agent",)) and not within(each, allowed)
     } == set()
 
 
@@ -107,7 +113,7 @@ def test_an_edge_library_stays_at_its_edge(library):
 
 
 def test_no_library_is_without_a_place():
-    libraries = {each.split(".")[0] for source in SOURCES.values() for each in imported(source)}
+    libraries = {each.split(".")[0] for name in SOURCES for each in imported(name)}
     own = {"vgpu_agent", "anyio"}
     assert libraries - set(sys.stdlib_module_names) - own == LIBRARIES.keys()
 
@@ -119,11 +125,10 @@ def test_only_the_settings_and_the_command_line_touch_the_environment():
     }
     touching = {
         name
-        for name, source in SOURCES.items()
-        if words.intersection(imported(source))
+        for name in SOURCES
+        if words & imported(name)
         or any(
-            isinstance(node, ast.Attribute) and f"os.{node.attr}" in words
-            for node in ast.walk(ast.parse(source))
+            isinstance(node, ast.Attribute) and f"os.{node.attr}" in words for node in nodes(name)
         )
     }
     # The control program is started with this process's environment and the daemon's directory.

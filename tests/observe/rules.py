@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ TARGET_LABELS = {
 """What a PodMonitor attaches; the node and the cluster where it is set to."""
 
 
+@cache
 def alerts() -> list[dict[str, Any]]:
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
@@ -77,6 +79,7 @@ def alert_tests() -> dict[str, Any]:
     }
 
 
+@cache
 def dashboard(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
@@ -224,6 +227,7 @@ def full_text(resource: str = RESOURCE) -> bytes:
     return full_metrics(resource).render(SNAPSHOT, "")[0]
 
 
+@cache
 def metric_labels() -> dict[str, set[str]]:
     """The labels of every metric, as they are exposed: of a histogram each of its three."""
     found: dict[str, set[str]] = {}
