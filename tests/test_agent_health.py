@@ -125,15 +125,6 @@ def test_xids_of_each_bucket_do_what_their_bucket_says(node: Start) -> None:
         assert f'vgpu_gpu_healthy{{gpu_index="2",gpu_uuid="{UUIDS[2]}"}} 0.0' in metrics
 
 
-def test_settings_overrule_the_catalogue(node: Start) -> None:
-    with node(*GPUS, VGPU_IGNORED_XIDS="79,74", VGPU_CRITICAL_XIDS="31") as it:
-        it.nvml.xid(UUIDS[0], 79)
-        it.nvml.xid(UUIDS[0], 74)
-        it.nvml.xid(UUIDS[1], 31)
-        it.wait(c0=10, c1=0, c2=10, c3=10)
-        assert it.updates() == 2
-
-
 def test_where_the_driver_offers_its_recovery_action_its_word_marks_and_heals(node: Start) -> None:
     with node(*described(action=0), VGPU_HEALTH_INTERVAL="30") as it:
         it.nvml.xid(UUIDS[2], RESET)
@@ -185,16 +176,6 @@ def test_a_fault_marks_its_gpu_in_one_update_and_is_over_with_its_cause(node: St
             it.wait(**ALL)
             assert it.ids() == ids
         assert it.updates() == 9
-
-
-def test_row_remaps(node: Start) -> None:
-    with node(*GPUS) as it:
-        it.nvml.update(UUIDS[0], remap_pending=1)
-        it.agent.wait_line("a row remap waits for the next reset")
-        assert it.updates() == 1  # told, not marked
-        it.nvml.update(UUIDS[1], remap_failed=1)
-        it.wait(c0=10, c1=0, c2=10, c3=10)
-        assert it.faults(1) == {"remap"}
 
 
 def test_a_gpu_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node: Start) -> None:

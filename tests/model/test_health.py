@@ -25,7 +25,9 @@ from vgpu_agent.model.health import (
 )
 from vgpu_agent.model.rules import HealthRules, SharingRules
 
-RULES = HealthRules(lost_card_seconds=600)
+RULES = HealthRules(
+    lost_card_seconds=600, ignored_xids=frozenset({48}), critical_xids=frozenset({31})
+)
 GOOD, FAILING = Probed(Reading()), Probed(Reading(error="Unknown Error"))
 LOST, HUNG = Probed(Reading(lost=True)), Probed(Reading(hung=True, error="3 s"))
 BACK = Probed(Reading(), new_handle=True)
@@ -66,6 +68,8 @@ def passed(start: float, seconds: float) -> list[tuple[float, HealthEvent]]:
         ([(0, GOOD)], ""),
         ([(0, GOOD), (1, APPLICATION)], ""),
         ([(0, GOOD), (1, UNPROVEN)], "xid"),
+        ([(0, XidSeen(48))], ""),  # as the settings say, and not the catalogue
+        ([(0, XidSeen(31))], "xid"),
         (
             [(0, FAILING), (5, HUNG), (10, ACTION), (15, REMAP)],
             "probe recovery-action remap timeout",

@@ -71,12 +71,6 @@ def node() -> Clocked:
     return node
 
 
-def test_nothing_is_known_at_first():
-    snapshot = Clocked().snapshot
-    assert (snapshot.driver.up, snapshot.kubelet.connected) == (False, False)
-    assert (snapshot.inventory.gpus, snapshot.assignments, snapshot.orphans) == ((), None, ())
-
-
 # One change
 
 
@@ -246,24 +240,6 @@ def test_a_fault_of_the_mps_daemon_that_goes_on_keeps_its_time_and_ends_at_once(
     assert (fault.reason, fault.detail) == (Reason.MPS_FAULT, "status FAULT of MPS server 7, 8")
     node.set_daemon(a_look())
     assert node.healthy == ["gpu-0", "gpu-1"]
-
-
-@pytest.mark.parametrize(
-    ("look", "words"),
-    [
-        (DaemonLook(applied_error="damaged"), "damaged"),
-        (DaemonLook(generation="1"), "nobody has applied"),
-        (a_look(generation="2"), "a new one"),
-        (a_look(applied=Applied("1", MpsLimits.CLIENT, None, (), "half", "1")), "half"),
-    ],
-)
-def test_limits_that_are_not_in_effect_are_a_fault_of_every_gpu(look, words):
-    node = Clocked(mps=True)
-    node.looked(ONE, TWO)
-    node.set_daemon(look)
-    assert node.healthy == []
-    assert words in node.snapshot.mps.problem
-    assert not node.snapshot.mps.limits_in_effect
 
 
 # The kubelet

@@ -100,13 +100,6 @@ def test_for_every_kind_of_limits_the_file_must_be_of_this_daemon(limits):
     assert mps_of(judged(replace(look, generation="g9"), limits)).problem is not None
 
 
-def test_a_faulty_server_is_a_fault_of_its_own():
-    node = judged(replace(WELL, faulty=(640,)))
-    assert mps_of(node).problem is None
-    assert reasons(node) == [[Reason.MPS_FAULT], [Reason.MPS_FAULT]]
-    assert "640" in node.snapshot.inventory.gpus[0].faults[0].detail
-
-
 def test_what_was_applied_is_served_until_the_pod_is_replaced():
     node = judged(WELL, replicas=20)
     assert mps_of(node).problem is None
@@ -190,17 +183,6 @@ async def test_a_server_fault_comes_and_goes(watched):
     watched.daemon.fail_server(faulty=False)
     await watched.look()
     assert reasons(watched.node) == [[], []]
-
-
-async def test_gpus_have_as_many_vgpus_as_the_daemon_was_set_up_for(watched):
-    watched.daemon = SimulatedDaemon({ONE: 4, TWO: 10}, MpsLimits.CLIENT)
-    see(watched.node)
-    assert replicas_of(watched.node) == [10, 10]
-    await watched.look()
-    assert replicas_of(watched.node) == [4, 10]
-    see(watched.node)
-    assert replicas_of(watched.node) == [4, 10]
-    assert "GPU 0 has 4 vGPUs instead of 10" in (mps_of(watched.node).replacement or "")
 
 
 async def test_a_gpu_that_the_daemon_does_not_know_is_not_offered(watched):
