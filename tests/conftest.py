@@ -141,6 +141,14 @@ class NoSkips:
             terminalreporter.write_line(f"SKIPPED where nothing may be: {name}", red=True)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where slow tests are left out, a module of nothing else is not even loaded."""
+    if "not slow" not in config.option.markexpr or not collection_path.match("test_*.py"):
+        return None
+    marks = collection_path.read_text("utf-8").partition("\npytestmark = ")[2].partition("\n\n")[0]
+    return True if "pytest.mark.slow" in marks else None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Two for each core where processes are waited for, and one where tests only compute."""

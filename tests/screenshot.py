@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import anyio
-from playwright.async_api import Browser, async_playwright
 
 from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
@@ -22,6 +22,9 @@ from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapsho
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import Identity, make_report, to_json
 from vgpu_agent.observe.web import Web, listen
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser
 
 GIB = 2**30
 LOOPBACK = Address("127.0.0.1", 0)
@@ -44,8 +47,10 @@ def chromium() -> str | None:
 
 
 @asynccontextmanager
-async def browsing() -> AsyncIterator[Browser]:
+async def browsing() -> AsyncIterator["Browser"]:
     """A browser without a window. It runs as root and in small containers too."""
+    from playwright.async_api import async_playwright  # takes long, and others want the node only
+
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"]
