@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from tests.model.strategies import a_look
 from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Effect, Fault, Gpu, Reason, device_id
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading, Scan
+from vgpu_agent.model.facts import Reading, Scan
 from vgpu_agent.model.health import ActiveFault, GpuHealth, Moment, Probed
 from vgpu_agent.model.holders import Assignment, Holder, Usage, Used
 from vgpu_agent.model.node import Node
-from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import Identity, make_report, to_json
@@ -92,10 +93,8 @@ class ShownNode(Node):
 
     def daemon(self, problem: str | None = None) -> None:
         """MPS serves these GPUs, or has this problem."""
-        replicas = self.rules.sharing.replicas
-        gpus = tuple(AppliedGpu(gpu.uuid, gpu.index, replicas, None) for gpu in self.gpus)
-        applied = Applied("1", MpsLimits.CLIENT, None, gpus, problem, "1.2.3")
-        self.set_daemon(DaemonLook(generation="1", applied=applied))
+        replicas = dict.fromkeys((gpu.uuid for gpu in self.gpus), self.rules.sharing.replicas)
+        self.set_daemon(a_look(problem=problem, **replicas))
 
     def hold(self, *holders: tuple[int, Holder, range]) -> None:
         """These and no others hold vGPUs of the GPUs of that index."""

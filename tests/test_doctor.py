@@ -19,6 +19,7 @@ import pytest
 from tests.agent_process import environment, running
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer, off_loop
+from tests.model.strategies import a_look
 from tests.test_status import FAULT, MPS, controlled, gpu, report, shown
 from tests.web_peer import answering, http
 from vgpu_agent import control, store
@@ -42,9 +43,9 @@ from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Effect, Fault, Reason
-from vgpu_agent.model.facts import Applied, AppliedGpu, ComputeMode, DaemonLook, Reading
+from vgpu_agent.model.facts import ComputeMode, DaemonLook, Reading
 from vgpu_agent.model.health import Counters
-from vgpu_agent.model.rules import MIB, MpsLimits
+from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
 from vgpu_agent.observe.report import (
     Counts,
@@ -131,15 +132,7 @@ async def examined(settings: Settings | SettingsError, **changes):
     return await examine(settings, **(options | changes))
 
 
-APPLIED = Applied(
-    generation="g",
-    limits=MpsLimits.CLIENT,
-    thread_percentage=None,
-    gpus=tuple(AppliedGpu(gpu.uuid, gpu.index, 10, None) for gpu in GPUS),
-    problem=None,
-    version="1",
-)
-WELL = DaemonLook(generation="g", applied=APPLIED, clients={UUID: 3})
+WELL = replace(a_look(**dict.fromkeys((gpu.uuid for gpu in GPUS), 10)), clients={UUID: 3})
 
 
 # The whole
@@ -620,15 +613,7 @@ async def test_a_probe_that_hangs_is_the_gpus_own(kubelet_dir):
         (WELL, "mps", OK, "in effect, and it has 3 clients"),
         (replace(WELL, error="nobody answers"), "mps", FAIL, "nobody answers"),
         (replace(WELL, faulty=(7,)), "GPU 1 health", FAIL, "MPS server 7"),
-        (
-            replace(
-                WELL,
-                applied=replace(APPLIED, gpus=(AppliedGpu(UUID, 0, 5, None), APPLIED.gpus[1])),
-            ),
-            "mps settings",
-            WARN,
-            "5 vGPUs instead of 10",
-        ),
+        (a_look(**{UUID: 5, GPUS[1].uuid: 10}), "mps settings", WARN, "5 vGPUs instead of 10"),
         (RuntimeError("odd"), "mps", FAIL, "RuntimeError: odd"),
     ],
 )

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from vgpu_agent.model.devices import Effect, Fault, Gpu, Inventory, Reason, SharedGpu, device_id
+from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
+from vgpu_agent.model.rules import MpsLimits
 
 MOST_GPUS = 8
 MOST_REPLICAS = 12
@@ -50,6 +52,15 @@ def a_shared_gpu(
     """As it is advertised where it is divided by count and so many bytes are kept out."""
     usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - reserved)
     return SharedGpu(gpu, replicas, faults, usable_bytes=usable)
+
+
+def a_look(
+    limits: MpsLimits = MpsLimits.CLIENT, problem: str | None = None, **replicas: int
+) -> DaemonLook:
+    """An MPS daemon that was set up for so many vGPUs of these GPUs."""
+    gpus = (AppliedGpu(uuid, n, count, None) for n, (uuid, count) in enumerate(replicas.items()))
+    applied = Applied("1", limits, None, tuple(gpus), problem, "1")
+    return DaemonLook(generation="1", applied=applied)
 
 
 def ids(uuid: str, *numbers: int) -> list[str]:

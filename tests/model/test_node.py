@@ -1,14 +1,13 @@
 """The node: each input is replaced as a whole, and what follows is published as one change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from tests.model.strategies import a_gpu
+from tests.model.strategies import a_gpu, a_look
 from vgpu_agent.model.devices import Effect, Gpu, Reason
 from vgpu_agent.model.facts import (
-    Applied,
-    AppliedGpu,
     DaemonLook,
     Reading,
     RecoveryActionChanged,
@@ -18,7 +17,7 @@ from vgpu_agent.model.facts import (
 from vgpu_agent.model.health import HealthEvent, Moment, Probed, ResetDone
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
 from vgpu_agent.model.node import MAX_UNLISTED, Node
-from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import (
     Driver,
     FirstSeen,
@@ -32,6 +31,7 @@ REGISTERED = RegistrationResult.REGISTERED
 APPLICATION, UNPROVEN, RESET = 13, 74, 95
 ONE, TWO = a_gpu(0), a_gpu(1)
 GOOD = Probed(Reading())
+WELL = a_look(**{ONE.uuid: 2, TWO.uuid: 2})
 
 
 class Clocked(Node):
@@ -155,8 +155,7 @@ def test_a_gpu_that_is_not_listed_keeps_its_faults(away):
     node.looked(*([TWO] if away == "not listed yet" else [ONE, TWO]))
     node.xid((ONE.uuid, RESET))
     if away == "excluded":
-        mig = Gpu(**{**{f: getattr(ONE, f) for f in ONE.__slots__}, "mig": True})
-        node.looked(mig, TWO)
+        node.looked(replace(ONE, mig=True), TWO)
         assert [each.reason for each in node.snapshot.excluded] == ["mig"]
     elif away == "lost for long":
         node.looked(TWO)
@@ -218,12 +217,6 @@ def test_what_the_agent_before_kept_is_known_before_the_first_look(node):
 # The MPS daemon
 
 
-def a_look(**known: object) -> DaemonLook:
-    gpus = (AppliedGpu(ONE.uuid, 0, 2, None), AppliedGpu(TWO.uuid, 1, 2, None))
-    applied = Applied("1", MpsLimits.CLIENT, None, gpus, None, "1")
-    return DaemonLook(**{"generation": "1", "applied": applied, **known})
-
-
 def test_a_fault_of_the_mps_daemon_that_goes_on_keeps_its_time_and_ends_at_once():
     node = Clocked(mps=True)
     node.looked(ONE, TWO)
@@ -235,10 +228,10 @@ def test_a_fault_of_the_mps_daemon_that_goes_on_keeps_its_time_and_ends_at_once(
     for node.now in range(10, 200, 5):
         node.looked(ONE, TWO)  # passed probes prove nothing of the daemon
     assert node.healthy == []
-    node.set_daemon(a_look(faulty=(7, 8)))
+    node.set_daemon(replace(WELL, faulty=(7, 8)))
     (fault,) = node.snapshot.inventory.gpus[0].faults
     assert (fault.reason, fault.detail) == (Reason.MPS_FAULT, "status FAULT of MPS server 7, 8")
-    node.set_daemon(a_look())
+    node.set_daemon(WELL)
     assert node.healthy == ["gpu-0", "gpu-1"]
 
 

@@ -88,33 +88,22 @@ def all_splits(request: Request, used: list[str]):
     return [way for way in ways if sum(way) == wanted]
 
 
-@given(requests(most=4, replicas=5))
-@tried(80)
-def test_spread_takes_parts_as_even_as_they_can_be(request):
-    parts = uuids_of(request.inventory, ask(request, SPREAD).device_ids)
-    taken = uuids_of(request.inventory, known(request))
-    used = list(parts)
-    evenest = max(
-        sorted(taken[uuid] + n for uuid, n in zip(used, way, strict=True))
-        for way in all_splits(request, used)
-    )
-    assert sorted(parts.values()) == evenest
-
-
-@given(requests(most=4, replicas=5))
-@tried(80)
-def test_pack_leaves_the_largest_rest_on_one_gpu(request):
-    answer = ask(request, PACK)
-    parts = uuids_of(request.inventory, answer.device_ids)
+@given(requests(most=4, replicas=5), placements)
+@tried(160)
+def test_spread_takes_even_parts_and_pack_leaves_the_largest_rest_on_one_gpu(request, placement):
+    parts = uuids_of(request.inventory, ask(request, placement).device_ids)
     taken = uuids_of(request.inventory, known(request))
     free = free_of(request)
-    used = list(parts)
-    largest = max(
-        sorted((free[uuid] - n for uuid, n in zip(used, way, strict=True)), reverse=True)
-        for way in all_splits(request, used)
-    )
-    rests = [free[uuid] - (parts[uuid] - taken[uuid]) for uuid in used]
-    assert sorted(rests, reverse=True) == largest
+
+    def merit(way):
+        """The sizes of the parts, or of the rests: of two splits the one with more is better."""
+        if placement is SPREAD:
+            return sorted(taken[uuid] + n for uuid, n in zip(parts, way, strict=True))
+        rests = (free[uuid] - n for uuid, n in zip(parts, way, strict=True))
+        return sorted(rests, reverse=True)
+
+    found = [parts[uuid] - taken[uuid] for uuid in parts]
+    assert merit(found) == max(map(merit, all_splits(request, list(parts))))
 
 
 @given(requests(healthy=True), placements)

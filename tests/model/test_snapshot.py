@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.model.strategies import a_gpu, fault_sets, ids, tried
+from tests.model.strategies import a_gpu, a_look, fault_sets, ids, tried
 from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason
 from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
@@ -21,14 +21,6 @@ GIB = 2**30
 IDENTITY = Identity("1", "node", "example.com/vgpu")
 XID, DOWN = Fault(Reason.XID, 5.0, "XID 79"), Fault(Reason.MPS, 6.0, "no daemon")
 STRANGER = Fault(Reason.MPS, 7.0, "unknown to the daemon")
-
-
-def a_look(limits: MpsLimits = MpsLimits.CLIENT, **replicas: int) -> DaemonLook:
-    """A daemon that was set up for so many vGPUs of these GPUs."""
-    gpus = tuple(
-        AppliedGpu(uuid, n, count, None) for n, (uuid, count) in enumerate(replicas.items())
-    )
-    return DaemonLook(generation="1", applied=Applied("1", limits, None, gpus, None, "1"))
 
 
 def inputs(*gpus: Gpu, **known: object) -> Inputs:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import anyio
 import pytest
 
+from tests.model.strategies import a_look
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Reason
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Scan
+from vgpu_agent.model.facts import DaemonLook, Scan
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import MpsLimits, SharingRules
@@ -19,15 +20,8 @@ from vgpu_agent.observe import changes
 
 GPUS = simulated_gpus(2, "GPU", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)
-APPLIED = Applied(
-    generation="g1",
-    limits=MpsLimits.CLIENT,
-    thread_percentage=None,
-    gpus=(AppliedGpu(ONE, 0, 10, None), AppliedGpu(TWO, 1, 10, None)),
-    problem=None,
-    version="1",
-)
-WELL = DaemonLook(generation="g1", applied=APPLIED)
+WELL = a_look(**{ONE: 10, TWO: 10})
+APPLIED = WELL.applied
 
 
 def make_node(limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
