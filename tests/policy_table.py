@@ -1,7 +1,7 @@
 """The table of docs/health.md: the whole policy."""
 
 from vgpu_agent.model.devices import Effect
-from vgpu_agent.model.policy import POLICY
+from vgpu_agent.model.policy import Fact
 
 
 def markdown_table() -> str:
@@ -19,7 +19,7 @@ def markdown_table() -> str:
         "| fault | how it is found | what happens | how it ends | reason shown | what to do |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for rule in POLICY.values():
+    for rule in (fact.value for fact in Fact):
         marked = rule.reason is not None
         rows.append(
             f"| {rule.what} | {rule.found_by}"

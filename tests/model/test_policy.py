@@ -3,13 +3,7 @@ import pytest
 from tests import policy_table
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Reading
-from vgpu_agent.model.policy import (
-    POLICY,
-    Fact,
-    Finding,
-    judge_reading,
-    judge_xid,
-)
+from vgpu_agent.model.policy import Fact, Finding, judge_reading, judge_xid
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.xids import CATALOGUE
 
@@ -123,17 +117,17 @@ def test_what_a_reading_means_depends_on_the_start_and_on_mps(reading, baseline,
     assert [each.detail for each in found] == details
 
 
-def test_there_is_a_rule_for_every_fact_and_every_reason_exactly_where_a_gpu_is_marked():
-    assert set(POLICY) == set(Fact)
-    assert {rule.reason for rule in POLICY.values()} - {None} == set(Reason)
-    for rule in POLICY.values():
+def test_there_is_a_fact_for_every_reason_and_a_reason_exactly_where_a_gpu_is_marked():
+    rules = [fact.value for fact in Fact]
+    assert {rule.reason for rule in rules} - {None} == set(Reason)
+    for rule in rules:
         assert (rule.reason is None) is (rule.effect in (Effect.NOTE, Effect.COUNT))
         assert rule.advice
         assert rule.what in policy_table.markdown_table()
 
 
 def test_a_finding_becomes_a_fault_with_its_time_its_effect_and_its_advice():
-    advice = POLICY[Fact.ECC].advice
+    advice = Fact.ECC.value.advice
     expected = Fault(Reason.ECC, 7.0, "2 errors", Effect.UNTIL_RESET, advice)
     assert Finding(Fact.ECC, "2 errors").fault(7.0) == expected
     assert Finding(Fact.REMAP_PENDING, "one").fault(7.0) is None

@@ -1,12 +1,11 @@
 """What a fact about a GPU means: policy as data, and the judgement of an XID and of a probe.
 
-`POLICY` is the whole policy; docs/health.md is made from it.
+`Fact` is the whole policy; docs/health.md is made from it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from types import MappingProxyType
+from enum import Enum, unique
 
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Reading, RecoveryAction
@@ -28,138 +27,119 @@ class Rule:
     advice: str
 
 
-class Fact(Enum):
-    """The kinds of facts that there are about a GPU."""
-
-    RECOVERY_ACTION = "recovery action"
-    XID_OF_APPLICATION = "application's XID"
-    XID_UNPROVEN = "XID"
-    XID_RESET = "XID that needs a reset"
-    XID_REBOOT = "XID that needs a reboot"
-    PROBE_FAILED = "probe error"
-    PROBE_TIMEOUT = "probe timeout"
-    ECC = "uncorrectable memory errors"
-    REMAP_FAILED = "failed row remap"
-    REMAP_PENDING = "pending row remap"
-    LOST = "lost GPU"
-    COMPUTE_MODE = "compute mode"
-    OPEN_MODE = "open compute mode"
-    MPS_DOWN = "MPS down"
-    MPS_FAULT = "MPS server fault"
-
-
 _RESET = "drain the GPU's pods, release it (`vgpu-agent release`), reset it"
 _REBOOT = "drain and reboot the node; see its kernel log"
 
-POLICY: Mapping[Fact, Rule] = MappingProxyType(
-    {
-        Fact.RECOVERY_ACTION: Rule(
-            "the driver asks for a recovery action (reset, reboot, drain ...)",
-            "NVML field 230 at every probe, and its event",
-            Effect.UNTIL_RESET,
-            Reason.RECOVERY_ACTION,
-            f"do what the driver asks for; for a reset: {_RESET}",
-        ),
-        Fact.XID_OF_APPLICATION: Rule(
-            "an XID of an application by the catalogue, or that says nothing by itself",
-            "NVML event",
-            Effect.COUNT,
-            None,
-            "look at the application that ran on the GPU; nothing to do for the GPU",
-        ),
-        Fact.XID_UNPROVEN: Rule(
-            "an XID of any other kind, unknown ones included",
-            "NVML event",
-            Effect.UNTIL_GOOD,
-            Reason.XID,
-            "nothing at once; if it comes again, see the XID in NVIDIA's catalogue",
-        ),
-        Fact.XID_RESET: Rule(
-            "an XID after which the GPU needs a reset",
-            "NVML event",
-            Effect.UNTIL_RESET,
-            Reason.XID,
-            _RESET,
-        ),
-        Fact.XID_REBOOT: Rule(
-            "an XID after which the node needs a reboot",
-            "NVML event",
-            Effect.UNTIL_REBOOT,
-            Reason.XID,
-            _REBOOT,
-        ),
-        Fact.PROBE_FAILED: Rule(
-            "the GPU answers with an error, or the driver cannot be asked",
-            "probe",
-            Effect.UNTIL_GOOD,
-            Reason.PROBE,
-            "see nvidia-smi and the kernel log of the node",
-        ),
-        Fact.PROBE_TIMEOUT: Rule(
-            "a call to the driver does not return",
-            "probe",
-            Effect.UNTIL_GOOD,
-            Reason.TIMEOUT,
-            "see the kernel log of the node; a driver that hangs needs a reboot",
-        ),
-        Fact.ECC: Rule(
-            "more uncorrectable memory errors than at the start",
-            "probe",
-            Effect.UNTIL_RESET,
-            Reason.ECC,
-            _RESET,
-        ),
-        Fact.REMAP_FAILED: Rule(
-            "a failing row of memory could not be remapped",
-            "probe",
-            Effect.UNTIL_RESET,
-            Reason.REMAP,
-            "the GPU has no spare rows left: replace it",
-        ),
-        Fact.REMAP_PENDING: Rule(
-            "a failing row of memory waits for the next reset to be remapped",
-            "probe",
-            Effect.NOTE,
-            None,
-            "reset the GPU when it suits",
-        ),
-        Fact.LOST: Rule(
-            "the driver no longer sees the GPU",
-            "probe, and a look at all GPUs",
-            Effect.UNTIL_GOOD,
-            Reason.LOST,
-            _REBOOT,
-        ),
-        Fact.COMPUTE_MODE: Rule(
-            "the GPU's compute mode does not let several containers in",
-            "probe",
-            Effect.UNTIL_GOOD,
-            Reason.COMPUTE_MODE,
-            "set it back: `nvidia-smi -i <index> -c DEFAULT`",
-        ),
-        Fact.OPEN_MODE: Rule(
-            "compute mode DEFAULT under MPS, though `VGPU_MPS_COMPUTE_MODE=exclusive`",
-            "probe",
-            Effect.NOTE,
-            None,
-            "see the MPS pod of the node: its container `prepare` sets the mode",
-        ),
-        Fact.MPS_DOWN: Rule(
-            "the MPS daemon does not answer, or its limits are not in effect",
-            "the daemon's watch",
-            Effect.UNTIL_BACK,
-            Reason.MPS,
-            "see the MPS pod of the node",
-        ),
-        Fact.MPS_FAULT: Rule(
-            "a client's fault ends all MPS clients of the GPU",
-            "the MPS server's status",
-            Effect.UNTIL_BACK,
-            Reason.MPS_FAULT,
-            "nothing: it is over when the clients are gone; find the client that failed",
-        ),
-    }
-)
+
+@unique
+class Fact(Enum):
+    """The kinds of facts that there are about a GPU, each with what is done about it."""
+
+    RECOVERY_ACTION = Rule(
+        "the driver asks for a recovery action (reset, reboot, drain ...)",
+        "NVML field 230 at every probe, and its event",
+        Effect.UNTIL_RESET,
+        Reason.RECOVERY_ACTION,
+        f"do what the driver asks for; for a reset: {_RESET}",
+    )
+    XID_OF_APPLICATION = Rule(
+        "an XID of an application by the catalogue, or that says nothing by itself",
+        "NVML event",
+        Effect.COUNT,
+        None,
+        "look at the application that ran on the GPU; nothing to do for the GPU",
+    )
+    XID_UNPROVEN = Rule(
+        "an XID of any other kind, unknown ones included",
+        "NVML event",
+        Effect.UNTIL_GOOD,
+        Reason.XID,
+        "nothing at once; if it comes again, see the XID in NVIDIA's catalogue",
+    )
+    XID_RESET = Rule(
+        "an XID after which the GPU needs a reset",
+        "NVML event",
+        Effect.UNTIL_RESET,
+        Reason.XID,
+        _RESET,
+    )
+    XID_REBOOT = Rule(
+        "an XID after which the node needs a reboot",
+        "NVML event",
+        Effect.UNTIL_REBOOT,
+        Reason.XID,
+        _REBOOT,
+    )
+    PROBE_FAILED = Rule(
+        "the GPU answers with an error, or the driver cannot be asked",
+        "probe",
+        Effect.UNTIL_GOOD,
+        Reason.PROBE,
+        "see nvidia-smi and the kernel log of the node",
+    )
+    PROBE_TIMEOUT = Rule(
+        "a call to the driver does not return",
+        "probe",
+        Effect.UNTIL_GOOD,
+        Reason.TIMEOUT,
+        "see the kernel log of the node; a driver that hangs needs a reboot",
+    )
+    ECC = Rule(
+        "more uncorrectable memory errors than at the start",
+        "probe",
+        Effect.UNTIL_RESET,
+        Reason.ECC,
+        _RESET,
+    )
+    REMAP_FAILED = Rule(
+        "a failing row of memory could not be remapped",
+        "probe",
+        Effect.UNTIL_RESET,
+        Reason.REMAP,
+        "the GPU has no spare rows left: replace it",
+    )
+    REMAP_PENDING = Rule(
+        "a failing row of memory waits for the next reset to be remapped",
+        "probe",
+        Effect.NOTE,
+        None,
+        "reset the GPU when it suits",
+    )
+    LOST = Rule(
+        "the driver no longer sees the GPU",
+        "probe, and a look at all GPUs",
+        Effect.UNTIL_GOOD,
+        Reason.LOST,
+        _REBOOT,
+    )
+    COMPUTE_MODE = Rule(
+        "the GPU's compute mode does not let several containers in",
+        "probe",
+        Effect.UNTIL_GOOD,
+        Reason.COMPUTE_MODE,
+        "set it back: `nvidia-smi -i <index> -c DEFAULT`",
+    )
+    OPEN_MODE = Rule(
+        "compute mode DEFAULT under MPS, though `VGPU_MPS_COMPUTE_MODE=exclusive`",
+        "probe",
+        Effect.NOTE,
+        None,
+        "see the MPS pod of the node: its container `prepare` sets the mode",
+    )
+    MPS_DOWN = Rule(
+        "the MPS daemon does not answer, or its limits are not in effect",
+        "the daemon's watch",
+        Effect.UNTIL_BACK,
+        Reason.MPS,
+        "see the MPS pod of the node",
+    )
+    MPS_FAULT = Rule(
+        "a client's fault ends all MPS clients of the GPU",
+        "the MPS server's status",
+        Effect.UNTIL_BACK,
+        Reason.MPS_FAULT,
+        "nothing: it is over when the clients are gone; find the client that failed",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +152,7 @@ class Finding:
     @property
     def rule(self) -> Rule:
         """What is done about it."""
-        return POLICY[self.fact]
+        return self.fact.value
 
     def fault(self, now: float) -> Fault | None:
         """The fault that it is, from `now` (seconds since the epoch) on; None for none."""
@@ -182,9 +162,13 @@ class Finding:
         return Fault(rule.reason, now, self.detail, rule.effect, rule.advice)
 
 
-_OF_APPLICATION = frozenset({"IGNORE", "RESTART_APP", "WORKFLOW_XID_45", "XID_154"})
-_NEEDS_RESET = frozenset({"RESET_GPU", "WORKFLOW_XID_48"})
-_NEEDS_REBOOT = frozenset({"RESTART_BM", "RESTART_VM"})
+_BUCKETS: Mapping[str, Fact] = {
+    **dict.fromkeys(
+        ("IGNORE", "RESTART_APP", "WORKFLOW_XID_45", "XID_154"), Fact.XID_OF_APPLICATION
+    ),
+    **dict.fromkeys(("RESET_GPU", "WORKFLOW_XID_48"), Fact.XID_RESET),
+    **dict.fromkeys(("RESTART_BM", "RESTART_VM"), Fact.XID_REBOOT),
+}
 
 XID_RECOVERY_ACTION_CHANGED = 154
 
@@ -198,21 +182,15 @@ def judge_xid(xid: int, rules: HealthRules) -> Finding:
     """
     row = CATALOGUE.get(xid)
     detail = f"XID {xid} ({'not in the catalogue' if row is None else row.event})"
-    bucket = "" if row is None else row.bucket
+    fact = Fact.XID_UNPROVEN if row is None else _BUCKETS.get(row.bucket, Fact.XID_UNPROVEN)
     if xid in rules.ignored_xids:
         fact = Fact.XID_OF_APPLICATION
-    elif bucket in _NEEDS_REBOOT:
-        fact = Fact.XID_REBOOT
-    elif bucket in _NEEDS_RESET:
-        fact = Fact.XID_RESET
-    elif bucket in _OF_APPLICATION and xid not in rules.critical_xids:
-        fact = Fact.XID_OF_APPLICATION
-    else:
+    elif fact is Fact.XID_OF_APPLICATION and xid in rules.critical_xids:
         fact = Fact.XID_UNPROVEN
     return Finding(fact, detail)
 
 
-_ACTIONS = {
+_ACTIONS: Mapping[int, str] = {
     RecoveryAction.GPU_RESET: "a reset of the GPU",
     RecoveryAction.NODE_REBOOT: "a reboot of the node",
     RecoveryAction.DRAIN_P2P: "draining its peer-to-peer traffic",
@@ -235,9 +213,8 @@ def judge_reading(
         return (Finding(Fact.PROBE_FAILED, reading.error),)
     findings = []
     action = reading.recovery_action
-    if action is not None and action != RecoveryAction.NONE:
-        known = action in tuple(RecoveryAction)
-        words = _ACTIONS[RecoveryAction(action)] if known else f"action {action}"
+    if action:  # not unknown, and not RecoveryAction.NONE
+        words = _ACTIONS.get(action, f"action {action}")
         findings.append(Finding(Fact.RECOVERY_ACTION, f"the driver asks for {words}"))
     errors = reading.uncorrectable_ecc
     if errors is not None and ecc_baseline is not None and errors > ecc_baseline:
