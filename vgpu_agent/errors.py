@@ -68,10 +68,6 @@ class MpsRefusedError(MpsError):
     """The daemon answered with an error, or with what nobody can understand."""
 
 
-class AppliedStateError(MpsError):
-    """The file that says what was applied cannot be understood."""
-
-
 class MpsSetupError(MpsError):
     """`vgpu-agent mps prepare`, `watch` or `restore` cannot do its work; says what to do."""
 

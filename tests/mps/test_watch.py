@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 
 from tests.mps.fixtures import FakeMps, eventually
 from vgpu_agent.commands.mps import watch_plan
-from vgpu_agent.errors import AppliedStateError, MpsSetupError
+from vgpu_agent.errors import MpsSetupError, StoreError
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import Applied, AppliedGpu, Scan
 from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.mps.applied import generation_of, read
 from vgpu_agent.mps.control import Control
-from vgpu_agent.mps.watch import WatchPlan, watch
+from vgpu_agent.mps.watch import watch
 
 pytestmark = pytest.mark.slow
 
 LIMIT = 2300 * MIB
 GPUS = (AppliedGpu("GPU-a", 0, 10, LIMIT), AppliedGpu("GPU-b", 1, 10, LIMIT))
 OPEN_GPUS = tuple(replace(gpu, memory_limit_bytes=None) for gpu in GPUS)
-SERVER = WatchPlan(MpsLimits.SERVER, 10, GPUS, "1.2")
-CLIENT = WatchPlan(MpsLimits.CLIENT, None, OPEN_GPUS, "1.2")
+SERVER = Applied("", MpsLimits.SERVER, 10, GPUS, None, "1.2")
+CLIENT = Applied("", MpsLimits.CLIENT, None, OPEN_GPUS, None, "1.2")
 
 WATCH = """
 from vgpu_agent import settings
@@ -46,7 +46,7 @@ def state(mps: FakeMps) -> Applied | None:
 
 @asynccontextmanager
 async def watching(
-    mps: FakeMps, plan: WatchPlan, control: Control | None = None
+    mps: FakeMps, plan: Applied, control: Control | None = None
 ) -> AsyncIterator[None]:
     async def run() -> None:
         await watch(plan, control or mps.control(), poll_seconds=0.05, look_seconds=0.2)
@@ -142,13 +142,13 @@ async def test_a_daemon_has_a_problem_as_long_as(fake_mps, behaviour, words):
 async def test_a_damaged_state_is_replaced(fake_mps):
     fake_mps.start()
     fake_mps.directories.state.write_text("{")
-    with pytest.raises(AppliedStateError):
+    with pytest.raises(StoreError):
         state(fake_mps)
 
     def whole() -> bool:
         try:
             return in_effect(fake_mps)
-        except AppliedStateError:
+        except StoreError:
             return False
 
     async with watching(fake_mps, CLIENT):

@@ -9,14 +9,14 @@ import anyio
 from vgpu_agent import __version__
 from vgpu_agent.agent import make_driver
 from vgpu_agent.model.devices import pci_order
-from vgpu_agent.model.facts import AppliedGpu, Scan
+from vgpu_agent.model.facts import Applied, AppliedGpu, Scan
 from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, Share, divide
 from vgpu_agent.mps.control import Control, become_daemon
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.modes import ComputeModes
 from vgpu_agent.mps.prepare import prepare
-from vgpu_agent.mps.watch import Measure, WatchPlan, watch
+from vgpu_agent.mps.watch import Measure, watch
 from vgpu_agent.settings import GpuDriverKind, MpsComputeMode, Settings
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,11 @@ async def _work(settings: Settings) -> None:
     await watch(plan, Control(_directories(settings)), measure=_measure(settings))
 
 
-def watch_plan(scan: Scan, rules: SharingRules) -> WatchPlan:
-    """What the daemon is set up for with these GPUs: under `server` the share of one vGPU.
+def watch_plan(scan: Scan, rules: SharingRules) -> Applied:
+    """What the daemon is set up for with these GPUs, whichever daemon it is.
+
+    Under `server` a client has the memory, in whole MiB, and the threads of one vGPU; otherwise
+    there are no limits.
 
     Ordinals are in PCI order over all GPUs that the driver shows, excluded ones too: the daemon is
     started with CUDA_DEVICE_ORDER=PCI_BUS_ID and sees all of them.
@@ -95,8 +98,13 @@ def watch_plan(scan: Scan, rules: SharingRules) -> WatchPlan:
     # The daemon knows one number for all GPUs.
     percentages = [Share(1, gpu.replicas).thread_percentage(rules.mps_threads) for gpu in gpus]
     least = min(filter(None, percentages), default=100)
-    return WatchPlan(
-        rules.mps_limits, least if server and least < 100 else None, tuple(gpus), __version__
+    return Applied(
+        generation="",
+        limits=rules.mps_limits,
+        thread_percentage=least if server and least < 100 else None,
+        gpus=tuple(gpus),
+        problem=None,
+        version=__version__,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vgpu_agent import store
-from vgpu_agent.errors import AppliedStateError, StoreError
+from vgpu_agent.errors import StoreError
 from vgpu_agent.model.facts import Applied
 
 FORMAT = 2
@@ -34,18 +34,16 @@ def write(path: Path, applied: Applied) -> None:
 
 
 def read(path: Path) -> Applied | None:
-    """The file, or None where there is none. Raises AppliedStateError where it makes no sense."""
+    """The file, or None where there is none. Raises StoreError where it makes no sense."""
+    found = store.read(path)
+    if found is None:
+        return None
+    if found.get("format") != FORMAT:
+        raise StoreError(f"{path} is of another version of the agent")
     try:
-        found = store.read(path)
-        if found is None:
-            return None
-        if found.get("format") != FORMAT:
-            raise AppliedStateError(f"{path} is of another version of the agent")
         applied: Applied = store.decoded(Applied, found, "it")
-        if any(each.replicas < 1 for each in applied.gpus):
-            raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")  # noqa: TRY301
-    except StoreError as error:
-        raise AppliedStateError(str(error)) from error
     except (ValueError, OverflowError) as error:
-        raise AppliedStateError(f"{path} is damaged: {error}") from error
+        raise StoreError(f"{path} is damaged: {error}") from error
+    if any(each.replicas < 1 for each in applied.gpus):
+        raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")
     return applied

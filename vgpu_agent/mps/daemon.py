@@ -9,7 +9,7 @@ from typing import Protocol
 import anyio.to_thread
 
 from vgpu_agent import __version__
-from vgpu_agent.errors import AppliedStateError, MpsError
+from vgpu_agent.errors import MpsError, StoreError
 from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
 from vgpu_agent.model.rules import MpsLimits
 from vgpu_agent.mps.answers import waiting_clients
@@ -85,7 +85,7 @@ class RealDaemon:
         look = DaemonLook(generation=self.generation())
         try:
             look = replace(look, applied=read(self._directories.state))
-        except AppliedStateError as error:
+        except StoreError as error:
             look = replace(look, applied_error=str(error))
         try:
             servers = await self._control.servers()

@@ -1,46 +1,26 @@
 """Where MPS lives on a node."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
 class Directories:
-    """The directories and files of MPS. `shm` is None where containers keep their own /dev/shm."""
+    """The directories and files of MPS. `shm` is None where containers keep their own /dev/shm.
 
-    root: Path
-    shm: Path | None = None
+    Clients reach the daemon through `pipe`; `log` has the logs of the daemon and its servers.
+    `state` is what `mps watch` says of the limits, `compute_modes` what was found before ours.
+    `watch` is locked by the one `mps watch`, `watch_memory` what the last one applied, and when.
+    """
 
-    @property
-    def pipe(self) -> Path:
-        """What clients reach the daemon through (`CUDA_MPS_PIPE_DIRECTORY`)."""
-        return self.root / "pipe"
-
-    @property
-    def log(self) -> Path:
-        """Logs of the daemon and its servers (`CUDA_MPS_LOG_DIRECTORY`)."""
-        return self.root / "log"
-
-    @property
-    def state(self) -> Path:
-        """What `mps watch` says of the limits; see `applied`."""
-        return self.root / "state"
-
-    @property
-    def compute_modes(self) -> Path:
-        """The compute modes that were found before ours."""
-        return self.root / "compute-modes"
-
-    @property
-    def watch(self) -> Path:
-        """Locked by the one `mps watch`."""
-        return self.root / "watch"
-
-    @property
-    def watch_memory(self) -> Path:
-        """What the last `mps watch` applied, and when."""
-        return self.root / "watch.json"
+    def __init__(self, root: Path, shm: Path | None = None) -> None:
+        self.root = root
+        self.shm = shm
+        self.pipe = root / "pipe"
+        self.log = root / "log"
+        self.state = root / "state"
+        self.compute_modes = root / "compute-modes"
+        self.watch = root / "watch"
+        self.watch_memory = root / "watch.json"
 
     def modes(self) -> Mapping[Path, int]:
         """Each directory and its mode.

@@ -10,18 +10,17 @@ import fcntl
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
 
 from vgpu_agent import store
 from vgpu_agent.errors import DriverError, MpsError, MpsRefusedError, MpsSetupError, StoreError
-from vgpu_agent.model.facts import Applied, AppliedGpu
+from vgpu_agent.model.facts import Applied
 from vgpu_agent.model.rules import MpsLimits
 from vgpu_agent.mps import answers, applied, processes
 from vgpu_agent.mps.control import Control, Defaults
@@ -38,38 +37,8 @@ _RESTARTS = 3
 _RESTARTS_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class WatchPlan:
-    """What the daemon is to be set up for.
-
-    Under `server` the GPUs have the memory limit of one vGPU, in whole MiB, and `thread_percentage`
-    is what one vGPU gets, None for 100. Otherwise there is no limit, and they have None. `version`
-    is that of this program.
-    """
-
-    limits: MpsLimits
-    thread_percentage: int | None
-    gpus: tuple[AppliedGpu, ...]
-    version: str
-
-    @property
-    def defaults(self) -> Defaults:
-        """What clients are to get."""
-        limits = {gpu.ordinal: gpu.memory_limit_bytes for gpu in self.gpus}
-        return Defaults(self.thread_percentage or 100, limits)
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What a look at the daemon came to: a log line. `reached`: all of it could be done."""
-
-    text: str
-    level: int = logging.WARNING
-    reached: bool = False
-
-
 async def watch(
-    plan: WatchPlan,
+    plan: Applied,
     control: Control,
     *,
     measure: Measure | None = None,
@@ -78,23 +47,22 @@ async def watch(
 ) -> None:
     """Watches until cancelled. Raises MpsSetupError where another watcher runs.
 
-    `measure` says, in a worker thread, how many bytes of a GPU each process has; with it the memory
-    of a server itself is published, once one runs. Whether there is a new daemon is seen every
-    `poll_seconds`; all else is asked for every `look_seconds`.
+    `plan` is what is to be in effect, whatever the generation of the daemon. `measure` says, in a
+    worker thread, how many bytes of a GPU each process has; with it the memory of a server itself
+    is published, once one runs. Whether there is a new daemon is seen every `poll_seconds`; all
+    else is asked for every `look_seconds`.
     """
     with _only_one(control.directories.watch):
         watcher = _Watcher(plan, control, measure)
-        restarts = _Restarts(control.directories.log)
-        last: _Outcome | None = None
-        failures = 0
+        starts: deque[float] = deque(maxlen=_RESTARTS)
+        failures, last = 0, None
         while True:
             generation = applied.generation_of(control.directories.pipe)
-            restarts.seen(generation)
-            outcome = await watcher.look(generation)
-            if outcome is not None and outcome != last:
-                log.log(outcome.level, "%s", outcome.text)
-                last = outcome
-            if outcome is not None and outcome.reached:
+            if generation not in (None, last):
+                last = generation
+                starts.append(processes.now())
+                _warn_of_restarts(starts, control.directories.log)
+            if await watcher.look(generation):
                 failures, wait = 0, look_seconds
             else:
                 wait = _BACK_OFF[min(failures, len(_BACK_OFF) - 1)]
@@ -130,30 +98,17 @@ def _only_one(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class _Restarts:
-    """Warns of a daemon that does not stay."""
-
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
-        self._generation: str | None = None
-        self._times: deque[float] = deque(maxlen=_RESTARTS)
-
-    def seen(self, generation: str | None) -> None:
-        """The daemon that is there now."""
-        if generation is None or generation == self._generation:
-            return
-        self._generation = generation
-        self._times.append(processes.now())
-        took = self._times[-1] - self._times[0]
-        if len(self._times) == _RESTARTS and took < _RESTARTS_SECONDS:
-            log.warning(
-                "the MPS daemon was started %d times within %.0f s: see the log of its container"
-                " and control.log in %s; another MPS daemon on the node, or GPUs that another"
-                " process holds, end it",
-                _RESTARTS,
-                took,
-                self._logs,
-            )
+def _warn_of_restarts(starts: Sequence[float], logs: Path) -> None:
+    took = starts[-1] - starts[0]
+    if len(starts) == _RESTARTS and took < _RESTARTS_SECONDS:
+        log.warning(
+            "the MPS daemon was started %d times within %.0f s: see the log of its container and"
+            " control.log in %s; another MPS daemon on the node, or GPUs that another process"
+            " holds, end it",
+            _RESTARTS,
+            took,
+            logs,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,18 +123,24 @@ class _Memory:
 class _Watcher:
     """One daemon after the other: what was applied to which, and what was read back then."""
 
-    def __init__(self, plan: WatchPlan, control: Control, measure: Measure | None) -> None:
+    def __init__(self, plan: Applied, control: Control, measure: Measure | None) -> None:
         self._plan = plan
+        limits = {gpu.ordinal: gpu.memory_limit_bytes for gpu in plan.gpus}
+        self._wanted = Defaults(plan.thread_percentage or 100, limits)
         self._control = control
         self._measure = measure
         self._state = control.directories.state
-        self._memory = _recalled(control.directories.watch_memory)
+        self._memory: _Memory | None = None
+        with suppress(StoreError):  # a damaged file is no memory at all
+            self._memory = store.read_as(_Memory, control.directories.watch_memory)
         self._after_set: Defaults | None = None
+        self._said = ""
 
-    async def look(self, generation: str | None) -> _Outcome | None:
+    async def look(self, generation: str | None) -> bool:
         """Looks at the daemon, sets what it does not know, writes `state` if it changed.
 
-        None where the daemon was replaced meanwhile: what was found is of nobody.
+        Whether all of it could be done. Where the daemon was replaced meanwhile it could not: what
+        was found is of nobody.
         """
         try:
             published = self._published()
@@ -187,24 +148,31 @@ class _Watcher:
             found = await self._with_server_bytes(found, published)
             now = applied.generation_of(self._control.directories.pipe)
             if generation is None or now != generation:
-                return None
+                return False
             if found != published:
                 applied.write(self._state, found)
         except MpsError as error:
-            return _Outcome(str(error))
+            self._say(logging.WARNING, str(error))
+            return False
         except StoreError as error:
-            return _Outcome(
-                f"{error}: mount its directory writable into this container, and run it as root"
-            )
+            advice = "mount its directory writable into this container, and run it as root"
+            self._say(logging.WARNING, f"{error}: {advice}")
+            return False
         if found.problem is not None:
-            return _Outcome(found.problem, reached=True)
-        words = f"limits are in effect: {found.limits}, {self._plan.defaults}"
-        return _Outcome(words, logging.INFO, reached=True)
+            self._say(logging.WARNING, found.problem)
+        else:
+            self._say(logging.INFO, f"limits are in effect: {found.limits}, {self._wanted}")
+        return True
+
+    def _say(self, level: int, text: str) -> None:
+        if text != self._said:
+            log.log(level, "%s", text)
+            self._said = text
 
     def _published(self) -> Applied | None:
         try:
             return applied.read(self._state)
-        except MpsError:
+        except StoreError:
             return None  # a damaged one is replaced
 
     async def _found(self, generation: str) -> Applied:
@@ -221,7 +189,7 @@ class _Watcher:
             else:
                 problem = self._mismatch(defaults)
         except MpsRefusedError as error:
-            defaults, problem = self._plan.defaults, str(error)
+            defaults, problem = self._wanted, str(error)
         return self._applied(generation, defaults, problem)
 
     async def _read_back(self) -> Defaults:
@@ -232,28 +200,25 @@ class _Watcher:
         memory = self._memory
         if memory is None:
             return True
-        if (memory.generation, memory.defaults) != (generation, str(self._plan.defaults)):
+        if (memory.generation, memory.defaults) != (generation, str(self._wanted)):
             return True
         return self._mismatch(defaults) is not None and defaults != self._after_set
 
     async def _set(self, generation: str) -> Defaults:
         """Sets the defaults, and remembers when; what is read back."""
-        await self._control.set_defaults(self._plan.defaults)
-        self._memory = _Memory(generation, str(self._plan.defaults), processes.now())
+        await self._control.set_defaults(self._wanted)
+        self._memory = _Memory(generation, str(self._wanted), processes.now())
         store.write(self._control.directories.watch_memory, asdict(self._memory), mode=0o600)
         self._after_set = await self._read_back()
         return self._after_set
 
     def _mismatch(self, defaults: Defaults) -> str | None:
         """The problem where the daemon has other defaults than it should."""
-        other = ", ".join(self._plan.defaults.differences(defaults))
+        other = ", ".join(self._wanted.differences(defaults))
         if not other:
             return None
         if self._plan.limits is MpsLimits.SERVER:
-            return (
-                f"the MPS daemon was set to {self._plan.defaults} and says {other}: see its"
-                " control.log"
-            )
+            return f"the MPS daemon was set to {self._wanted} and says {other}: see its control.log"
         return (  # they bind every client
             f"the MPS daemon has limits of its own ({other}), but VGPU_MPS_LIMITS is"
             f" {self._plan.limits}: drain the node and delete its MPS pod"
@@ -285,8 +250,12 @@ class _Watcher:
             same = answers.same_limit(gpu.memory_limit_bytes, limit)
             gpus.append(gpu if same else replace(gpu, memory_limit_bytes=limit))
         percentage = None if defaults.thread_percentage == 100 else defaults.thread_percentage
-        return Applied(
-            generation, self._plan.limits, percentage, tuple(gpus), problem, self._plan.version
+        return replace(
+            self._plan,
+            generation=generation,
+            thread_percentage=percentage,
+            gpus=tuple(gpus),
+            problem=problem,
         )
 
     async def _with_server_bytes(self, found: Applied, published: Applied | None) -> Applied:
@@ -305,12 +274,3 @@ class _Watcher:
                 known[gpu.uuid] = sum(used.get(pid, 0) for pid in servers) or None
         gpus = tuple(replace(gpu, server_bytes=known.get(gpu.uuid)) for gpu in found.gpus)
         return replace(found, gpus=gpus)
-
-
-def _recalled(path: Path) -> _Memory | None:
-    """What the watcher before this one applied; a damaged file is no memory at all."""
-    try:
-        data: Any = store.read(path)
-        return None if data is None else _Memory(**data)
-    except (StoreError, TypeError):
-        return None
