@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.model.strategies import a_gpu, a_shared_gpu, tried
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.rules import MIB, MPS_SERVER_MARGIN, SharingRules, Threads
-from vgpu_agent.model.share import Divided, Share, divide, fraction
+from vgpu_agent.model.share import Divided, divide, fraction, thread_percentage
 
 memory = st.integers(0, 2**40)
 
@@ -18,15 +18,15 @@ def partitions(draw, most=200):
     """The vGPUs of one GPU in parts, each of which is some container's."""
     n = draw(st.integers(1, most))
     cuts = draw(st.sets(st.integers(1, n - 1))) if n > 1 else set()
-    return [Share(end - start, n) for start, end in pairwise([0, *sorted(cuts), n])]
+    return [(end - start, n) for start, end in pairwise([0, *sorted(cuts), n])]
 
 
 @given(partitions(), memory, st.integers(0, 2**34))
 @tried(100)
 def test_all_parts_of_a_gpu_are_what_is_usable_less_a_byte_for_each_at_most(parts, total, reserved):
     """And their fractions stay within the usable fraction."""
-    shared = a_shared_gpu(a_gpu(0, memory_bytes=total, reserved_bytes=reserved), parts[0].of)
-    shares = [shared.share_bytes(part.vgpus) for part in parts]
+    shared = a_shared_gpu(a_gpu(0, memory_bytes=total, reserved_bytes=reserved), parts[0][1])
+    shares = [shared.share_bytes(vgpus) for vgpus, _ in parts]
     assert 0 <= shared.usable_bytes - sum(shares) < len(parts)
     ten_thousandths = [round(fraction(share, total) * 10_000) for share in shares]
     assert sum(ten_thousandths) * total <= shared.usable_bytes * 10_000
@@ -35,10 +35,10 @@ def test_all_parts_of_a_gpu_are_what_is_usable_less_a_byte_for_each_at_most(part
 @given(partitions(most=400))
 @tried(100)
 def test_percentages_exceed_100_only_by_parts_that_are_worth_less_than_one_percent(parts):
-    floored = [part for part in parts if 100 * part.vgpus >= part.of]
+    floored = [part for part in parts if 100 * part[0] >= part[1]]
     slivers = len(parts) - len(floored)
-    assert sum(part.thread_percentage() for part in floored) <= 100
-    assert sum(part.thread_percentage() for part in parts) <= 100 + slivers
+    assert sum(thread_percentage(*part, Threads.SHARE) for part in floored) <= 100
+    assert sum(thread_percentage(*part, Threads.SHARE) for part in parts) <= 100 + slivers
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,8 @@ def test_percentages_exceed_100_only_by_parts_that_are_worth_less_than_one_perce
     ],
 )
 def test_threads_are_the_share_in_percent_rounded_down_and_at_least_one(vgpus, of, percentage):
-    assert Share(vgpus, of).thread_percentage() == percentage
-    assert Share(vgpus, of).thread_percentage(Threads.NONE) is None
-    assert str(Share(vgpus, of)) == f"{vgpus}/{of}"
+    assert thread_percentage(vgpus, of, Threads.SHARE) == percentage
+    assert thread_percentage(vgpus, of, Threads.NONE) is None
 
 
 @given(st.integers(2, 300), memory, memory)
@@ -71,9 +70,10 @@ def test_one_vgpu_more_is_never_worth_less_and_all_are_all(n, usable, total):
     shared = replace(a_shared_gpu(a_gpu(0, memory_bytes=total), n), usable_bytes=min(usable, total))
     for k in range(1, n):
         assert shared.share_bytes(k) <= shared.share_bytes(k + 1)
-        assert Share(k, n).thread_percentage() <= Share(k + 1, n).thread_percentage()
+        less, more = (thread_percentage(vgpus, n, Threads.SHARE) for vgpus in (k, k + 1))
+        assert less <= more
     assert shared.share_bytes(n) == shared.usable_bytes
-    assert Share(n, n).thread_percentage() == 100
+    assert thread_percentage(n, n, Threads.SHARE) == 100
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,6 @@ def test_one_vgpu_more_is_never_worth_less_and_all_are_all(n, usable, total):
 )
 def test_the_fraction_is_of_the_whole_gpu_and_rounded_down_to_four_places(part, total, expected):
     assert fraction(part, total) == expected
-
-
-@pytest.mark.parametrize(("vgpus", "of"), [(0, 1), (-1, 10), (11, 10), (0, 0), (1, 0), (1, -1)])
-def test_what_is_no_part_of_a_gpu_is_refused(vgpus, of):
-    with pytest.raises(ValueError, match=f"of {of} vGPUs, not {vgpus}$"):
-        Share(vgpus, of)
 
 
 # How a GPU is divided

@@ -11,7 +11,7 @@ from vgpu_agent.agent import make_driver
 from vgpu_agent.model.devices import pci_order
 from vgpu_agent.model.facts import Applied, AppliedGpu, Scan
 from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules
-from vgpu_agent.model.share import Divided, Share, divide
+from vgpu_agent.model.share import Divided, divide, thread_percentage
 from vgpu_agent.mps.control import Control, become_daemon
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.modes import ComputeModes
@@ -96,7 +96,7 @@ def watch_plan(scan: Scan, rules: SharingRules) -> Applied:
                 limit = size // MIB * MIB
             gpus.append(AppliedGpu(gpu.uuid, order.index(gpu.uuid), divided.replicas, limit))
     # The daemon knows one number for all GPUs.
-    percentages = [Share(1, gpu.replicas).thread_percentage(rules.mps_threads) for gpu in gpus]
+    percentages = [thread_percentage(1, gpu.replicas, rules.mps_threads) for gpu in gpus]
     least = min(filter(None, percentages), default=100)
     return Applied(
         generation="",

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.devices import Inventory, SharedGpu, pci_order, split_device_id
 from vgpu_agent.model.rules import MIB, DeviceList, MpsLimits, SharingRules
-from vgpu_agent.model.share import Share, fraction
+from vgpu_agent.model.share import fraction, thread_percentage
 
 DEVICES_DIRECTORY = "/var/run/nvidia-container-devices"
 """Where the NVIDIA container runtime looks for mounts that name GPUs."""
@@ -45,16 +45,12 @@ class _Part:
     vgpus: int
 
     @property
-    def share(self) -> Share:
-        return Share(self.vgpus, self.shared.replicas)
+    def share(self) -> str:
+        return f"{self.vgpus}/{self.shared.replicas}"
 
     @property
     def memory(self) -> int:
         return self.shared.share_bytes(self.vgpus)
-
-    @property
-    def fraction(self) -> float:
-        return fraction(self.memory, self.shared.gpu.memory_bytes)
 
 
 def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) -> Grant:
@@ -75,14 +71,19 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
                 f" {part.share} of them is less than 1 MiB; VGPU_REPLICAS or VGPU_MEMORY_RESERVED"
                 " is too large for it"
             )
-    _refuse_more_than_the_daemon_grants(parts, rules)
+    if rules.mps and rules.mps_limits is MpsLimits.SERVER and len(device_ids) > 1:
+        raise InvalidRequestError(
+            f"{len(device_ids)} vGPUs for one container, but with VGPU_MPS_LIMITS=server the daemon"
+            " grants every client the limits of one: ask for 1, or set VGPU_MPS_LIMITS=client"
+        )
+    fractions = [fraction(part.memory, part.shared.gpu.memory_bytes) for part in parts]
     environment = {
         # In PCI order, and CUDA must count so too, or its ordinals would not be ours.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         # Of one GPU each; on several GPUs the smallest, which is what one number can promise.
-        "VGPU_SHARE": ",".join(str(part.share) for part in parts),
+        "VGPU_SHARE": ",".join(part.share for part in parts),
         "VGPU_MEMORY_BYTES": str(min(part.memory for part in parts)),
-        "VGPU_MEMORY_FRACTION": f"{min(part.fraction for part in parts):.4f}",
+        "VGPU_MEMORY_FRACTION": f"{min(fractions):.4f}",
     }
     uuids = [part.shared.gpu.uuid for part in parts]
     visible, mounts = _visible_devices(uuids, rules.device_list)
@@ -118,20 +119,12 @@ def _mps_environment(rules: SharingRules, parts: Sequence[_Part]) -> dict[str, s
         f"{ordinal}={part.memory // MIB}M" for ordinal, part in enumerate(parts)
     )
     # MPS knows one number for each client: of several GPUs the smallest share is given.
-    percentages = [part.share.thread_percentage(rules.mps_threads) for part in parts]
+    percentages = [
+        thread_percentage(part.vgpus, part.shared.replicas, rules.mps_threads) for part in parts
+    ]
     if None not in percentages:
         environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(min(filter(None, percentages)))
     return environment
-
-
-def _refuse_more_than_the_daemon_grants(parts: Sequence[_Part], rules: SharingRules) -> None:
-    """With limits in the daemon every client gets those of one vGPU."""
-    held = sum(part.share.vgpus for part in parts)
-    if rules.mps and rules.mps_limits is MpsLimits.SERVER and held > 1:
-        raise InvalidRequestError(
-            f"{held} vGPUs for one container, but with VGPU_MPS_LIMITS=server the daemon grants"
-            " every client the limits of one: ask for 1, or set VGPU_MPS_LIMITS=client"
-        )
 
 
 def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:

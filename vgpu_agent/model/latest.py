@@ -25,16 +25,6 @@ class Latest(Generic[T]):
         """The newest value."""
         return self._value
 
-    @property
-    def version(self) -> int:
-        """How many values were published: pass it to `newer_than`."""
-        return self._version
-
-    @property
-    def closed(self) -> bool:
-        """Whether no newer value will come."""
-        return self._closed
-
     def publish(self, value: T) -> None:
         """Makes `value` the newest and wakes every watcher."""
         self._value = value
@@ -51,7 +41,10 @@ class Latest(Generic[T]):
         self._changed = asyncio.Event()
 
     async def newer_than(self, version: int) -> int | None:
-        """Waits for a value newer than `version`; its version, or None when there will be none."""
+        """Waits for a value newer than `version`; its version, or None when there will be none.
+
+        The version of a value is how many were published before it.
+        """
         while self._version <= version and not self._closed:
             await self._changed.wait()
         return None if self._closed else self._version

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from vgpu_agent.model.devices import Inventory, device_id, split_device_id
+from vgpu_agent.model.devices import Gpu, Inventory, device_id, split_device_id
 from vgpu_agent.model.rules import Placement
 
 
@@ -32,17 +32,15 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A GPU as placement sees it: where it is, and the numbers of its free vGPUs, in order."""
+    """A GPU and the numbers of its free vGPUs, in order."""
 
-    index: int
-    uuid: str
-    numa_node: int | None
+    gpu: Gpu
     free: tuple[int, ...]
 
     @property
     def key(self) -> tuple[int, str]:
         """The order of GPUs. Two can share an index while one of them is lost."""
-        return self.index, self.uuid
+        return self.gpu.index, self.gpu.uuid
 
 
 def prefer(
@@ -57,39 +55,36 @@ def prefer(
     IDs that are unknown or unhealthy are normal in a race with the device list: they are passed
     over (Allocate judges), except that whatever must be included and exists is.
     """
-    named = list(dict.fromkeys(must_include))
-    must = [vgpu for vgpu in named if inventory.gpu_of(vgpu) is not None]
-    passed_over = [vgpu for vgpu in named if inventory.gpu_of(vgpu) is None]
+    named = dict.fromkeys(must_include)
+    must = {v: shared.gpu.uuid for v in named if (shared := inventory.gpu_of(v)) is not None}
+    passed_over = named.keys() - must.keys()
     free: dict[str, list[int]] = {}
     for vgpu in set(available).difference(named):
         shared, parts = inventory.gpu_of(vgpu), split_device_id(vgpu)
         if shared is None or parts is None or not shared.healthy:
-            passed_over.append(vgpu)
+            passed_over.add(vgpu)
         else:
             free.setdefault(shared.gpu.uuid, []).append(parts[1])
-    held = Counter(shared.gpu.uuid for vgpu in must if (shared := inventory.gpu_of(vgpu)))
+    held = Counter(must.values())
     slots = [
-        _Slot(
-            shared.gpu.index,
-            shared.gpu.uuid,
-            shared.gpu.numa_node,
-            tuple(sorted(free.get(shared.gpu.uuid, ()))),
-        )
+        _Slot(shared.gpu, tuple(sorted(free.get(shared.gpu.uuid, ()))))
         for shared in inventory.gpus
         if shared.gpu.uuid in free or shared.gpu.uuid in held
     ]
     wanted = max(0, min(size - len(must), sum(len(slot.free) for slot in slots)))
-    had = [slot for slot in slots if slot.uuid in held]
-    others = [slot for slot in slots if slot.uuid not in held]
+    had = [slot for slot in slots if slot.gpu.uuid in held]
+    others = [slot for slot in slots if slot.gpu.uuid not in held]
     chosen = had + _more_gpus(had, others, wanted, placement)
-    split = _fill_fullest if placement is Placement.PACK else _split_evenly
-    counts = split(chosen, held, wanted)
+    if placement is Placement.PACK:
+        counts = _fill_fullest(chosen, wanted)
+    else:
+        counts = _split_evenly(chosen, held, wanted)
     picked = tuple(
-        device_id(slot.uuid, number)
+        device_id(slot.gpu.uuid, number)
         for slot in sorted(chosen, key=lambda slot: slot.key)
-        for number in slot.free[: counts[slot.uuid]]
+        for number in slot.free[: counts[slot.gpu.uuid]]
     )
-    return Preference(tuple(must) + picked, tuple(sorted(passed_over)))
+    return Preference((*must, *picked), tuple(sorted(passed_over)))
 
 
 def _more_gpus(
@@ -135,8 +130,10 @@ def _nearest(had: Sequence[_Slot], others: Sequence[_Slot], profile: Counter[int
 
     GPUs of no known node count as of one node of their own.
     """
-    near = {slot.numa_node for slot in had}
-    far = sorted({slot.numa_node for slot in others} - near, key=lambda node: (node is None, node))
+    near = {slot.gpu.numa_node for slot in had}
+    far = sorted(
+        {slot.gpu.numa_node for slot in others} - near, key=lambda node: (node is None, node)
+    )
     ordered = sorted(others, key=lambda slot: slot.key)
     for more_nodes in range(len(far) + 1):
         found = [
@@ -156,7 +153,7 @@ def _match(
     left = profile.copy()
     picked = []
     for slot in ordered:
-        if slot.numa_node in nodes and left[len(slot.free)] > 0:
+        if slot.gpu.numa_node in nodes and left[len(slot.free)] > 0:
             left[len(slot.free)] -= 1
             picked.append(slot)
     return picked if left.total() == 0 else None
@@ -164,24 +161,20 @@ def _match(
 
 def _split_evenly(chosen: Sequence[_Slot], held: Mapping[str, int], wanted: int) -> dict[str, int]:
     """One by one to the GPU of which the container has least; then the one with most free."""
-    counts = dict.fromkeys((slot.uuid for slot in chosen), 0)
+    counts = dict.fromkeys((slot.gpu.uuid for slot in chosen), 0)
     for _ in range(wanted):
         slot = min(
-            (slot for slot in chosen if counts[slot.uuid] < len(slot.free)),
-            key=lambda s: (counts[s.uuid] + held.get(s.uuid, 0), -len(s.free), s.key),
+            (slot for slot in chosen if counts[slot.gpu.uuid] < len(slot.free)),
+            key=lambda s: (counts[s.gpu.uuid] + held.get(s.gpu.uuid, 0), -len(s.free), s.key),
         )
-        counts[slot.uuid] += 1
+        counts[slot.gpu.uuid] += 1
     return counts
 
 
-def _fill_fullest(
-    chosen: Sequence[_Slot],
-    held: Mapping[str, int],  # noqa: ARG001 - what is held does not matter to a GPU that is filled
-    wanted: int,
-) -> dict[str, int]:
+def _fill_fullest(chosen: Iterable[_Slot], wanted: int) -> dict[str, int]:
     """The fullest GPU first, so that the largest rest stays on one GPU."""
     counts = {}
     for slot in sorted(chosen, key=lambda slot: (len(slot.free), slot.key)):
-        counts[slot.uuid] = min(len(slot.free), wanted)
-        wanted -= counts[slot.uuid]
+        counts[slot.gpu.uuid] = min(len(slot.free), wanted)
+        wanted -= counts[slot.gpu.uuid]
     return counts

@@ -14,27 +14,16 @@ SMALL_VGPU = 2**30
 """A vGPU with less usable memory than this, in bytes, is warned about under MPS."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """k of n vGPUs of one GPU, 1 <= k <= n."""
+def thread_percentage(vgpus: int, of: int, threads: Threads | float) -> int | None:
+    """The threads of some of a GPU's vGPUs, in percent from 1 (MPS takes no 0).
 
-    vgpus: int
-    of: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.vgpus <= self.of:
-            raise ValueError(f"a share is 1 to {self.of} of {self.of} vGPUs, not {self.vgpus}")
-
-    def __str__(self) -> str:
-        return f"{self.vgpus}/{self.of}"
-
-    def thread_percentage(self, threads: Threads | float = Threads.SHARE) -> int | None:
-        """The share of the GPU's threads in percent from 1 (MPS takes no 0); None for no limit."""
-        if threads is Threads.NONE:
-            return None
-        # By its text: a factor of 0.29 is meant, and not the nearest binary number below it.
-        factor = Fraction(1) if isinstance(threads, Threads) else Fraction(str(threads))
-        return max(1, min(100, int(100 * self.vgpus * factor / self.of)))
+    None for no limit.
+    """
+    if threads is Threads.NONE:
+        return None
+    # By its text: a factor of 0.29 is meant, and not the nearest binary number below it.
+    factor = Fraction(1) if isinstance(threads, Threads) else Fraction(str(threads))
+    return max(1, min(100, int(100 * vgpus * factor / of)))
 
 
 def fraction(memory: int, total: int) -> float:
