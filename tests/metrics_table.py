@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator
 
-from tests.kubelet.rig import RESOURCE
-from tests.observe.rules import RULES, SNAPSHOT, full_metrics
-from vgpu_agent.observe.metrics import PARTS, View
+from tests.observe.rules import SNAPSHOT, full_metrics
+from vgpu_agent.observe.metrics import PARTS
 
 
 def _families() -> Iterator[tuple[str, str, tuple[str, ...], str, str]]:
     """Name, type, labels and text of each, and when it is there."""
-    view = View("1", RESOURCE, RULES, SNAPSHOT)
+    metrics = full_metrics()
     for part, only in PARTS:
-        for family in part(view):
+        for family in part(metrics, SNAPSHOT):
             name = family.samples[0].name
             yield name, family.type, tuple(family.samples[0].labels), family.documentation, only
-    for family in full_metrics().timings.collect():
+    for family in metrics.timings.collect():
         labels = tuple(each for each in family.samples[0].labels if each != "le")
         yield family.name, family.type, labels, family.documentation, ""
 

@@ -5,9 +5,8 @@ Families are made at each scrape, so no series outlives the GPU that it speaks o
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -44,19 +43,8 @@ def _c(holder: Holder) -> Labels:
     return holder.namespace, holder.pod, holder.container
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What metrics are made from."""
-
-    version: str
-    resource: str
-    rules: Rules
-    snapshot: Snapshot
-
-
-def _node(view: View) -> Iterator[Metric]:
-    s = view.snapshot
-    yield _family("vgpu_build_info", "Version of the agent.", ("version",), [((view.version,), 1)])
+def _node(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
+    yield _family("vgpu_build_info", "Version of the agent.", ("version",), [((of.version,), 1)])
     yield _one("vgpu_nvml_up", "Whether the GPU driver answers.", s.driver.up)
     yield _family(
         "vgpu_registrations_total",
@@ -79,9 +67,8 @@ def _node(view: View) -> Iterator[Metric]:
     )
 
 
-def _gpus(view: View) -> Iterator[Metric]:
-    s, gpus = view.snapshot, view.snapshot.inventory.gpus
-    version = s.driver.version or ""
+def _gpus(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
+    gpus, version = s.inventory.gpus, s.driver.version or ""
 
     def index(uuid: str | None) -> str:
         shared = s.inventory.find(uuid or "")
@@ -142,7 +129,7 @@ def _gpus(view: View) -> Iterator[Metric]:
         "Advertised vGPUs, by GPU and health.",
         ("resource", *_G, "health"),
         (
-            ((view.resource, *_g(shared.gpu), words), shared.replicas * (shared.healthy is healthy))
+            ((of.resource, *_g(shared.gpu), words), shared.replicas * (shared.healthy is healthy))
             for shared in gpus
             for words, healthy in (("healthy", True), ("unhealthy", False))
         ),
@@ -164,8 +151,7 @@ def _gpus(view: View) -> Iterator[Metric]:
     )
 
 
-def _holders(view: View) -> Iterator[Metric]:
-    s, resource = view.snapshot, view.resource
+def _holders(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
     if s.assignments is None:
         return
     held = [(part, n) for part in s.parts for n in part.numbers]
@@ -180,7 +166,7 @@ def _holders(view: View) -> Iterator[Metric]:
         "Whether a container holds the vGPU.",
         ("resource", *_G, "device_id"),
         (
-            ((resource, *_g(gpu), device_id(gpu.uuid, n)), (gpu.uuid, n) in numbers)
+            ((of.resource, *_g(gpu), device_id(gpu.uuid, n)), (gpu.uuid, n) in numbers)
             for gpu, replicas in ((shared.gpu, shared.replicas) for shared in s.inventory.gpus)
             for n in range(replicas)
         ),
@@ -190,7 +176,7 @@ def _holders(view: View) -> Iterator[Metric]:
         "Which container holds the vGPU.",
         ("resource", *_G, "device_id", *_C),
         (
-            ((resource, *_g(gpu), device_id(gpu.uuid, n), *_c(holder)), 1)
+            ((of.resource, *_g(gpu), device_id(gpu.uuid, n), *_c(holder)), 1)
             for gpu, n, holder in ((part.shared.gpu, n, part.holder) for part, n in held)
         ),
     )
@@ -200,7 +186,7 @@ def _holders(view: View) -> Iterator[Metric]:
         (*_G, *_C),
         shares,
     )
-    limited = s.mps and view.rules.sharing.with_applied_limits(s.mps.limits).limits_memory
+    limited = s.mps and of.rules.sharing.with_applied_limits(s.mps.limits).limits_memory
     yield _family(
         "vgpu_allocation_memory_limit_bytes_per_process",
         "Memory of the GPU that MPS lets each process of the container have, where it limits it.",
@@ -211,18 +197,18 @@ def _holders(view: View) -> Iterator[Metric]:
         "vgpu_orphaned_allocations",
         "How many vGPUs containers hold though the node no longer has them.",
         ("resource",),
-        [((resource,), len(s.orphans))],
+        [((of.resource,), len(s.orphans))],
     )
     yield _family(
         "vgpu_largest_free_share",
         "How many vGPUs the largest request may ask for that still fits on one GPU.",
         ("resource",),
-        [((resource,), s.largest_free)],
+        [((of.resource,), s.largest_free)],
     )
 
 
-def _usage(view: View) -> Iterator[Metric]:
-    usage, find = view.snapshot.usage, view.snapshot.inventory.find
+def _usage(of: "Metrics", s: Snapshot) -> Iterator[Metric]:  # noqa: ARG001
+    usage, find = s.usage, s.inventory.find
     if usage is None:
         return
 
@@ -250,14 +236,14 @@ def _usage(view: View) -> Iterator[Metric]:
         _G,
         (
             (_g(shared.gpu), usage.unattributed[shared.gpu.uuid])
-            for shared in view.snapshot.inventory.gpus
+            for shared in s.inventory.gpus
             if shared.gpu.uuid in usage.unattributed
         ),
     )
 
 
-def _mps(view: View) -> Iterator[Metric]:
-    mps = view.snapshot.mps
+def _mps(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
+    mps = s.mps
     if mps is None:
         return
     yield _one("vgpu_mps_up", "Whether the MPS daemon answers.", mps.up)
@@ -279,20 +265,17 @@ def _mps(view: View) -> Iterator[Metric]:
     yield _one(
         "vgpu_mps_max_clients",
         "Most MPS client contexts of a GPU.",
-        view.rules.sharing.max_clients or 0,
+        of.rules.sharing.max_clients or 0,
     )
     yield _family(
         "vgpu_mps_clients",
         "MPS clients of a GPU.",
         _G,
-        (
-            (_g(shared.gpu), mps.clients.get(shared.gpu.uuid, 0))
-            for shared in view.snapshot.inventory.gpus
-        ),
+        ((_g(shared.gpu), mps.clients.get(shared.gpu.uuid, 0)) for shared in s.inventory.gpus),
     )
 
 
-PARTS: tuple[tuple[Callable[[View], Iterator[Metric]], str], ...] = (
+PARTS: tuple[tuple[Callable[["Metrics", Snapshot], Iterator[Metric]], str], ...] = (
     (_node, ""),
     (_gpus, ""),
     (_holders, "while it is known who holds what"),
@@ -308,10 +291,12 @@ class Metrics:
     _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
     def __init__(self, version: str, resource: str, rules: Rules) -> None:
-        self._version = version
-        self._resource = resource
-        self._rules = rules
+        self.version = version
+        self.resource = resource
+        self.rules = rules
         self.timings = CollectorRegistry()
+        # Nobody asked for these series, and they double the others.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._rpc = Histogram(
             "vgpu_rpc_duration_seconds",
             "Duration of the kubelet's unary calls, by method and gRPC status code.",
@@ -330,20 +315,16 @@ class Metrics:
         Takes 1 ms and more for every 10 vGPUs: call it in a worker thread.
         """
         encode, content_type = choose_encoder(accept)
-        view = View(self._version, self._resource, self._rules, snapshot)
-        return encode(_Families(view, self.timings)), content_type
+        return encode(_Families(self, snapshot)), content_type
 
 
 class _Families(Collector):
-    """What an encoder asks of a registry: all families of a view, then the durations of calls."""
+    """What an encoder asks of a registry: all families, then the durations of calls."""
 
-    def __init__(self, view: View, timings: CollectorRegistry) -> None:
-        self._view, self._timings = view, timings
+    def __init__(self, metrics: Metrics, snapshot: Snapshot) -> None:
+        self._metrics, self._snapshot = metrics, snapshot
 
     def collect(self) -> Iterator[Metric]:
         for part, _ in PARTS:
-            yield from part(self._view)
-        for family in self._timings.collect():
-            # Without the `_created` series, which nobody asked for and which double the series.
-            family.samples = [e for e in family.samples if not e.name.endswith("_created")]
-            yield family
+            yield from part(self._metrics, self._snapshot)
+        yield from self._metrics.timings.collect()
