@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vgpu_agent.model.rules import MIB
 from vgpu_agent.observe.report import ExcludedReport, GpuReport, KubeletReport, MpsReport, Report
 
 
@@ -30,8 +31,6 @@ class Check:
     detail: str
     advice: str = ""
 
-
-MIB = 2**20
 
 _AGENT_LOG = "see the agent's log, and docs/runbook.md"
 

@@ -3,7 +3,7 @@
 import io
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from typing import TextIO
@@ -47,11 +47,12 @@ def watch(
     An agent that does not answer is waited for; what was seen last stays on show.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console, shown = _console(out), _Shown(ask, now)
+    console, pages = _console(out), _pages(ask, now)
+    newest: RenderableType = Text()
     if not out.isatty() or console.is_dumb_terminal:
         with suppress(KeyboardInterrupt):
-            while True:
-                console.print(shown.refreshed(), Text())
+            for newest in pages:
+                console.print(newest, Text())
                 sleep(seconds)
         return
     live = Live(
@@ -62,38 +63,28 @@ def watch(
         redirect_stderr=False,
     )
     with suppress(KeyboardInterrupt), live:
-        while True:
-            live.update(shown.refreshed(), refresh=True)
+        for newest in pages:
+            live.update(newest, refresh=True)
             sleep(seconds)
     # It stays to be read, also what did not fit on the screen.
-    console.print(shown.newest)
+    console.print(newest)
 
 
-class _Shown:
-    """The newest report, and since when there is none newer."""
-
-    def __init__(self, ask: Ask, now: Callable[[], datetime]) -> None:
-        self._ask = ask
-        self._now = now
-        self._page: RenderableType | None = None
-        self.newest: RenderableType = Text()
-        self._silent_since: datetime | None = None
-
-    def refreshed(self) -> RenderableType:
-        """Asks again; what is to be shown then."""
-        self.newest = self._asked()
-        return self.newest
-
-    def _asked(self) -> RenderableType:
+def _pages(ask: Ask, now: Callable[[], datetime]) -> Iterator[RenderableType]:
+    """What is to be shown, asked for again each time."""
+    last: RenderableType | None = None
+    silent_since: datetime | None = None
+    while True:
         try:
-            self._page = page(self._ask().report)
+            last = page(ask().report)
         except NoAgentError as error:
-            self._silent_since = self._silent_since or self._now()
-            silence = Text(f"not answering since {self._silent_since:%H:%M:%S}: {error}", ODD)
+            silent_since = silent_since or now()
+            silence = Text(f"not answering since {silent_since:%H:%M:%S}: {error}", ODD)
             silence.overflow = "fold"
-            return silence if self._page is None else Group(silence, Text(), self._page)
-        self._silent_since = None
-        return self._page
+            yield silence if last is None else Group(silence, Text(), last)
+        else:
+            silent_since = None
+            yield last
 
 
 def _console(out: TextIO) -> Console:

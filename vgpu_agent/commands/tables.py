@@ -9,6 +9,7 @@ from rich.text import Text
 
 from vgpu_agent.commands import judge
 from vgpu_agent.commands.judge import Check, Verdict
+from vgpu_agent.model.rules import GIB, MIB
 from vgpu_agent.observe.report import AllocationReport, GpuReport, Report
 
 UNKNOWN = "unknown"
@@ -17,9 +18,6 @@ COLOURS = {Verdict.OK: "", Verdict.WARN: ODD, Verdict.FAIL: BAD}
 
 TABLE_WIDTH = 80
 """Columns of a terminal from which on a table that does not fit is folded within its cells."""
-
-_MIB = 1 << 20
-_GIB = 1 << 30
 
 
 def page(report: Report) -> RenderableType:
@@ -37,7 +35,7 @@ def size(count: int | None) -> str:
     """Bytes in MiB or, from one on, GiB."""
     if count is None:
         return UNKNOWN
-    unit, name = (_GIB, "GiB") if abs(count) >= _GIB else (_MIB, "MiB")
+    unit, name = (GIB, "GiB") if abs(count) >= GIB else (MIB, "MiB")
     whole, tenth = divmod((abs(count) * 10 + unit // 2) // unit, 10)
     return f"{'-' if count < 0 else ''}{whole}{f'.{tenth}' if tenth else ''} {name}"
 

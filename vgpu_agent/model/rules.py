@@ -9,6 +9,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 MIB = 2**20
+GIB = 2**30
 
 MPS_SERVER_MARGIN = 512 * MIB
 """What `VGPU_MEMORY_RESERVED=auto` keeps for the MPS server of a GPU, in bytes. A fixed number: the

@@ -7,9 +7,7 @@ what cannot be misread and refuses the rest.
 import re
 
 from vgpu_agent.errors import MpsRefusedError
-from vgpu_agent.model.rules import MIB
-
-GIB = 1024 * MIB
+from vgpu_agent.model.rules import GIB, MIB
 
 
 def parse_pids(text: str) -> tuple[int, ...]:
