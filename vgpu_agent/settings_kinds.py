@@ -120,12 +120,8 @@ def or_word(kind: Kind, words: dict[str, object]) -> Kind:
 
 def or_nothing(kind: Kind) -> Kind:
     """The other kind, or empty text for None."""
-    return replace(
-        kind,
-        words=f"nothing, or {kind.words}",
-        parse=lambda text: kind.parse(text) if text else None,
-        check=lambda value: value is None or kind.check(value),
-    )
+    words = f"nothing, or {kind.words}"
+    return replace(or_word(kind, {"": None}), words=words, schema=kind.schema)
 
 
 def _listed(words: Iterable[str], *last: str) -> str:

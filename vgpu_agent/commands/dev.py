@@ -67,8 +67,10 @@ async def run_dev(
 
     Raises StoryError where a step was not observed, also when the time was too short for it.
     """
+    # Where the paths of sockets fit; None is the default place.
+    short = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 40 else None  # noqa: S108
     with (
-        tempfile.TemporaryDirectory(prefix="vgpu-", dir=_short_directory()) as directory,
+        tempfile.TemporaryDirectory(prefix="vgpu-", dir=short) as directory,
         _listen(Address("127.0.0.1", 9408)) as listener,
     ):
         settings = embedded_settings(Path(directory), Address(*listener.getsockname()))
@@ -92,11 +94,6 @@ async def run_dev(
                     f"the time ended at step {story.step!r}: all of it takes about 20 s"
                 )
             tasks.cancel_scope.cancel()
-
-
-def _short_directory() -> str | None:
-    """Where the sockets' paths fit; None is the default place for temporary files."""
-    return "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 40 else None  # noqa: S108
 
 
 @dataclass
@@ -164,7 +161,9 @@ class Story:
             lists = self.kubelet.observed.value.lists
             act()
             seen = await self._listed(step, every, unhealthy)
-            self.say(f"kubelet: {_updates(seen.lists - lists)}: now {_count(seen)}")
+            updates = seen.lists - lists
+            words = "one update" if updates == 1 else f"{updates} updates"
+            self.say(f"kubelet: {words}: now {_count(seen)}")
 
         await self._happens("the kubelet stops and starts again")
         await self.kubelet.stop()
@@ -238,10 +237,6 @@ class Story:
 def _count(seen: Observed) -> str:
     unhealthy = f"{len(seen.unhealthy)} of them unhealthy" if seen.unhealthy else "all healthy"
     return f"{len(seen.devices)} vGPUs, {unhealthy}"
-
-
-def _updates(count: int) -> str:
-    return "one update" if count == 1 else f"{count} updates"
 
 
 def _by_pod(snapshot: Snapshot) -> dict[str, int]:

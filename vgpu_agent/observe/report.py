@@ -7,7 +7,7 @@ classes below; the module is long because the whole schema and its text stand in
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -210,8 +210,8 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
     known = snapshot.assignments is not None
     usage = None if snapshot.usage is None else snapshot.usage.problem
     held = _held(snapshot) if known else None
-    counts = [_counts(shared, held) for shared in gpus]
-    applied = None if snapshot.mps is None else snapshot.mps.limits
+    mps = snapshot.mps
+    applied = None if mps is None else mps.limits
     limited = rules.sharing.with_applied_limits(applied).limits_memory
     return Report(
         format=FORMAT,
@@ -220,7 +220,7 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
         time=_time(now),
         resource=identity.resource,
         schedulable=kubelet.connected,
-        vgpus=_total(counts, known=known),
+        vgpus=_counts(gpus, held),
         largest_free=snapshot.largest_free if known else None,
         driver=DriverReport(
             driver.up,
@@ -231,7 +231,7 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
         kubelet=KubeletReport(
             kubelet.connected, kubelet.registered, kubelet.streams, kubelet.error
         ),
-        mps=None if snapshot.mps is None else _mps(snapshot.mps),
+        mps=None if mps is None else _mps(mps),
         podresources=PodResourcesReport(snapshot.holders.up, snapshot.holders.error),
         health_checks=rules.health.health_checks,
         process_metrics=snapshot.usage is not None,
@@ -239,7 +239,7 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
         problems=tuple(
             filter(None, (snapshot.store_error, snapshot.holders.checkpoint_error, usage))
         ),
-        gpus=tuple(_gpu(shared, each, snapshot) for shared, each in zip(gpus, counts, strict=True)),
+        gpus=tuple(_gpu(shared, held, snapshot) for shared in gpus),
         excluded=tuple(
             ExcludedReport(e.gpu.uuid, e.gpu.index, e.gpu.model, e.reason, e.detail)
             for e in snapshot.excluded
@@ -257,26 +257,20 @@ def _held(snapshot: Snapshot) -> Counter[str]:
     return Counter(uuid for uuid, _ in advertised)
 
 
-def _counts(shared: SharedGpu, held: Counter[str] | None) -> Counts:
-    total = shared.replicas
+def _counts(gpus: Collection[SharedGpu], held: Counter[str] | None) -> Counts:
+    """The vGPUs of these GPUs together."""
+    healthy = sum(shared.replicas for shared in gpus if shared.healthy)
+    unhealthy = sum(shared.replicas for shared in gpus) - healthy
     if held is None:
-        return Counts(total, None, None, 0 if shared.healthy else total, None)
-    here = held[shared.gpu.uuid]
-    if shared.healthy:
-        return Counts(total, total - here, here, 0, 0)
-    return Counts(total, 0, here, total - here, here)
-
-
-def _total(counts: list[Counts], *, known: bool) -> Counts:
-    total = sum(each.total for each in counts)
-    if not known:
-        return Counts(total, None, None, sum(each.unhealthy for each in counts), None)
+        return Counts(healthy + unhealthy, None, None, unhealthy, None)
+    of_healthy = sum(held[shared.gpu.uuid] for shared in gpus if shared.healthy)
+    of_unhealthy = sum(held[shared.gpu.uuid] for shared in gpus) - of_healthy
     return Counts(
-        total,
-        sum(each.free or 0 for each in counts),
-        sum(each.held or 0 for each in counts),
-        sum(each.unhealthy for each in counts),
-        sum(each.held_unhealthy or 0 for each in counts),
+        total=healthy + unhealthy,
+        free=healthy - of_healthy,
+        held=of_healthy + of_unhealthy,
+        unhealthy=unhealthy - of_unhealthy,
+        held_unhealthy=of_unhealthy,
     )
 
 
@@ -286,7 +280,7 @@ def _mps(mps: Mps) -> MpsReport:
     )
 
 
-def _gpu(shared: SharedGpu, counts: Counts, snapshot: Snapshot) -> GpuReport:
+def _gpu(shared: SharedGpu, held: Counter[str] | None, snapshot: Snapshot) -> GpuReport:
     gpu, usage = shared.gpu, snapshot.usage
     return GpuReport(
         uuid=gpu.uuid,
@@ -297,7 +291,7 @@ def _gpu(shared: SharedGpu, counts: Counts, snapshot: Snapshot) -> GpuReport:
         pci_bus_id=gpu.pci_bus_id,
         numa_node=gpu.numa_node,
         healthy=shared.healthy,
-        vgpus=counts,
+        vgpus=_counts((shared,), held),
         vgpu_bytes=shared.share_bytes(1),
         faults=tuple(
             FaultReport(f.reason, _time(f.since), f.detail, f.until_reset, f.advice)
