@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import anyio
@@ -550,9 +549,7 @@ async def looked(driver: SimulatedDriver, kubelet_dir: Path, look=WELL, **change
     """What one look says; where `look` is None, with the daemon of such settings."""
     settings = settings_in(kubelet_dir, **changes)
     daemon = make_daemon(settings, driver) if look is None else FakeDaemon(look)
-    return await look_once(
-        settings, lambda: driver, lambda: daemon, partial(make_watch, settings), timeouts=SOON
-    )
+    return await look_once(settings, lambda _: driver, lambda _: daemon, make_watch, SOON)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,6 @@ class VgpuAgentError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
-# Start
-
-
 class SettingsError(VgpuAgentError):
     """One or more VGPU_* variables are wrong; the message lists every one of them."""
 
@@ -18,9 +15,6 @@ class ListenError(VgpuAgentError):
 
 class StoreError(VgpuAgentError):
     """A file of ours cannot be read or written; the message names it and says why."""
-
-
-# GPUs
 
 
 class DriverError(VgpuAgentError):
@@ -34,18 +28,12 @@ class DriverLibraryError(DriverError):
     """
 
 
-# Commands that ask the running agent
-
-
 class NoAgentError(VgpuAgentError):
     """No running agent answers where it was asked; the message says what does instead."""
 
 
 class ControlError(VgpuAgentError):
     """The running agent cannot do what it was asked; the message says why."""
-
-
-# MPS
 
 
 class MpsError(VgpuAgentError):
@@ -72,9 +60,6 @@ class MpsSetupError(MpsError):
     """`vgpu-agent mps prepare`, `watch` or `restore` cannot do its work; says what to do."""
 
 
-# Kubelet
-
-
 class KubeletError(VgpuAgentError):
     """The kubelet was asked in vain, or was not understood; it is tried again."""
 
@@ -91,18 +76,12 @@ class StreamMissingError(KubeletError):
     """The kubelet took the registration and did not open its stream."""
 
 
-# Rehearsal
-
-
 class StoryError(VgpuAgentError):
     """A step of `vgpu-agent dev` was not observed; the message names it."""
 
 
 class AdmissionError(VgpuAgentError):
     """The stand-in kubelet could not admit a pod."""
-
-
-# Decisions
 
 
 class AllocationError(VgpuAgentError):

@@ -5,9 +5,11 @@ GPUs and MPS. It changes nothing and holds nothing open. A check that cannot be 
 check, never an error, and nothing that hangs, a driver included, makes the whole take ten seconds.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import anyio
@@ -71,25 +73,13 @@ async def examine(
     asking = partial(_ask, settings.state_directory, reports)
     answered = await in_thread("agent", asking, timeouts.ask)
     report = reports[0] if reports else None
-    found: dict[str, tuple[Check, ...]] = {}
-    checkings = _preflight(settings, report, environment, other_mps)
-
-    async def look() -> None:
-        nonlocal answered
-        if report is None:
-            parts = (partial(make_driver, settings), partial(make_daemon, settings))
-            answered += await look_once(
-                settings, *parts, partial(make_watch, settings), timeouts=timeouts
-            )
-
-    async def check(name: str, checking: Checking) -> None:
-        found[name] = await in_thread(name, checking, timeouts.look)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(look)
-        for name, checking in checkings.items():
-            tasks.start_soon(check, name, checking)
-    return checks + answered + tuple(each for name in checkings for each in found[name])
+    looks = [
+        in_thread(name, checking, timeouts.look)
+        for name, checking in _preflight(settings, report, environment, other_mps).items()
+    ]
+    if report is None:
+        looks.insert(0, look_once(settings, make_driver, make_daemon, make_watch, timeouts))
+    return tuple(chain(checks, answered, *await asyncio.gather(*looks)))
 
 
 def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
@@ -111,11 +101,10 @@ def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
 
 async def look_once(
     settings: Settings,
-    make_driver: Callable[[], GpuDriver],
-    make_daemon: Callable[[], Daemon | None],
-    make_watch: Callable[[GpuDriver, Node], GpuWatch],
-    *,
-    timeouts: Timeouts = TIMEOUTS,
+    make_driver: Callable[[Settings], GpuDriver],
+    make_daemon: Callable[[Settings], Daemon | None],
+    make_watch: Callable[[Settings, GpuDriver, Node], GpuWatch],
+    timeouts: Timeouts,
 ) -> tuple[Check, ...]:
     """What the agent would report of driver, GPUs and MPS. Raises nothing, and does not hang."""
     rules = Rules(settings.sharing_rules(), settings.health_rules())
@@ -125,10 +114,10 @@ async def look_once(
 
     async def look_at_gpus() -> None:
         try:
-            driver = make_driver()
+            driver = make_driver(settings)
             await driver.__aenter__()
             try:
-                watch = make_watch(driver, node)
+                watch = make_watch(settings, driver, node)
                 watch.intervals = Intervals(call_limit=timeouts.call)
                 with anyio.move_on_after(timeouts.look) as scope:
                     await watch.look()
@@ -142,11 +131,9 @@ async def look_once(
 
     async def look_at_daemon() -> None:
         if rules.sharing.mps:
-            node.set_daemon(await _daemon(make_daemon, timeouts.look))
+            node.set_daemon(await _daemon(partial(make_daemon, settings), timeouts.look))
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(look_at_gpus)
-        tasks.start_soon(look_at_daemon)
+    await asyncio.gather(look_at_gpus(), look_at_daemon())
     report = make_report(
         node.snapshot, rules, Identity(__version__, "", settings.resource_name), time.time()
     )
