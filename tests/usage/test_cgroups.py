@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.model.strategies import tried
-from vgpu_agent.usage.cgroups import container_id
+from vgpu_agent.usage.containers import container_id
 
 ID = "7dea796eb5d6826a85978fa316612874aa3d576ac576495bed83d77fbc9dc744"
 OTHER = "09ab" * 16

@@ -25,6 +25,11 @@ class Latest(Generic[T]):
         """The newest value."""
         return self._value
 
+    @property
+    def version(self) -> int:
+        """How many values were published: pass it to `newer_than`."""
+        return self._version
+
     def publish(self, value: T) -> None:
         """Makes `value` the newest and wakes every watcher."""
         self._value = value
@@ -41,10 +46,7 @@ class Latest(Generic[T]):
         self._changed = asyncio.Event()
 
     async def newer_than(self, version: int) -> int | None:
-        """Waits for a value newer than `version`; its version, or None when there will be none.
-
-        The version of a value is how many were published before it.
-        """
+        """Waits for a value newer than `version`; its version, or None when there will be none."""
         while self._version <= version and not self._closed:
             await self._changed.wait()
         return None if self._closed else self._version

@@ -1,19 +1,77 @@
-"""Which container has which ID, by the links that the kubelet keeps in /var/log/containers.
+"""Which container a process runs in, and what it is called.
 
-The name of a link says it all: `<pod>_<namespace>_<container>-<container ID>.log`. Where it leads
-is of no interest: the logs themselves are never opened.
+By the text of its /proc/<pid>/cgroup (cgroups(7)), and by the links that the kubelet keeps in
+/var/log/containers: `<pod>_<namespace>_<container>-<container ID>.log`. Where a link leads is of no
+interest: the logs themselves are never opened.
+
+A container has a cgroup named after its ID, directly below the one of its pod; that one has the
+pod's UID in its name, whatever the cgroup driver and the QoS class. A container may make cgroups of
+any name below its own, so what is further down decides nothing.
 """
 
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from vgpu_agent.model.holders import Holder
+
+# A static pod from a file has a hash for a UID. Unit names of systemd have `_` for `-`.
+_UID = r"(?:[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})"
+
+_POD = re.compile(rf"(?:.*-)?pod{_UID}(?:\.slice)?")
+
+# CRI-O's crio-conmon-<id> holds the container's monitor, not the container.
+_CONTAINER = re.compile(r"(?:(?:cri-containerd|crio|docker)-)?([0-9a-f]{64})(?:\.scope)?")
+
+_UP = ".."
 
 LINKS = Path("/var/log/containers")
 
 # Names as the API server takes them: a pod's is a DNS subdomain, the others are DNS labels.
 _LINK = re.compile(r"([a-z0-9.-]+)_([a-z0-9-]+)_([a-z0-9-]+)-([0-9a-f]{64})\.log")
+
+
+def container_id(text: str) -> str | None:
+    """The ID of the pod's container that a process with that cgroup file runs in.
+
+    None for a process of no pod. Under cgroup v1 there is a line for each hierarchy, and not every
+    one of them has to name the container. Text that makes no sense is no container.
+    """
+    for line in text.split("\n"):  # names may hold anything else that ends a line
+        fields = line.split(":", 2)  # of the hierarchy: number, controllers, path
+        found = _of_path(fields[2]) if len(fields) == 3 else None
+        if found is not None:
+            return found
+    return None
+
+
+def _of_path(path: str) -> str | None:
+    """The ID in a path of a cgroup, which may be relative to the cgroup that we are in ourselves.
+
+    Of the pod that we are in too it may then show no more than `/..`. What is taken for one of its
+    containers and is none has an ID that no pod has.
+    """
+    for above, name in pairwise(_names(path)):
+        of_pod = _POD.fullmatch(above) is not None
+        container = _CONTAINER.fullmatch(name) if of_pod or above == _UP else None
+        if container is not None:
+            return container[1]
+        if of_pod:
+            return None
+    return None
+
+
+def _names(path: str) -> list[str]:
+    """The names of the cgroups along a path, with what runtimes do to them undone."""
+    names = []
+    for each in path.removesuffix(" (deleted)").split("/"):
+        name = each.replace("\\x2d", "-")  # as systemd escapes it
+        # Where the kubelet's cgroup driver is systemd and the runtime's is not, the three parts of
+        # what the one says become a single name of the other: slice:prefix:id.
+        parts = name.split(":")
+        names += [parts[0], "-".join(parts[1:])] if len(parts) == 3 else [name]
+    return [name for name in names if name]
 
 
 def named_by(link: str) -> tuple[str, Holder] | None:

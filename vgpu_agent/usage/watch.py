@@ -19,27 +19,12 @@ import anyio.to_thread
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.model.holders import GpuProcess, Holder, Usage, attribute
 from vgpu_agent.model.node import Node
-from vgpu_agent.usage.cgroups import container_id
-from vgpu_agent.usage.containers import LINKS, holders_by_id
+from vgpu_agent.usage.containers import LINKS, container_id, holders_by_id
 
 INTERVAL = 15.0
 """Seconds between two looks at the processes: about as often as metrics are read."""
 
 PROC = Path("/proc")
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What this machine knows of processes: the containers of those that run in one.
-
-    `visible` counts those that are in /proc at all. `alone` says that /proc shows the processes of
-    our own container only. `links_error` says why no container has a name.
-    """
-
-    containers: Mapping[int, Holder]
-    visible: int
-    alone: bool
-    links_error: str | None
 
 
 @dataclass
@@ -77,15 +62,14 @@ class UsageWatch:
             return
         processes = await self._processes()
         pids = {process.pid for running in processes.values() for process in running}
-        found = await anyio.to_thread.run_sync(
+        containers, problem, alone = await anyio.to_thread.run_sync(
             _find, pids, self.proc, self.links, abandon_on_cancel=True, limiter=self._limiter
         )
-        if processes and (pids or found.alone):  # else there is nothing to judge by
-            problem = _problem(pids, found)
+        if processes and (pids or alone):  # else there is nothing to judge by
             # Believed when two looks in a row have it: processes end between two reads.
             shown = problem if problem == self._last else shown
             self._last = problem
-        self.node.set_usage(replace(attribute(processes, found.containers), problem=shown))
+        self.node.set_usage(replace(attribute(processes, containers), problem=shown))
 
     async def _processes(self) -> dict[str, Collection[GpuProcess]]:
         """The processes on each GPU that lists them within the time it has, all asked at once."""
@@ -103,35 +87,32 @@ class UsageWatch:
         return found
 
 
-def _problem(pids: Collection[int], found: _Found) -> str | None:
-    """Why no process can be attributed to its container, and what to do; None where they can."""
-    if not found.visible:
-        return (
+def _find(
+    pids: Collection[int], proc: Path, links: Path
+) -> tuple[Mapping[int, Holder], str | None, bool]:
+    """The containers of the processes that run in one. Blocks.
+
+    And why none can be attributed, with what to do, and whether /proc is our own container's.
+    """
+    texts = {pid: text for pid in pids if (text := _cgroup(proc, str(pid))) is not None}
+    holders: dict[str, Holder] = {}
+    problem = None
+    try:
+        # After the cgroups: a container that is among them has its link by now.
+        holders = holders_by_id(links) if pids else {}
+    except OSError as error:
+        problem = (
+            f"the names of containers cannot be read ({error}), so no usage can be attributed to"
+            f" containers: mount {LINKS} of the node into this pod, read-only"
+        )
+    if not texts:
+        problem = (
             "the processes on the GPUs are not in the PID namespace of this container, so no usage"
             " can be attributed to containers: run this pod with `hostPID: true`"
         )
-    if pids and found.links_error is not None:
-        return (
-            f"the names of containers cannot be read ({found.links_error}), so no usage can be"
-            f" attributed to containers: mount {LINKS} of the node into this pod, read-only"
-        )
-    return None
-
-
-def _find(pids: Collection[int], proc: Path, links: Path) -> _Found:
-    """Looks for processes and their containers. Blocks."""
-    texts = {pid: text for pid in pids if (text := _cgroup(proc, str(pid))) is not None}
-    ids = {pid: found for pid, text in texts.items() if (found := container_id(text)) is not None}
-    holders: dict[str, Holder] = {}
-    links_error = None
-    if pids:
-        # After the cgroups: a container that is among them has its link by now.
-        try:
-            holders = holders_by_id(links)
-        except OSError as error:
-            links_error = str(error)
+    ids = {pid: container_id(text) for pid, text in texts.items()}
     containers = {pid: holders[each] for pid, each in ids.items() if each in holders}
-    return _Found(containers, len(texts), _is_alone(proc), links_error)
+    return containers, problem, _is_alone(proc)
 
 
 def _is_alone(proc: Path) -> bool:
