@@ -183,11 +183,7 @@ DeviceMemory = Annotated[
 Reserved = Annotated[int | None, or_word(size(0, "a size such as 512Mi"), {"auto": None})]
 SimulatedMemory = Annotated[
     int,
-    size(
-        1,
-        "a size such as 24Gi",
-        r"([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)([KMGT]i?)?B?",
-    ),
+    size(1, "a size such as 24Gi", r"([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)([KMGT]i?)?B?"),
 ]
 ThreadLimit = Annotated[
     Threads | float,

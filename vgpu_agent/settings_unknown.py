@@ -8,16 +8,10 @@ from vgpu_agent.settings import PREFIX, Settings, variable
 
 # What Kubernetes puts into a pod for each Service of the namespace; a Service whose name begins
 # with "vgpu" makes variables that look like ours. NAME_PORT is recognized by its value.
-_SERVICE_VARIABLE = re.compile(
-    r"VGPU(_[A-Z0-9_]+)?_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
-    r"|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+_OF_SERVICE = re.compile(
+    r"VGPU(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?="
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=|PORT=(tcp|udp|sctp)://)"
 )
-_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
-
-
-def _from_service(name: str, value: str) -> bool:
-    by_value = name.endswith("_PORT") and _SERVICE_URL.match(value)
-    return bool(by_value or _SERVICE_VARIABLE.fullmatch(name))
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
@@ -28,7 +22,7 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
         for name, value in sorted(environment.items())
         if name.upper().startswith(PREFIX)
         and name.upper() not in known
-        and not _from_service(name, value)
+        and not _OF_SERVICE.match(f"{name}={value}")
     }
 
 

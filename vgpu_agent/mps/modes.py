@@ -30,18 +30,11 @@ class ComputeModes:
     The driver forgets modes with the boot. Every method raises MpsSetupError and DriverError.
     """
 
-    def __init__(
-        self,
-        driver: GpuDriver,
-        set_mode: SetComputeMode,
-        path: Path,
-        *,
-        boot_id_file: Path = store.BOOT_ID,
-    ) -> None:
+    def __init__(self, driver: GpuDriver, set_mode: SetComputeMode, path: Path) -> None:
         self._driver = driver
         self._set_mode = set_mode
         self._path = path
-        self._boot_id = store.boot_id(boot_id_file)
+        self._boot_id = store.boot_id()
         self._before: dict[str, ComputeMode] = {}
         try:
             data: Any = store.read(path)

@@ -210,6 +210,7 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
     known = snapshot.assignments is not None
     usage = None if snapshot.usage is None else snapshot.usage.problem
     held = _held(snapshot) if known else None
+    until = None if driver.released_until is None else _time(driver.released_until)
     mps = snapshot.mps
     applied = None if mps is None else mps.limits
     limited = rules.sharing.with_applied_limits(applied).limits_memory
@@ -222,12 +223,7 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
         schedulable=kubelet.connected,
         vgpus=_counts(gpus, held),
         largest_free=snapshot.largest_free if known else None,
-        driver=DriverReport(
-            driver.up,
-            driver.version,
-            driver.error,
-            None if driver.released_until is None else _time(driver.released_until),
-        ),
+        driver=DriverReport(driver.up, driver.version, driver.error, until),
         kubelet=KubeletReport(
             kubelet.connected, kubelet.registered, kubelet.streams, kubelet.error
         ),

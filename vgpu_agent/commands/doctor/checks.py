@@ -24,11 +24,6 @@ class Timeouts:
     look: float = 5.0
     leave: float = 1.5
 
-    @property
-    def whole(self) -> float:
-        """The most that all of it takes."""
-        return self.ask + self.look + self.leave
-
 
 TIMEOUTS = Timeouts()
 
