@@ -1,7 +1,7 @@
 """What the agent sees of the MPS daemon: one value for one look, real or simulated."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -93,10 +93,12 @@ class RealDaemon:
             clients = await self._control.clients() if servers else ()
         except MpsError as error:
             return replace(look, error=str(error))
+        # The daemon may name a GPU by its ordinal.
+        uuids = {str(gpu.ordinal): gpu.uuid for gpu in look.applied.gpus} if look.applied else {}
         return replace(
             look,
             faulty=tuple(faulty),
-            clients=_by_gpu(clients, look.applied),
+            clients=Counter(uuids.get(name, name) for name in clients),
             waiting=await anyio.to_thread.run_sync(_waiting, self._directories.log / "control.log"),
         )
 
@@ -114,9 +116,3 @@ def _waiting(log: Path) -> int:
     except OSError:
         return 0
     return len(waiting_clients(text))
-
-
-def _by_gpu(clients: Iterable[str], applied: Applied | None) -> Mapping[str, int]:
-    """Clients by UUID; the daemon may name a GPU by its ordinal, which `applied` knows."""
-    uuids = {str(gpu.ordinal): gpu.uuid for gpu in applied.gpus} if applied else {}
-    return Counter(uuids.get(name, name) for name in clients)

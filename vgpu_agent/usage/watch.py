@@ -21,25 +21,21 @@ from vgpu_agent.model.holders import GpuProcess, Holder, Usage, attribute
 from vgpu_agent.model.node import Node
 from vgpu_agent.usage.containers import LINKS, container_id, holders_by_id
 
-INTERVAL = 15.0
-"""Seconds between two looks at the processes: about as often as metrics are read."""
-
-PROC = Path("/proc")
-
 
 @dataclass
 class UsageWatch:
     """Looks at the processes on the advertised GPUs, every `interval` seconds.
 
-    `call_limit` is how many seconds the driver has for the processes of a GPU. `proc` and `links`
-    stand for /proc and /var/log/containers.
+    By default that is about as often as metrics are read. `call_limit` is how many seconds the
+    driver has for the processes of a GPU. `proc` and `links` stand for /proc and
+    /var/log/containers.
     """
 
     driver: GpuDriver
     node: Node
-    interval: float = INTERVAL
+    interval: float = 15.0
     call_limit: float = 3.0
-    proc: Path = PROC
+    proc: Path = Path("/proc")
     links: Path = LINKS
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
     _last: str | None = None
