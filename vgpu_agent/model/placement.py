@@ -96,8 +96,6 @@ def _more_gpus(
     count = 0
     while sum(by_free[:count]) < wanted:
         count += 1
-    if count == 0:
-        return []
     profile = (
         Counter(by_free[:count])
         if placement is Placement.SPREAD

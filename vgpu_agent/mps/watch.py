@@ -181,7 +181,7 @@ class _Watcher:
         Raises MpsError and StoreError.
         """
         try:
-            defaults = await self._read_back()
+            defaults = await self._control.defaults(self._wanted.memory_limits)
             if self._plan.limits is MpsLimits.SERVER:
                 if self._to_be_set(generation, defaults):
                     defaults = await self._set(generation)
@@ -192,15 +192,10 @@ class _Watcher:
             defaults, problem = self._wanted, str(error)
         return self._applied(generation, defaults, problem)
 
-    async def _read_back(self) -> Defaults:
-        return await self._control.defaults(gpu.ordinal for gpu in self._plan.gpus)
-
     def _to_be_set(self, generation: str, defaults: Defaults) -> bool:
         """Whether setting the defaults can change something: not all that is set must be taken."""
-        memory = self._memory
-        if memory is None:
-            return True
-        if (memory.generation, memory.defaults) != (generation, str(self._wanted)):
+        done = self._memory and (self._memory.generation, self._memory.defaults)
+        if done != (generation, str(self._wanted)):
             return True
         return self._mismatch(defaults) is not None and defaults != self._after_set
 
@@ -209,7 +204,7 @@ class _Watcher:
         await self._control.set_defaults(self._wanted)
         self._memory = _Memory(generation, str(self._wanted), processes.now())
         store.write(self._control.directories.watch_memory, asdict(self._memory), mode=0o600)
-        self._after_set = await self._read_back()
+        self._after_set = await self._control.defaults(self._wanted.memory_limits)
         return self._after_set
 
     def _mismatch(self, defaults: Defaults) -> str | None:
