@@ -130,8 +130,14 @@ async def look_once(
             failed.append(unexpected("driver", error))
 
     async def look_at_daemon() -> None:
-        if rules.sharing.mps:
-            node.set_daemon(await _daemon(partial(make_daemon, settings), timeouts.look))
+        look = DaemonLook(error=f"no answer within {timeouts.look:g} s")
+        try:
+            with anyio.move_on_after(timeouts.look):
+                daemon = make_daemon(settings)
+                look = DaemonLook(error="there is none") if daemon is None else await daemon.look()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is said
+            look = DaemonLook(error=f"it could not be asked: {type(error).__name__}: {error}")
+        node.set_daemon(look)
 
     await asyncio.gather(look_at_gpus(), look_at_daemon())
     report = make_report(
@@ -141,17 +147,6 @@ async def look_once(
     if failed:
         found = tuple(each for each in found if each.name != "driver")
     return (*failed, *found, *kept, *_absent(node))
-
-
-async def _daemon(make: Callable[[], Daemon | None], seconds: float) -> DaemonLook:
-    """A look at the daemon, also where it hangs or stumbles."""
-    try:
-        with anyio.move_on_after(seconds):
-            daemon = make()
-            return DaemonLook(error="there is none") if daemon is None else await daemon.look()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is said
-        return DaemonLook(error=f"it could not be asked: {type(error).__name__}: {error}")
-    return DaemonLook(error=f"no answer within {seconds:g} s")
 
 
 def _recall(directory: Path, node: Node) -> Iterable[Check]:
