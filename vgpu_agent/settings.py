@@ -289,15 +289,15 @@ def read(environment: Mapping[str, str], *names: str) -> Settings:
     return _valid(lambda: EmbeddedSettings.model_validate(given), given)
 
 
-def assume(environment: Mapping[str, str]) -> Settings | None:
-    """The settings with the default of every wrong variable; None where that is wrong too."""
+def assume(environment: Mapping[str, str]) -> Settings:
+    """The settings with the default of every wrong variable."""
     given = _given(environment)
     while True:
         try:
             return EmbeddedSettings.model_validate(given)
         except ValidationError as error:
             if not given:
-                return None
+                raise  # the defaults fit each other
             wrong = {str(problem["loc"][0]) for problem in error.errors()} & given.keys()
             # A default that does not fit what is set is nobody's fault here: keep nothing then.
             given = {name: text for name, text in given.items() if wrong and name not in wrong}

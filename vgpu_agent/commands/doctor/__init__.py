@@ -65,10 +65,7 @@ async def examine(
     """
     checks = guarded("settings", partial(check_settings, settings, environment))
     if isinstance(settings, SettingsError):
-        assumed = configuration.assume(environment)
-        if assumed is None:
-            return checks
-        settings = assumed
+        settings = configuration.assume(environment)
     reports: list[Report] = []
     asking = partial(_ask, settings.state_directory, reports)
     answered = await in_thread("agent", asking, timeouts.ask)
