@@ -33,13 +33,13 @@ def new_node(
 def found(node: Node, gpus: Iterable[Gpu]) -> None:
     """The driver lists these GPUs, and they are well."""
     scan = Scan("simulated", tuple(gpus))
-    node.driver_looked(Driver("simulated", None), scan, {}, memory_used={})
+    node.driver_looked(Driver("simulated", None), scan, {})
 
 
 def probed(node: Node, uuid: str, reading: Reading) -> None:
     """A probe of a GPU read this."""
     driver = node.snapshot.driver
-    node.driver_looked(driver, None, {uuid: (Probed(reading),)}, memory_used={})
+    node.driver_looked(driver, None, {uuid: (Probed(reading),)})
 
 
 def fault_of(node: Node, uuid: str) -> Fault:

@@ -87,8 +87,10 @@ class ShownNode(Node):
         self.driver_looked(
             Driver("550.90.07", None),
             Scan("550.90.07", (*self.gpus, *others)),
-            {gpu.uuid: (Probed(Reading()),) for gpu in self.gpus},
-            memory_used=self.memory,
+            {
+                gpu.uuid: (Probed(Reading(memory_used_bytes=self.memory.get(gpu.uuid))),)
+                for gpu in self.gpus
+            },
         )
 
     def daemon(self, problem: str | None = None) -> None:

@@ -28,6 +28,10 @@ class DriverLibraryError(DriverError):
     """
 
 
+class DriverHangsError(DriverError):
+    """A call to the driver that concerns all GPUs does not return."""
+
+
 class NoAgentError(VgpuAgentError):
     """No running agent answers where it was asked; the message says what does instead."""
 

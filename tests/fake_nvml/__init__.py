@@ -32,10 +32,11 @@ class FakeGpu:
     """What a GPU answers. None: it does not offer that value. Memory is in MiB.
 
     `error` is the NVML error that its memory call answers; a new `epoch` makes older handles lost;
-    every call takes `hang` seconds, or until that is 0 again. `set_mode_error` is what setting its
-    compute mode answers, `handle_error` what asking for a handle of it does. `compute` and `mps`
-    are its two lists of processes, `compute_error` and
-    `mps_error` what asking for them answers instead; that takes `list_hang` seconds.
+    every call takes `hang` seconds, or until that is 0 again, and answers `call_error`; `call`
+    names the one call ("DeviceGetName") that these two are of. `set_mode_error` is what setting its
+    compute mode answers, `handle_error` what asking for its handle does. `compute` and `mps` are
+    its two lists of processes, `compute_error` and `mps_error` what asking for them answers
+    instead; that takes `list_hang` seconds.
     """
 
     uuid: str
@@ -67,6 +68,8 @@ class FakeGpu:
     memory_v2: bool = True
     epoch: int = 0
     hang: float = 0
+    call_error: int = 0
+    call: str | None = None
 
     def line(self) -> str:
         """The GPU in the words of the control file."""
@@ -90,6 +93,7 @@ class FakeNvml:
     driver: str = "570.1"
     init_code: int = 0
     wait_code: int = 0
+    system_call: str = ""
     _events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -165,11 +169,17 @@ class FakeNvml:
         self.wait_code = code or 0
         self._write()
 
+    def system_hang(self, call: str) -> None:
+        """Makes that call ("DeviceGetCount_v2") never return; none where empty."""
+        self.system_call = call
+        self._write()
+
     def _write(self) -> None:
         lines = [
             f"driver {self.driver}",
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
+            f"system_hang {self.system_call}",
             *(shared.line() for shared in self.gpus),
             *self._events,
         ]

@@ -19,15 +19,15 @@ from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu.nvml import NvmlDriver
 
 
-async def scan(driver: NvmlDriver) -> Any:
+async def scan(driver: NvmlDriver, *limits: float) -> Any:
     try:
-        return dataclasses.asdict(await driver.scan())
+        return dataclasses.asdict(await driver.scan(*limits))
     except DriverError as error:
         return {"error": str(error)}
 
 
-async def probe(driver: NvmlDriver, uuid: str) -> Any:
-    return dataclasses.asdict(await driver.probe(uuid))
+async def probe(driver: NvmlDriver, uuid: str, *limit: float) -> Any:
+    return dataclasses.asdict(await driver.probe(uuid, *limit))
 
 
 async def processes(driver: NvmlDriver, uuid: str) -> Any:

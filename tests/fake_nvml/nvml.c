@@ -5,6 +5,8 @@
  *
  *   driver 570.1                 the driver's version
  *   init_error 9                 what nvmlInit answers (0: it works)
+ *   system_hang SystemGetDriverVersion
+ *                                the call of NVML as a whole that does not return: nvml<Name>
  *   wait_error 999               what the wait for events answers at once (0: it works)
  *   card uuid=GPU-a name="NVIDIA L4" memory=24576 ...
  *                                a card; memory in MiB, the fields are in struct card
@@ -12,6 +14,8 @@
  *                                has each, mps=... those of its clients of MPS
  *   event 7 GPU-a 79             XID 79 on that card; "-" is a card that cannot be told
  *   action_event 8 GPU-a         the card's recovery action has changed
+ *
+ *                                `call=Name` limits its hang and call_error to one call: nvml<Name>
  *
  * "-" as a number or a list means that the card does not offer the value. Every event has a number of its
  * own and is delivered once per process, as soon as a thread waits with the card in its event set
@@ -97,6 +101,8 @@ struct card {
     long long memory_v2;     /* 0: only the first version of the memory call works */
     long long epoch;         /* grows when the card was enumerated anew */
     double hang;             /* seconds that every call takes, until the file says 0 */
+    long long call_error;    /* what every call answers */
+    char call[96];           /* the one call that hangs or fails, "-": all */
 };
 
 struct event {
@@ -108,6 +114,7 @@ struct event {
 struct control {
     char driver[80];
     int init_error, wait_error;
+    char system_hang[96];
     int cards, events;
     struct card card[MAX_CARDS];
     struct event event[MAX_EVENTS];
@@ -256,7 +263,7 @@ static void set_field(struct card *card, const char *key, const char *value)
         FIELD(memory), FIELD(reserved), FIELD(used), FIELD(mig), FIELD(compute_mode),
         FIELD(set_mode_error), FIELD(handle_error), FIELD(lost), FIELD(error), FIELD(ecc), FIELD(remap_failed),
         FIELD(remap_pending), FIELD(action), FIELD(energy), FIELD(compute_error), FIELD(mps_error),
-        FIELD(process_v3), FIELD(events), FIELD(memory_v2), FIELD(epoch),
+        FIELD(process_v3), FIELD(events), FIELD(memory_v2), FIELD(epoch), FIELD(call_error),
     };
     size_t i;
 
@@ -280,6 +287,8 @@ static void set_field(struct card *card, const char *key, const char *value)
         parse_processes(&card->mps, value);
     else if (strcmp(key, "hang") == 0)
         card->hang = strtod(value, NULL);
+    else if (strcmp(key, "call") == 0)
+        copy(card->call, sizeof card->call, value);
     else if (strcmp(key, "list_hang") == 0)
         card->list_hang = strtod(value, NULL);
     else
@@ -359,6 +368,7 @@ static bool refresh(void)
         fail("cannot stat %s", path);
     control_read = true;
     control.cards = control.events = control.init_error = control.wait_error = 0;
+    control.system_hang[0] = '\0';
     copy(control.driver, sizeof control.driver, "570.1");
     while (getline(&line, &size, file) > 0) {
         line[strcspn(line, "\n")] = '\0';
@@ -368,6 +378,8 @@ static bool refresh(void)
             control.init_error = (int)number(line + 11);
         else if (strncmp(line, "wait_error ", 11) == 0)
             control.wait_error = (int)number(line + 11);
+        else if (strncmp(line, "system_hang ", 12) == 0)
+            copy(control.system_hang, sizeof control.system_hang, line + 12);
         else if (strncmp(line, "card ", 5) == 0)
             parse_card(line + 5);
         else if (strstr(line, "event ") != NULL)
@@ -421,8 +433,14 @@ static nvmlReturn_t judge(nvmlDevice_t device, struct card *card)
     return SUCCESS;
 }
 
+/* Whether the card's hang and error are of this call. */
+static bool concerned(const struct card *card, const char *call)
+{
+    return card->call[0] == '\0' || strcmp(card->call, "-") == 0 || strcmp(card->call, call) == 0;
+}
+
 /* The card of a handle as it is now, after its hang; what every call on a card begins with. */
-static nvmlReturn_t enter(nvmlDevice_t device, struct card *card)
+static nvmlReturn_t enter_call(nvmlDevice_t device, struct card *card, const char *call)
 {
     double start = now_ms();
     memset(card, 0, sizeof *card);
@@ -432,18 +450,24 @@ static nvmlReturn_t enter(nvmlDevice_t device, struct card *card)
         refresh();
         result = judge(device, card);
         pthread_mutex_unlock(&mutex);
-        if (result != SUCCESS || now_ms() - start >= card->hang * 1e3)
+        if (result != SUCCESS)
             return result;
+        if (!concerned(card, call))
+            return SUCCESS;
+        if (now_ms() - start >= card->hang * 1e3)
+            return (nvmlReturn_t)card->call_error;
         sleep_ms(2);
     }
 }
+
+#define enter(device, card) enter_call(device, card, __func__ + strlen("nvml"))
 
 /* The same, into variables of the call. */
 #define ENTER(device) \
     struct card card; \
     nvmlReturn_t result = enter(device, &card)
 
-static nvmlReturn_t take_handle(const char *uuid, nvmlDevice_t *device)
+static nvmlReturn_t take_handle(const char *uuid, nvmlDevice_t *device, const char *call)
 {
     struct card *card = find_card(uuid), ignored;
 
@@ -454,7 +478,7 @@ static nvmlReturn_t take_handle(const char *uuid, nvmlDevice_t *device)
     }
     *device = handle_of(card);
     pthread_mutex_unlock(&mutex);
-    return enter(*device, &ignored);
+    return enter_call(*device, &ignored, call);
 }
 
 static nvmlReturn_t text(char *to, unsigned int length, const char *from)
@@ -467,13 +491,26 @@ static nvmlReturn_t text(char *to, unsigned int length, const char *from)
 
 /* Library and system */
 
+/* Takes the mutex, once the file does not say that this call hangs. */
+static void lock_system(const char *call)
+{
+    for (;;) {
+        pthread_mutex_lock(&mutex);
+        if (!refresh() || strcmp(control.system_hang, call) != 0)
+            return;
+        pthread_mutex_unlock(&mutex);
+        sleep_ms(2);
+    }
+}
+#define LOCK_SYSTEM() lock_system(__func__ + strlen("nvml"))
+
 nvmlReturn_t nvmlInitWithFlags(unsigned int flags)
 {
     nvmlReturn_t result = SUCCESS;
     int i;
 
     (void)flags;
-    pthread_mutex_lock(&mutex);
+    LOCK_SYSTEM();
     if (!refresh())
         result = DRIVER_NOT_LOADED;
     else if (control.init_error != 0)
@@ -495,7 +532,7 @@ nvmlReturn_t nvmlShutdown(void)
 {
     nvmlReturn_t result = SUCCESS;
 
-    pthread_mutex_lock(&mutex);
+    LOCK_SYSTEM();
     if (references == 0)
         result = UNINITIALIZED;
     else if (--references == 0 && waiters > 0)
@@ -520,7 +557,7 @@ nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
 {
     nvmlReturn_t result = UNINITIALIZED;
 
-    pthread_mutex_lock(&mutex);
+    LOCK_SYSTEM();
     if (references > 0) {
         refresh();
         result = text(version, length, control.driver);
@@ -535,7 +572,7 @@ nvmlReturn_t nvmlDeviceGetCount_v2(unsigned int *count)
 {
     nvmlReturn_t result = SUCCESS;
 
-    pthread_mutex_lock(&mutex);
+    LOCK_SYSTEM();
     if (references == 0)
         result = UNINITIALIZED;
     *count = (unsigned int)enumerated;
@@ -552,7 +589,7 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvmlDevice_t *dev
         pthread_mutex_unlock(&mutex);
         return result;
     }
-    return take_handle(enumerated_uuid[index], device);
+    return take_handle(enumerated_uuid[index], device, "DeviceGetHandleByIndex_v2");
 }
 
 nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device)
@@ -563,7 +600,7 @@ nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device)
     refresh();
     for (i = 0; references > 0 && i < enumerated; i++)
         if (strcmp(enumerated_uuid[i], uuid) == 0)
-            return take_handle(enumerated_uuid[i], device);
+            return take_handle(enumerated_uuid[i], device, "DeviceGetHandleByUUID");
     i = references;
     pthread_mutex_unlock(&mutex);
     return i == 0 ? UNINITIALIZED : NOT_FOUND;
@@ -862,7 +899,7 @@ nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsi
     nvmlReturn_t result = TIMEOUT;
     bool over = false;
 
-    pthread_mutex_lock(&mutex);
+    LOCK_SYSTEM();
     waiters++;
     while (!over) {
         over = now_ms() >= end;

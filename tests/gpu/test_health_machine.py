@@ -118,8 +118,8 @@ class ModelGpu:
         self.known = True
         if new_handle and self.back_after is None:
             self.back_after = now if self.seen is None else self.seen
-        if self.error is not None:
-            self.bad("probe", GOOD, now, wall)
+        if self.hangs or self.error is not None:
+            self.bad("timeout" if self.hangs else "probe", GOOD, now, wall)
             return
         counters = (self.energy, self.ecc)
         back, twice = self.back_after, self.began_again
@@ -250,29 +250,19 @@ class Machine(RuleBasedStateMachine):
             if self.model[uuid].on_bus and self.model[uuid].handle == self.model[uuid].epoch
         }
         lost = set() if self.void else present - hung - answers
-        scan_hangs = any(self.model[uuid].hangs for uuid in self.inserted)
-        if not hung and self.driver_error is not None and not scan_hangs:
-            self.void = True
-            for each in self.model.values():
+        self.void = self.driver_error is not None
+        for uuid, each in self.model.items():
+            there = not self.void and uuid in self.inserted and each.on_bus
+            if there:
+                each.handle, each.described, each.described_mig = each.epoch, True, each.mig
+            if uuid in hung | answers or there:
+                each.probed(now, wall, new_handle=uuid in lost)
+            elif uuid in lost and self.void:
+                each.gone(now, wall)
+            if self.void:
                 if each.described:
                     each.bad("probe", GOOD, now, wall)
-            return
-        if hung or scan_hangs:
-            self.void = self.void or not hung
-            for uuid in present:
-                if uuid in answers:
-                    self.model[uuid].probed(now, wall, new_handle=False)
-                elif uuid in lost:
-                    self.model[uuid].gone(now, wall)
-                else:
-                    self.model[uuid].bad("timeout", GOOD, now, wall)
-            return
-        self.void = False
-        for uuid, each in self.model.items():
-            if uuid in self.inserted and each.on_bus:
-                each.handle, each.described, each.described_mig = each.epoch, True, each.mig
-                each.probed(now, wall, new_handle=uuid in lost)
-            elif each.described or each.known:
+            elif not there and (each.described or each.known):
                 each.handle = None
                 each.gone(now, wall)
                 if now - each.away_since >= LOST_SECONDS:

@@ -197,7 +197,7 @@ WRONG = [
     fault(detail=["deep", [{}]]),
     *(fault(since=each) for each in ("today", None, INFINITE, NOT_A_NUMBER, 1e300, -1, [])),
     *(seen(index=each) for each in ("first", INFINITE, NOT_A_NUMBER, [])),
-    *(seen(memory_bytes=each) for each in (None, INFINITE, "16Gi", {})),
+    *(seen(memory_bytes=each) for each in (INFINITE, "16Gi", {})),
 ]
 
 

@@ -132,7 +132,8 @@ def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
 
 def test_no_gpus_then_gpus(start, fake_nvml):
     child = start()
-    assert child.ask("scan") == {"driver_version": "570.1", "gpus": [], "undescribed": []}
+    scan = {"driver_version": "570.1", "gpus": [], "undescribed": [], "silent": {}}
+    assert child.ask("scan") == scan
     fake_nvml.set_gpus(L4)
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
@@ -186,6 +187,170 @@ def test_a_gpu_without_a_handle_is_shown_and_joins_when_it_answers(start, fake_n
     assert child.ask("scan")["undescribed"] == []
 
 
+DESCRIBING = {
+    "DeviceGetHandleByIndex_v2": "handle",
+    "DeviceGetUUID": "uuid",
+    "DeviceGetName": "name",
+    "DeviceGetPciInfo_v3": "pci address",
+    "DeviceGetMemoryInfo_v2": "memory",
+    "DeviceGetCudaComputeCapability": "compute capability",
+    "DeviceGetMigMode": "mig mode",
+}
+
+
+@pytest.mark.parametrize("call", DESCRIBING)
+def test_a_gpu_that_hangs_hides_no_other_whichever_call_it_is(start, fake_nvml, call):
+    third = FakeGpu("GPU-c", bus="00000000:C0:00.0")
+    child = start()
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=5, call=call), third)
+    for _ in range(2):
+        scan = child.ask("scan", 0.1)
+        assert uuids(scan) == ["GPU-a", "GPU-c"]
+        (silent,) = scan["undescribed"]
+        assert (silent["gpu"]["index"], silent["reason"]) == (1, "timeout")
+        assert f"index 1 does not answer ({DESCRIBING[call]})" in silent["detail"]
+        assert child.ask("probe", "GPU-c")["error"] is None
+    fake_nvml.update("GPU-b", hang=0)
+    assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b", "GPU-c"]
+    # One that is known stays, and says so; a lost one beside it is lost.
+    fake_nvml.update("GPU-b", hang=5)
+    fake_nvml.update("GPU-c", lost=True)
+    scan = child.ask("scan", 0.1)
+    assert (uuids(scan), scan["silent"]) == (["GPU-a", "GPU-b"], {"GPU-b": DESCRIBING[call]})
+    assert child.ask("probe", "GPU-c")["lost"]
+    assert child.ask("probe", "GPU-b", 0.1)["hung"]
+    fake_nvml.update("GPU-b", hang=0)
+    fake_nvml.update("GPU-c", lost=False)
+    assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b", "GPU-c"]
+    assert not child.ask("probe", "GPU-b")["hung"]
+
+
+def test_gpus_that_are_slow_do_not_hang_and_are_not_waited_for_at_first(start, fake_nvml):
+    slow = [FakeGpu(f"GPU-{n}", bus=f"00000000:{n + 1:02X}:00.0", hang=0.1) for n in range(16)]
+    child = start()
+    fake_nvml.set_gpus(L4, *slow)
+    scan = child.ask("scan", 0.5, 0.3)
+    assert uuids(scan) == ["GPU-a"]
+    assert {each["reason"] for each in scan["undescribed"]} == {"timeout"}
+    # All its calls together take longer than one may.
+    assert len(uuids(child.ask("scan", 0.5))) == 17
+    assert child.ask("probe", "GPU-3", 0.5)["error"] is None
+
+
+@pytest.mark.parametrize(
+    "call", ["InitWithFlags", "SystemGetDriverVersion", "DeviceGetCount_v2", "Shutdown"]
+)
+def test_a_call_that_concerns_all_gpus_and_hangs_is_an_error(start, fake_nvml, call):
+    child = start(*(() if call == "InitWithFlags" else (L4,)))
+    fake_nvml.set_gpus(L4)
+    fake_nvml.system_hang(call)
+    if call == "Shutdown":
+        assert child.ask("release") is False
+    for _ in range(2):
+        assert "did not answer within 0.1 s" in child.ask("scan", 0.1)["error"]
+    fake_nvml.system_hang("")
+    time.sleep(0.1)
+    assert uuids(child.ask("scan")) == ["GPU-a"]
+
+
+@pytest.mark.parametrize("code", [4, 15, 999])
+@pytest.mark.parametrize("call", ["DeviceGetMigMode", "DeviceGetCudaComputeCapability"])
+def test_what_decides_about_a_gpu_is_not_guessed(start, fake_nvml, call, code):
+    child = start()
+    odd = dataclasses.replace(SECOND, mig=1, call=call, call_error=code)
+    fake_nvml.set_gpus(L4, odd)
+    scan = child.ask("scan")
+    assert uuids(scan) == ["GPU-a"]
+    assert [each["reason"] for each in scan["undescribed"]] == ["error"]
+    fake_nvml.update("GPU-b", call_error=0)
+    whole = child.ask("scan")
+    assert whole["gpus"][1]["mig"]
+    fake_nvml.update("GPU-b", call_error=code)
+    assert child.ask("scan")["gpus"][1:] == (whole["gpus"][1:] if code != GPU_IS_LOST else [])
+    fake_nvml.update("GPU-b", call_error=3)  # not offered, which is an answer
+    assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b"]
+
+
+@pytest.mark.parametrize("code", [4, 10, 999])
+def test_what_a_gpu_should_say_and_does_not_is_missing_until_it_does(start, fake_nvml, code):
+    child = start(L4)
+    for call, what in (
+        ("DeviceGetTotalEccErrors", "ecc errors"),
+        ("DeviceGetRemappedRows", "remapped rows"),
+        ("DeviceGetComputeMode", "compute mode"),
+        ("DeviceGetFieldValues", "recovery action"),
+    ):
+        fake_nvml.update("GPU-a", call=call, call_error=code)
+        reading = child.ask("probe", "GPU-a")
+        assert (list(reading["missing"]), reading["error"]) == ([what], None)
+    fake_nvml.update("GPU-a", call_error=0)
+    assert child.ask("probe", "GPU-a")["missing"] == {}
+
+
+@pytest.mark.parametrize("call", ["DeviceGetSupportedEventTypes", "DeviceRegisterEvents"])
+@pytest.mark.parametrize("code", [3, 15, 999])
+def test_events_are_asked_for_again_unless_there_are_none(start, fake_nvml, call, code):
+    child = start()
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, call=call, call_error=code))
+    child.ask("scan")
+    child.ask("events", 1)
+    assert list(child.ask("probe", "GPU-b")["missing"]) == ["events"]
+    assert child.ask("probe", "GPU-a")["missing"] == {}
+    fake_nvml.xid("GPU-a", 79)
+    assert child.ask("events", 1) == [["XidEvent", "GPU-a", 79]]
+    fake_nvml.update("GPU-b", call_error=0)
+    child.ask("advance", 6)
+    child.ask("events", 1)
+    there = {} if code != 3 else {"events": "Not Supported"}
+    assert child.ask("probe", "GPU-b")["missing"] == there
+    fake_nvml.xid("GPU-b", 79)
+    assert child.ask("events", 1) == ([] if there else [["XidEvent", "GPU-b", 79]])
+
+
+def test_events_of_other_gpus_come_while_a_registration_hangs(start, fake_nvml):
+    child = start()
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=5, call="DeviceRegisterEvents"))
+    child.ask("scan")
+    fake_nvml.xid("GPU-a", 79)
+    assert child.ask("events", 9) == [["XidEvent", "GPU-a", 79]]
+    assert child.ask("probe", "GPU-b", 0.1)["hung"]  # a call over its limit is a fault of its GPU
+    fake_nvml.update("GPU-b", hang=0)
+
+
+@pytest.mark.parametrize("code", [1, 3, 999])
+def test_waits_for_events_that_fail_are_told_for_as_long_as_they_do(start, fake_nvml, code):
+    child = start(L4)
+    child.ask("events", 1)
+    fake_nvml.wait_error(code)
+    for _ in range(3):
+        assert child.ask("events", 1) == []
+        assert "the wait for events fails" in child.ask("probe", "GPU-a")["missing"]["events"]
+    fake_nvml.wait_error(None)
+    child.ask("advance", 30)
+    child.ask("events", 2)
+    assert child.ask("probe", "GPU-a")["missing"] == {}
+    fake_nvml.xid("GPU-a", 79)
+    assert child.ask("events", 1) == [["XidEvent", "GPU-a", 79]]
+
+
+@pytest.mark.parametrize("code", [3, 13, 25])
+def test_a_gpu_that_shares_the_hosts_memory_has_none_that_is_known(start, fake_nvml, code):
+    child = start(dataclasses.replace(L4, error=code))
+    (gpu,) = child.ask("scan")["gpus"]
+    assert (gpu["memory_bytes"], gpu["reserved_bytes"]) == (None, 0)
+    reading = child.ask("probe", "GPU-a")
+    assert (reading["error"], reading["memory_used_bytes"]) == (None, None)
+    fake_nvml.update("GPU-a", call="DeviceGetUUID", call_error=999)
+    assert child.ask("probe", "GPU-a")["error"]
+
+
+def test_a_gpu_without_any_memory_is_no_gpu_yet(start, fake_nvml):
+    child = start()
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, memory=0))
+    (silent,) = child.ask("scan")["undescribed"]
+    assert "0 bytes of memory" in silent["detail"]
+
+
 def test_odd_text_and_two_of_one_uuid_cost_no_other_gpu(start, fake_nvml):
     odd = b"NVIDIA \xf8\x95\x8f\x8d".decode(errors="surrogateescape")
     gpus = [
@@ -228,6 +393,7 @@ def test_reads_a_gpu(start, fake_nvml):
         "compute_mode": 0,
         "memory_used_bytes": 0,
         "energy_millijoules": 1000,
+        "missing": {},
     }
     assert child.ask("probe", "GPU-a") == healthy
     changed = {"ecc": 3, "remap_failed": 1, "remap_pending": 1, "action": 1, "used": 7}
@@ -263,6 +429,7 @@ def test_what_a_gpu_does_not_offer_is_no_fault(start, fake_nvml):
         "recovery_action": None,
         "compute_mode": None,
         "energy_millijoules": None,
+        "missing": {},
         "memory_used_bytes": 513 * MIB,  # the old call counts what is reserved
     }
 
@@ -378,7 +545,7 @@ def test_leaving_while_a_thread_waits_is_orderly(start, fake_nvml):
 
 def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(start, fake_nvml):
     child = start(L4, SECOND)
-    fake_nvml.update("GPU-a", hang=60)
+    fake_nvml.update("GPU-a", hang=5)
     found = child.ask("hang", "GPU-a", 0.1, 4)
     assert found["timeouts"] == 4
     assert found["ticks"] > 10
@@ -457,7 +624,7 @@ def test_asking_for_processes_does_not_open_what_was_let_go_of(start, fake_nvml)
 def test_a_list_of_processes_that_hangs_costs_one_thread_and_holds_up_no_probe(start, fake_nvml):
     child = start(L4, SECOND)
     child.ask("probe", "GPU-a")  # which leaves an idle thread
-    fake_nvml.update("GPU-a", list_hang=60)
+    fake_nvml.update("GPU-a", list_hang=5)
     found = child.ask("hang", "GPU-a", 0.1, 4, "processes")
     assert found["timeouts"] == 4
     assert found["ticks"] > 10

@@ -1,11 +1,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 import anyio
 import pytest
 
 from tests.gpu.watched import WALL, Watched
-from vgpu_agent.errors import DriverError, DriverLibraryError
+from vgpu_agent.errors import DriverError, DriverHangsError, DriverLibraryError
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan
@@ -38,12 +39,12 @@ class Moody(SimulatedDriver):
     scan_hangs = False
     scans = waits = 0
 
-    async def scan(self) -> Scan:
+    async def scan(self, limit: float = 3, patience: float = inf) -> Scan:
         self.scans += 1
         if self.scan_hangs:
             await self.release()  # the session is being opened again
-            await anyio.sleep_forever()
-        return await super().scan()
+            raise DriverHangsError(f"NVML did not answer within {limit:g} s")
+        return await super().scan(limit, patience)
 
     async def next_events(self) -> Sequence[GpuEvent]:
         self.waits += 1
@@ -322,10 +323,10 @@ async def test_a_look_that_hangs_ends_nothing_and_does_not_go_unseen(driver, rel
         await release(node, seconds=60)
     else:
         await node.look(after=5)
-        assert (node.healthy, node.snapshot.driver.up) == ([1], True)  # the handles answer
+        assert (node.healthy, node.snapshot.driver.up) == ([1], False)  # the handles answer
         await node.look(after=5)
     assert (node.reasons(ONE), node.reasons(TWO)) == ("xid timeout", "timeout")
-    assert node.snapshot.driver.error == "the driver did not answer within 0.02 s"
+    assert node.snapshot.driver.error == "NVML did not answer within 0.02 s"
     assert "INFO driver simulated answers" not in node.logged()[2:]
     driver.scan_hangs = False
     await node.look(after=5)

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -71,10 +72,11 @@ def test_without_shared_memory_directory_the_container_keeps_its_own():
     assert grant(ONE_GPU, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(PIPE, PIPE),)
 
 
-def test_a_share_of_no_memory_is_refused_with_the_settings_that_can_be_the_reason():
-    nothing = Inventory((a_shared_gpu(GPU, 10, reserved=2**40),))
-    with pytest.raises(UnavailableDeviceError, match=r"0 usable bytes.*VGPU_MEMORY_RESERVED"):
-        grant(nothing, ids(L4, 0), MPS)
+def test_a_share_of_memory_that_is_not_known_is_not_told():
+    shared = Inventory((replace(a_shared_gpu(GPU, 10), usable_bytes=None), *THREE_GPUS.gpus))
+    for names in (ids(L4, 0, 1), ids(L4, 0) + ids("large", 1)):
+        got = grant(shared, names, SharingRules(mps=False)).environment
+        assert {name for name in got if name.startswith("VGPU_")} == {"VGPU_SHARE"}
 
 
 # Several GPUs

@@ -49,7 +49,7 @@ class Clocked(Node):
     def looked(self, *gpus: Gpu, events: dict[str, HealthEvent] | None = None) -> None:
         happened = {gpu.uuid: (GOOD,) for gpu in gpus}
         happened |= {uuid: (event,) for uuid, event in (events or {}).items()}
-        self.driver_looked(Driver("1", None), Scan("1", gpus), happened, memory_used={})
+        self.driver_looked(Driver("1", None), Scan("1", gpus), happened)
 
     def xid(self, *xids: tuple[str | None, int]) -> None:
         self.driver_events([XidEvent(uuid, xid) for uuid, xid in xids])
@@ -191,8 +191,8 @@ def test_unlisted_gpus_have_a_bound_and_are_forgotten():
 
 def test_without_health_checks_a_gpu_that_is_gone_is_no_fault():
     node = Clocked(health_checks=False)
-    node.driver_looked(Driver("1", None), Scan("1", (ONE,)), {}, memory_used={})
-    node.driver_looked(Driver("1", None), Scan("1", ()), {}, memory_used={})
+    node.driver_looked(Driver("1", None), Scan("1", (ONE,)), {})
+    node.driver_looked(Driver("1", None), Scan("1", ()), {})
     assert node.healthy == ["gpu-0"]
 
 

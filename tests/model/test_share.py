@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.model.strategies import a_gpu, a_shared_gpu, tried
 from vgpu_agent.model.devices import Excluded, Gpu
-from vgpu_agent.model.rules import MIB, MPS_SERVER_MARGIN, SharingRules, Threads
+from vgpu_agent.model.rules import MIB, MPS_SERVER_MARGIN, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide, fraction, thread_percentage
 
 memory = st.integers(0, 2**40)
@@ -108,7 +108,6 @@ def by(replicas_by_gpu, **rules) -> SharingRules:
     [
         (PLAIN, Divided(10, ALL)),
         (replace(PLAIN, memory_reserved=GIB), Divided(10, 23 * GIB)),
-        (replace(PLAIN, memory_reserved=25 * GIB), Divided(10, 0)),
         (SharingRules(), Divided(10, ALL - MPS_SERVER_MARGIN)),
         (SharingRules(memory_reserved=GIB), Divided(10, 23 * GIB)),
         (replace(PLAIN, device_memory=8 * GIB), Divided(3, ALL, 8 * GIB)),
@@ -148,6 +147,7 @@ def test_settings_name_a_gpu_by_the_index_that_it_had_first():
 
 
 OLD = replace(GPU, compute_capability=(6, 1))
+SHARED = replace(GPU, memory_bytes=None)  # memory of the host's
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,20 @@ OLD = replace(GPU, compute_capability=(6, 1))
         (GPU, PLAIN, (), "cdi", ["nvidia.com/gpu=GPU-a", "nvidia-ctk cdi generate"]),
         (GPU, by({"3": 0}), None, "replicas", ["leaves this GPU to others"]),
         (GPU, replace(PLAIN, device_memory=25 * GIB), None, "memory", ["24576 MiB", "25600 MiB"]),
+        (
+            GPU,
+            replace(PLAIN, memory_reserved=25 * GIB),
+            None,
+            "memory",
+            ["0 bytes", "MEMORY_RESERVED"],
+        ),
+        (replace(GPU, memory_bytes=0), PLAIN, None, "memory", ["0 bytes"]),
+        (replace(GPU, memory_bytes=10 * MIB - 1), PLAIN, None, "memory", ["1 MiB for each of 10"]),
+        (SHARED, replace(PLAIN, device_memory=GIB), None, "memory", ["VGPU_DEVICE_MEMORY"]),
+        *(
+            (SHARED, SharingRules(mps_limits=limits), None, "memory", [f"VGPU_MPS_LIMITS={limits}"])
+            for limits in (MpsLimits.CLIENT, MpsLimits.SERVER)
+        ),
     ],
 )
 def test_a_gpu_that_is_not_shared_is_excluded_with_what_to_do(gpu, rules, cdi_names, reason, words):
@@ -171,6 +185,9 @@ def test_what_only_some_ways_of_sharing_require_excludes_nothing_elsewhere():
     assert divide(OLD, PLAIN) == Divided(10, ALL)
     assert divide(replace(GPU, compute_capability=None), SharingRules()).replicas == 10
     assert divide(GPU, PLAIN, cdi_names=["0", "GPU-a"]) == Divided(10, ALL)
+    assert divide(replace(GPU, memory_bytes=10 * MIB), PLAIN) == Divided(10, 10 * MIB)
+    for rules in (PLAIN, by({"3": 1}, device_memory=GIB), SharingRules(mps_limits=MpsLimits.NONE)):
+        assert divide(SHARED, rules) == Divided(1 if rules.device_memory else 10, None)
 
 
 @given(st.integers(1, 2**38), st.integers(1, 2**36), st.integers(0, 2**34), st.booleans())

@@ -35,7 +35,7 @@ def make_node(limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
 
 def see(node: Node, gpus=GPUS) -> None:
     """The driver shows these GPUs."""
-    node.driver_looked(Driver("1", None), Scan("1", gpus), {}, memory_used={})
+    node.driver_looked(Driver("1", None), Scan("1", gpus), {})
 
 
 def judged(look: DaemonLook, limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:

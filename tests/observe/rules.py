@@ -208,6 +208,7 @@ SNAPSHOT = Snapshot(
         MappingProxyType({"GPU-a": 3, "GPU-x": 1}),
     ),
     memory_used=MappingProxyType({"GPU-a": 10 * GIB}),
+    missing=MappingProxyType({"GPU-a": {"events": "Not Supported"}}),
 )
 """GPU-a is well, and RESNET uses more of it than its share; GPU-b is lost; GPU-x is no GPU of ours.
 

@@ -229,7 +229,7 @@ async def test_unknown_holders_are_not_shown_as_free(browser, node):
 
 async def test_a_node_without_a_driver_and_gpus_says_so(browser):
     node = ShownNode()
-    node.driver_looked(Driver(None, "no NVIDIA driver library"), None, {}, memory_used={})
+    node.driver_looked(Driver(None, "no NVIDIA driver library"), None, {})
     async with showing(browser, node) as tab:
         await expect(tab.page.locator("#none")).to_have_text(
             "No GPU is shared: no NVIDIA driver library."

@@ -346,7 +346,7 @@ async def test_the_report_is_that_of_the_newest_snapshot(own_site):
     assert reply.headers["content-type"] == "application/json"
     assert json.loads(reply.body) == {"gpus": 0}
     gpu = Gpu("GPU-a", 0, "NVIDIA L4", 1 << 34, "00000000:01:00.0")
-    own_site.node.driver_looked(Driver("1", None), Scan("1", (gpu,)), {}, memory_used={})
+    own_site.node.driver_looked(Driver("1", None), Scan("1", (gpu,)), {})
     assert json.loads((await own_site.get("/status.json")).body) == {"gpus": 1}
 
 
@@ -399,7 +399,7 @@ async def test_an_agent_is_ready_while_the_kubelet_follows_its_list_also_without
 
     node = own_site.node
     assert await answer() == (503, b"not registered: starting\n")
-    node.driver_looked(Driver(None, "no driver"), None, {}, memory_used={})
+    node.driver_looked(Driver(None, "no driver"), None, {})
     node.registration_tried(RegistrationResult.REFUSED, "the kubelet refused")
     assert await answer() == (503, b"not registered: the kubelet refused\n")
     node.registration_tried(RegistrationResult.REGISTERED)

@@ -194,7 +194,7 @@ class Node:
         node = make_node(self.settings)
         async with make_driver(self.settings) as driver:
             scan = await driver.scan()
-        node.driver_looked(Driver(scan.driver_version, None), scan, {}, memory_used={})
+        node.driver_looked(Driver(scan.driver_version, None), scan, {})
         return node.snapshot.inventory
 
     def wait_health(self, *, healthy: bool, timeout: float = 30) -> float:

@@ -80,7 +80,7 @@ class Node:
 
     def look(self, driver: Driver, scan: Scan | None) -> None:
         """The driver was looked at so."""
-        self.model.driver_looked(driver, scan, {}, memory_used={})
+        self.model.driver_looked(driver, scan, {})
 
     def end(self, pid: int) -> None:
         (self.watch.proc / str(pid) / "cgroup").unlink()

@@ -116,28 +116,29 @@ def _gpus(report: Report) -> Iterator[Check]:
 
 
 def _overview(gpu: GpuReport) -> Check:
-    detail = f"{gpu.model} {gpu.uuid}, {gpu.memory_bytes // MIB} MiB"
-    detail += f"; {gpu.vgpus.total} vGPUs of {gpu.vgpu_bytes // MIB} MiB"
-    if gpu.healthy and gpu.vgpu_bytes >= MIB:
+    detail = f"{gpu.model} {gpu.uuid}, {_memory(gpu.memory_bytes)}"
+    detail += f"; {gpu.vgpus.total} vGPUs of {_memory(gpu.vgpu_bytes)}"
+    if gpu.healthy:
         return Check(f"GPU {gpu.index}", OK, f"{detail}; healthy")
     return Check(f"GPU {gpu.index}", FAIL, f"{detail}; no vGPU can be given", "see below")
+
+
+def _memory(count: int | None) -> str:
+    return "memory not known" if count is None else f"{count // MIB} MiB"
 
 
 def _findings(gpu: GpuReport | ExcludedReport) -> Iterator[Check]:
     name = f"GPU {gpu.index}"
     if isinstance(gpu, ExcludedReport):
         detail = f"{gpu.model} {gpu.uuid} is excluded ({gpu.reason}): {gpu.detail}"
-        # The detail says what to do.
-        verdict = OK if gpu.reason == "replicas" else WARN
+        # The detail says what to do; of a GPU that says nothing it is not known what it would be.
+        verdict = {"replicas": OK, "error": FAIL, "timeout": FAIL}.get(gpu.reason, WARN)
         yield Check(name, verdict, detail, "do that, or leave it to others")
         return
     for fault in gpu.faults:
         until = " (until a reset)" if fault.until_reset else ""
         words = f"{fault.reason} since {fault.since}: {fault.detail}{until}"
         yield Check(f"{name} health", FAIL, words, fault.advice or _AGENT_LOG)
-    if gpu.vgpu_bytes < MIB:
-        advice = "lower VGPU_REPLICAS or VGPU_MEMORY_RESERVED"
-        yield Check(f"{name} vGPUs", FAIL, "too little memory for any container", advice)
     for note in gpu.notes:
         yield Check(f"{name} note", WARN, note, "see docs/health.md and docs/settings.md")
     if gpu.unattributed_processes:

@@ -92,7 +92,7 @@ def watch_plan(scan: Scan, rules: SharingRules) -> Applied:
         if isinstance(divided, Divided):
             limit = None
             if server:  # in whole MiB, as the daemon takes it
-                size = divided.vgpu_bytes or divided.usable_bytes // divided.replicas
+                size = divided.vgpu_bytes or (divided.usable_bytes or 0) // divided.replicas
                 limit = size // MIB * MIB
             gpus.append(AppliedGpu(gpu.uuid, order.index(gpu.uuid), divided.replicas, limit))
     # The daemon knows one number for all GPUs.

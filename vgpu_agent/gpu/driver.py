@@ -1,5 +1,6 @@
 """The seam between the agent and a source of GPUs: what every driver can be asked."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
@@ -8,6 +9,9 @@ import anyio
 
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
+
+CALL_LIMIT = 3.0
+"""Seconds; a call to the driver that takes longer hangs."""
 
 
 class GpuDriver(ABC):
@@ -25,11 +29,15 @@ class GpuDriver(ABC):
             await self.release()
 
     @abstractmethod
-    async def scan(self) -> Scan:
-        """Looks at all GPUs, with fresh handles."""
+    async def scan(self, limit: float = CALL_LIMIT, patience: float = math.inf) -> Scan:
+        """Looks at all GPUs, with fresh handles.
+
+        A call that takes more than `limit` seconds hangs. What was not found within `patience`
+        seconds is not waited for.
+        """
 
     @abstractmethod
-    async def probe(self, uuid: str) -> Reading:
+    async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
         """Asks one GPU how it is, by the handle of the last scan; without one it is lost."""
 
     @abstractmethod

@@ -1,13 +1,14 @@
 """GPUs that exist in memory, with faults on demand: the driver of `make run` and of trials."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import anyio
 
 from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.model.devices import Gpu
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.model.holders import GpuProcess
@@ -62,20 +63,21 @@ class SimulatedDriver(GpuDriver):
         """All GPUs, also those that are away."""
         return tuple(shared.gpu for shared in self._gpus.values())
 
-    async def scan(self) -> Scan:
+    async def scan(self, limit: float = CALL_LIMIT, patience: float = math.inf) -> Scan:  # noqa: ARG002
         """All GPUs on the bus, with fresh handles."""
-        while any(shared.hangs for shared in self._gpus.values()):
-            await self._changed.wait()
         if self._error is not None:
             raise self._error
         present = [shared for shared in self._gpus.values() if shared.on_the_bus]
         self._handles = {shared.gpu.uuid: shared.epoch for shared in present}
         return Scan(DRIVER_VERSION, tuple(shared.gpu for shared in present))
 
-    async def probe(self, uuid: str) -> Reading:
+    async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
         """A GPU is lost where it fell off the bus or was enumerated again since the last scan."""
-        while (shared := self._gpus.get(uuid)) is not None and shared.hangs:
-            await self._changed.wait()
+        with anyio.move_on_after(limit):
+            while (shared := self._gpus.get(uuid)) is not None and shared.hangs:
+                await self._changed.wait()
+        if shared is not None and shared.hangs:
+            return Reading.silent("probe", limit)
         if shared is None or not shared.on_the_bus or self._handles.get(uuid) != shared.epoch:
             return Reading(lost=True)
         return shared.reading

@@ -4,17 +4,18 @@ They ask the driver and hand what it answers to the node, as values; what it mea
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskStatus
 
-from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.model.devices import Effect
+from vgpu_agent.errors import DriverError, DriverHangsError
+from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
+from vgpu_agent.model.devices import Effect, Excluded, Gpu
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.model.health import HealthEvent, Probed, ResetDone
 from vgpu_agent.model.node import Node
@@ -28,17 +29,23 @@ log = logging.getLogger(__name__)
 class Intervals:
     """Seconds. `call_limit`: a call to the driver that takes longer counts as hung.
 
+    `first_look`: a GPU that has not answered by then is not waited for at the start.
     `driver_retry`: between two looks for a driver that cannot be asked, or that has no GPU.
     `event_pause`: between two looks that events ask for, however many come. `release`: for which
     NVML is closed, so that GPUs can be reset; `release_pause`: between two releases that nobody
     asked for.
     """
 
-    call_limit: float = 3.0
+    call_limit: float = CALL_LIMIT
+    first_look: float = 1.0
     driver_retry: float = 30.0
     event_pause: float = 0.1
     release: float = 60.0
     release_pause: float = 60.0
+
+
+def _late(gpu: Gpu) -> Excluded:
+    return Excluded(gpu, "timeout", "it has not answered its first probe yet")
 
 
 @dataclass
@@ -73,7 +80,7 @@ class GpuWatch:
                 "VGPU_HEALTH_CHECKS=off: no fault of any GPU will be noticed; pods will be put on"
                 " broken GPUs"
             )
-        await self.look()
+        await self.look(patience=self.intervals.first_look)
         task_status.started()
         async with anyio.create_task_group() as tasks:
             if self.node.rules.health.health_checks:
@@ -115,11 +122,12 @@ class GpuWatch:
 
     # Looks
 
-    async def look(self) -> None:
+    async def look(self, patience: float = math.inf) -> None:
         """Probes every GPU by its old handle, then looks at all GPUs with fresh ones.
 
         A GPU that is lost to its handle and there again is probed by its new one: what a reset ends
-        is ended by what is read after it. All of it becomes one change of the node.
+        is ended by what is read after it. All of it becomes one change of the node. For what has
+        not answered after `patience` seconds the next look waits, which is at once.
         """
         checks = self.node.rules.health.health_checks
         readings = await self._probe(self.node.snapshot.present) if checks else {}
@@ -129,80 +137,84 @@ class GpuWatch:
         scan: Scan | None = None
         problem: DriverError | None = None
         names: frozenset[str] | None = None
-        if not any(each.hung for each in readings.values()):
-            # A look at all GPUs would hang where one of them hangs.
-            scan, problem = await self._scan()
-            self._handles_void = scan is None
-        if scan is None and problem is None and checks:
-            # Nothing is known of a GPU that has no handle.
-            readings = {**dict.fromkeys(self.node.snapshot.present, self._hung), **readings}
+        try:
+            scan = await self.driver.scan(self.intervals.call_limit, patience)
+        except DriverError as error:
+            problem = error
+        self._handles_void = scan is None
         lost = {uuid for uuid, each in readings.items() if each.lost}
         if scan is not None and checks:
             there = {gpu.uuid for gpu in scan.gpus}
-            readings |= await self._probe(there - (readings.keys() - lost))
+            readings |= await self._probe(there - (readings.keys() - lost), patience)
+            late = [gpu for gpu in scan.gpus if gpu.uuid not in readings]
+            scan = replace(
+                scan,
+                gpus=tuple(gpu for gpu in scan.gpus if gpu not in late),
+                undescribed=(*scan.undescribed, *map(_late, late)),
+            )
         if self.cdi_names is not None:
             names = await anyio.to_thread.run_sync(self.cdi_names)
-        if problem is not None:
-            readings = dict.fromkeys(self.node.snapshot.gpus, Reading(error=str(problem)))
         self.node.driver_looked(
             self._driver(scan, problem, readings),
             scan,
-            self._events(readings, lost) if checks else {},
-            memory_used={
-                uuid: reading.memory_used_bytes
-                for uuid, reading in readings.items()
-                if reading.memory_used_bytes is not None
-            },
+            self._events(scan, problem, readings, lost) if checks else {},
             cdi_names=names,
         )
-        await self._judge_driver(scan, problem, readings)
+        if any(each.reason == "timeout" for each in (scan.undescribed if scan else ())):
+            self._wake.set()
+        if patience == math.inf or problem is not None:
+            await self._judge_driver(scan, problem, readings)
 
     def _events(
-        self, readings: Mapping[str, Reading], lost: Collection[str]
-    ) -> dict[str, Sequence[HealthEvent]]:
-        return {
-            uuid: (Probed(reading, new_handle=uuid in lost and not reading.lost),)
+        self,
+        scan: Scan | None,
+        problem: DriverError | None,
+        readings: Mapping[str, Reading],
+        lost: Collection[str],
+    ) -> Mapping[str, Sequence[HealthEvent]]:
+        """What was read of each GPU, and then what else was found: neither hides the other."""
+        events: dict[str, list[HealthEvent]] = {
+            uuid: [Probed(reading, new_handle=uuid in lost and not reading.lost)]
             for uuid, reading in readings.items()
         }
+        found = {} if scan is None else scan.silent
+        also = {
+            uuid: Reading.silent(what, self.intervals.call_limit) for uuid, what in found.items()
+        }
+        if isinstance(problem, DriverHangsError):
+            # Nothing is known of a GPU that has no handle; the others answer by theirs.
+            unread = self.node.snapshot.present - readings.keys()
+            also = dict.fromkeys(unread, Reading(hung=True, error=str(problem)))
+        elif problem is not None:
+            also = dict.fromkeys(self.node.snapshot.gpus, Reading(error=str(problem)))
+        for uuid, reading in also.items():
+            events.setdefault(uuid, []).append(Probed(reading))
+        return events
 
     def _driver(
         self, scan: Scan | None, problem: DriverError | None, readings: Mapping[str, Reading]
     ) -> Driver:
         if scan is not None:
-            return Driver(scan.driver_version, None)
-        version = self.node.snapshot.driver.version
-        if problem is not None:
-            return Driver(version, str(problem))
-        # Where any GPU answers, the probes say what is wrong.
-        hangs = all(each.hung for each in readings.values())
-        return Driver(version, self._hung.error if hangs else None)
+            # Where any GPU answers, the probes say what is wrong.
+            hangs = readings and all(each.hung for each in readings.values())
+            why = next(iter(readings.values())).error if hangs else None
+            return Driver(scan.driver_version, why)
+        return Driver(self.node.snapshot.driver.version, str(problem))
 
-    @property
-    def _hung(self) -> Reading:
-        seconds = self.intervals.call_limit
-        return Reading(hung=True, error=f"the driver did not answer within {seconds:g} s")
-
-    async def _probe(self, uuids: Collection[str]) -> dict[str, Reading]:
-        """A reading of each GPU, all at once."""
-        readings = dict.fromkeys(uuids, self._hung)
+    async def _probe(
+        self, uuids: Collection[str], patience: float = math.inf
+    ) -> dict[str, Reading]:
+        """A reading of each GPU that answers in time, all at once."""
+        readings = dict[str, Reading]()
 
         async def probe(uuid: str) -> None:
-            with anyio.move_on_after(self.intervals.call_limit):
-                readings[uuid] = await self.driver.probe(uuid)
+            readings[uuid] = await self.driver.probe(uuid, self.intervals.call_limit)
 
-        async with anyio.create_task_group() as tasks:
-            for uuid in uuids:
-                tasks.start_soon(probe, uuid)
+        with anyio.move_on_after(patience):
+            async with anyio.create_task_group() as tasks:
+                for uuid in uuids:
+                    tasks.start_soon(probe, uuid)
         return readings
-
-    async def _scan(self) -> tuple[Scan | None, DriverError | None]:
-        """All GPUs, or why not; neither where the driver hangs."""
-        try:
-            with anyio.move_on_after(self.intervals.call_limit):
-                return await self.driver.scan(), None
-        except DriverError as error:
-            return None, error
-        return None, None
 
     async def _judge_driver(
         self, scan: Scan | None, problem: DriverError | None, readings: Mapping[str, Reading]
@@ -215,6 +227,8 @@ class GpuWatch:
         """
         rules, now = self.node.rules.health, self.clock()
         answers = any(each.answered for each in readings.values())
+        if problem is not None and not isinstance(problem, DriverHangsError):
+            answers = False  # by handles that are void now
         if scan is not None and not (scan.undescribed or self.node.snapshot.gpus):
             answers = True  # there is none to answer
         if answers or (scan is not None and not rules.health_checks):

@@ -49,7 +49,7 @@ class _Part:
         return f"{self.vgpus}/{self.shared.replicas}"
 
     @property
-    def memory(self) -> int:
+    def memory(self) -> int | None:
         return self.shared.share_bytes(self.vgpus)
 
 
@@ -64,27 +64,17 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
         for shared in sorted(inventory.gpus, key=lambda shared: pci_order(shared.gpu.pci_bus_id))
         if shared.gpu.uuid in counts
     ]
-    for part in parts:
-        if part.memory < MIB:
-            raise UnavailableDeviceError(
-                f"GPU {part.shared.gpu.uuid} has {part.shared.usable_bytes} usable bytes:"
-                f" {part.share} of them is less than 1 MiB; VGPU_REPLICAS or VGPU_MEMORY_RESERVED"
-                " is too large for it"
-            )
     if rules.mps and rules.mps_limits is MpsLimits.SERVER and len(device_ids) > 1:
         raise InvalidRequestError(
             f"{len(device_ids)} vGPUs for one container, but with VGPU_MPS_LIMITS=server the daemon"
             " grants every client the limits of one: ask for 1, or set VGPU_MPS_LIMITS=client"
         )
-    fractions = [fraction(part.memory, part.shared.gpu.memory_bytes) for part in parts]
     environment = {
         # In PCI order, and CUDA must count so too, or its ordinals would not be ours.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        # Of one GPU each; on several GPUs the smallest, which is what one number can promise.
         "VGPU_SHARE": ",".join(part.share for part in parts),
-        "VGPU_MEMORY_BYTES": str(min(part.memory for part in parts)),
-        "VGPU_MEMORY_FRACTION": f"{min(fractions):.4f}",
     }
+    environment |= _memory_environment(parts)
     uuids = [part.shared.gpu.uuid for part in parts]
     visible, mounts = _visible_devices(uuids, rules.device_list)
     environment["NVIDIA_VISIBLE_DEVICES"] = visible
@@ -95,6 +85,20 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
             mounts.append(Mount(rules.mps_shm_directory, "/dev/shm"))  # noqa: S108 - in the container
     names = [f"{rules.cdi_kind}={uuid}" for uuid in uuids] if rules.device_list.by_cdi else []
     return Grant(MappingProxyType(environment), tuple(mounts), tuple(names))
+
+
+def _memory_environment(parts: Sequence[_Part]) -> dict[str, str]:
+    """On several GPUs the smallest, which is what one number can promise; none where not known."""
+    known = [(p.memory, p.shared.gpu.memory_bytes) for p in parts]
+    shares = [
+        (memory, total) for memory, total in known if memory is not None and total is not None
+    ]
+    if len(shares) < len(parts):
+        return {}
+    return {
+        "VGPU_MEMORY_BYTES": str(min(memory for memory, _ in shares)),
+        "VGPU_MEMORY_FRACTION": f"{min(fraction(*share) for share in shares):.4f}",
+    }
 
 
 def _visible_devices(uuids: Sequence[str], device_list: DeviceList) -> tuple[str, list[Mount]]:
@@ -116,7 +120,9 @@ def _mps_environment(rules: SharingRules, parts: Sequence[_Part]) -> dict[str, s
     if rules.mps_limits is not MpsLimits.CLIENT:
         return environment
     environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = ",".join(
-        f"{ordinal}={part.memory // MIB}M" for ordinal, part in enumerate(parts)
+        f"{ordinal}={part.memory // MIB}M"
+        for ordinal, part in enumerate(parts)
+        if part.memory is not None  # with limits no other GPU is shared
     )
     # MPS knows one number for each client: of several GPUs the smallest share is given.
     percentages = [

@@ -61,6 +61,7 @@ class Fault:
 class Gpu:
     """A physical GPU, as its driver describes it. Memory is in bytes.
 
+    `memory_bytes` is None of a GPU that has none of its own, and shares the host's.
     `reserved_bytes` is what the driver keeps for itself (`nvmlMemory_v2_t.reserved`).
     `numa_node` is None where the platform names none (sysfs says -1).
     """
@@ -68,7 +69,7 @@ class Gpu:
     uuid: str
     index: int
     model: str
-    memory_bytes: int
+    memory_bytes: int | None
     pci_bus_id: str
     reserved_bytes: int = 0
     numa_node: int | None = None
@@ -89,16 +90,16 @@ class Excluded:
 class SharedGpu:
     """A GPU that is advertised: so many vGPUs, and the faults that it has now.
 
-    `usable_bytes` of its memory are shared out; `vgpu_bytes` is the memory of a vGPU where GPUs are
-    divided by size, None where by count. `notes` are what an operator should know of a GPU that
-    stays healthy. `recovery_wait`: for how many seconds its probes have to pass before it is proven
-    good.
+    `usable_bytes` of its memory are shared out, None where that is not known; `vgpu_bytes` is the
+    memory of a vGPU where GPUs are divided by size, None where by count. `notes` are what an
+    operator should know of a GPU that stays healthy. `recovery_wait`: for how many seconds its
+    probes have to pass before it is proven good.
     """
 
     gpu: Gpu
     replicas: int
     faults: tuple[Fault, ...] = ()
-    usable_bytes: int = 0
+    usable_bytes: int | None = None
     vgpu_bytes: int | None = None
     notes: tuple[str, ...] = ()
     recovery_wait: float = 0.0
@@ -118,11 +119,14 @@ class SharedGpu:
         """The faults in words, for messages."""
         return "; ".join(f"{fault.reason}: {fault.detail}" for fault in self.faults)
 
-    def share_bytes(self, vgpus: int) -> int:
-        """What so many of its vGPUs are worth, in bytes; rounded down, so that shares fit."""
+    def share_bytes(self, vgpus: int) -> int | None:
+        """What so many of its vGPUs are worth, in bytes; rounded down, so that shares fit.
+
+        None where its memory is not known.
+        """
         if self.vgpu_bytes is not None:
             return self.vgpu_bytes * vgpus
-        return self.usable_bytes * vgpus // self.replicas
+        return None if self.usable_bytes is None else self.usable_bytes * vgpus // self.replicas
 
 
 def pci_order(bus_id: str) -> tuple[int, ...]:

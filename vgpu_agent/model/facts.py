@@ -11,6 +11,9 @@ from types import MappingProxyType
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.rules import MpsLimits
 
+EVENTS = "events"
+"""What is missing of a GPU (`Reading.missing`) whose XIDs the driver does not report."""
+
 
 class RecoveryAction(IntEnum):
     """What the driver says a GPU needs (NVML field `GET_GPU_RECOVERY_ACTION`, 230)."""
@@ -38,12 +41,14 @@ class ComputeMode(IntEnum):
 class Scan:
     """All GPUs that the driver sees now. A GPU that is lost is not among them.
 
-    `undescribed`: GPUs that are there and do not say what they are, with the reason.
+    `undescribed`: GPUs that are there and do not say what they are, with the reason. `silent`: what
+    known GPUs, by UUID, did not answer in time; they are among `gpus` as they were.
     """
 
     driver_version: str
     gpus: tuple[Gpu, ...]
     undescribed: tuple[Excluded, ...] = ()
+    silent: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Reading:
     `error` is the driver's word for a call that failed, `hung` says that a call did not return;
     `lost` says that the GPU is gone from its handle. `uncorrectable_ecc` and `energy_millijoules`
     count since the driver initialized the GPU. `recovery_action` is a number, since drivers may
-    know more of them than we do.
+    know more of them than we do. `missing` says why something is not known that it should offer.
     """
 
     lost: bool = False
@@ -66,11 +71,17 @@ class Reading:
     compute_mode: ComputeMode | None = None
     memory_used_bytes: int | None = None
     energy_millijoules: int | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def answered(self) -> bool:
         """Whether the GPU said how it is."""
         return not (self.lost or self.hung or self.error is not None)
+
+    @classmethod
+    def silent(cls, what: str, seconds: float) -> "Reading":
+        """Of a GPU that did not answer that within so many seconds."""
+        return cls(hung=True, error=f"the driver did not answer within {seconds:g} s: {what}")
 
 
 @dataclass(frozen=True, slots=True)

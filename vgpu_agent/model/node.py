@@ -16,6 +16,7 @@ from vgpu_agent.model.health import (
     GpuHealth,
     HealthEvent,
     Moment,
+    Probed,
     Unwatched,
     XidSeen,
     advance,
@@ -94,7 +95,6 @@ class Node:
         scan: Scan | None,
         events: Mapping[str, Sequence[HealthEvent]],
         *,
-        memory_used: Mapping[str, int],
         cdi_names: frozenset[str] | None = None,
     ) -> None:
         """A look at the GPUs: all that was found, as one change.
@@ -103,9 +103,18 @@ class Node:
         the order in which they happened.
         """
         known = self._inputs
+        read = [
+            (uuid, event.reading)
+            for uuid, each in events.items()
+            for event in each
+            if isinstance(event, Probed)
+        ]
+        used = {u: each.memory_used_bytes for u, each in read if each.memory_used_bytes is not None}
+        missing = {uuid: each.missing for uuid, each in read if each.missing}
         changed: dict[str, object] = {
             "driver": driver,
-            "memory_used": MappingProxyType(dict(memory_used)),
+            "memory_used": MappingProxyType(used),
+            "missing": MappingProxyType(missing),
             "cdi_names": cdi_names,
         }
         all_events = {uuid: list(each) for uuid, each in events.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from vgpu_agent.model.devices import Excluded, Gpu
-from vgpu_agent.model.rules import MAX_REPLICAS, MIB, SharingRules, Threads
+from vgpu_agent.model.rules import MAX_REPLICAS, MIB, MpsLimits, SharingRules, Threads
 
 SMALL_VGPU = 2**30
 """A vGPU with less usable memory than this, in bytes, is warned about under MPS."""
@@ -38,11 +38,12 @@ def fraction(memory: int, total: int) -> float:
 class Divided:
     """What a GPU is divided into. `vgpu_bytes` is None where it is divided by count.
 
-    `usable_bytes` of its memory are shared out. `note` says what an operator should know of it.
+    `usable_bytes` of its memory are shared out, None where that is not known. `note` says what an
+    operator should know of it.
     """
 
     replicas: int
-    usable_bytes: int
+    usable_bytes: int | None
     vgpu_bytes: int | None = None
     note: str | None = None
 
@@ -88,11 +89,37 @@ def divide(
     )
     if override == 0:
         return Excluded(gpu, "replicas", "VGPU_REPLICAS_BY_GPU leaves this GPU to others")
-    usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - rules.reserved_bytes)
-    if override is None and rules.device_memory is not None:
-        return _by_size(gpu, rules.device_memory, usable, rules)
+    by_size = override is None and rules.device_memory is not None
     replicas = rules.replicas if override is None else override
-    return Divided(replicas, usable, note=_small(usable // replicas, rules))
+    if gpu.memory_bytes is None:
+        return _without_memory(gpu, replicas, rules, by_size=by_size)
+    usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - rules.reserved_bytes)
+    if by_size and rules.device_memory is not None:
+        return _by_size(gpu, rules.device_memory, usable, rules)
+    vgpu = usable // replicas
+    if vgpu < MIB:
+        return Excluded(
+            gpu,
+            "memory",
+            f"{usable} bytes of the GPU are usable, less than 1 MiB for each of {replicas} vGPUs:"
+            " VGPU_REPLICAS or VGPU_MEMORY_RESERVED is too large for it",
+        )
+    return Divided(replicas, usable, note=_small(vgpu, rules))
+
+
+def _without_memory(
+    gpu: Gpu, replicas: int, rules: SharingRules, *, by_size: bool
+) -> Divided | Excluded:
+    """Of a GPU that shares the host's memory, and so has none to divide or to limit."""
+    if not by_size and not (rules.mps and rules.mps_limits is not MpsLimits.NONE):
+        return Divided(replicas, None)
+    setting = "VGPU_DEVICE_MEMORY" if by_size else f"VGPU_MPS_LIMITS={rules.mps_limits}"
+    return Excluded(
+        gpu,
+        "memory",
+        f"NVML does not know how much memory the GPU has, which {setting} divides: unset it, or set"
+        " VGPU_SHARING=time-slicing to share this GPU by number",
+    )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
-from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.facts import EVENTS, DaemonLook
 from vgpu_agent.model.health import GpuHealth
 from vgpu_agent.model.holders import Assignment, Holders, Part, Usage, largest_free, orphaned, parts
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
@@ -77,7 +77,7 @@ class FirstSeen:
     """
 
     index: int | None
-    memory_bytes: int
+    memory_bytes: int | None
     reserved_bytes: int
 
 
@@ -93,8 +93,9 @@ class Inputs:
     complete look found. `cdi_names` are what the host's CDI specs name, None where that does not
     matter. `health` is kept by UUID, listed now or not. `daemon_faults` are of all GPUs,
     `not_applied` of those that the MPS daemon was not set up for. `memory_used` is in bytes by
-    UUID. `usage` is None where processes are not looked at. `allocates` counts the calls of
-    Allocate that were answered. `store_error` says why what must outlive the agent is not written.
+    UUID. `missing` says by UUID why something is not known of a GPU that it should offer. `usage`
+    is None where processes are not looked at. `allocates` counts the calls of Allocate that were
+    answered. `store_error` says why what must outlive the agent is not written.
     """
 
     driver: Driver = Driver()
@@ -105,6 +106,7 @@ class Inputs:
     first_seen: Mapping[str, FirstSeen] = field(default_factory=_empty)
     health: Mapping[str, GpuHealth] = field(default_factory=_empty)
     memory_used: Mapping[str, int] = field(default_factory=_empty)
+    missing: Mapping[str, Mapping[str, str]] = field(default_factory=_empty)
     daemon: DaemonLook | None = None
     daemon_faults: tuple[Fault, ...] = ()
     not_applied: Fault | None = None
@@ -200,6 +202,7 @@ _ADVERTISED = (
     "daemon",
     "daemon_faults",
     "not_applied",
+    "missing",
 )
 """The inputs on which the advertised GPUs depend."""
 
@@ -247,9 +250,13 @@ def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Sha
     # What the MPS daemon was set up for is in effect until the daemon is replaced.
     replicas = divided.replicas if applied is None else applied.replicas
     vgpu_bytes = divided.vgpu_bytes
-    if vgpu_bytes is not None:
+    if vgpu_bytes is not None and divided.usable_bytes is not None:
         vgpu_bytes = min(vgpu_bytes, divided.usable_bytes // replicas)
     notes = [*filter(None, (divided.note,)), *health.notes]
+    notes += [
+        f"no XID events from this GPU: {why}" if what == EVENTS else f"{what} cannot be read: {why}"
+        for what, why in inputs.missing.get(gpu.uuid, {}).items()
+    ]
     server, reserved = (applied and applied.server_bytes) or 0, rules.sharing.reserved_bytes
     if server > reserved:
         notes.append(

@@ -76,11 +76,18 @@ def _gpus(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
 
     def memory() -> Samples:
         for gpu in (shared.gpu for shared in gpus):
-            yield (*_g(gpu), "total"), gpu.memory_bytes
-            yield (*_g(gpu), "reserved"), gpu.reserved_bytes
+            if gpu.memory_bytes is not None:
+                yield (*_g(gpu), "total"), gpu.memory_bytes
+                yield (*_g(gpu), "reserved"), gpu.reserved_bytes
             if (used := s.memory_used.get(gpu.uuid)) is not None:
                 yield (*_g(gpu), "used"), used
 
+    described = len(s.gpus.keys() & s.present)
+    for name, what, count in (
+        ("vgpu_gpus_counted", "How many GPUs the driver counts.", described + len(s.undescribed)),
+        ("vgpu_gpus_described", "How many GPUs of those say what they are.", described),
+    ):
+        yield _one(name, what, count)
     yield _family(
         "vgpu_gpu_info",
         "What a GPU is.",
@@ -104,6 +111,16 @@ def _gpus(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
             ((*_g(shared.gpu), reason.value), reason in {fault.reason for fault in shared.faults})
             for shared in gpus
             for reason in Reason
+        ),
+    )
+    yield _family(
+        "vgpu_gpu_unread",
+        "1 for what NVML does not say of a GPU now, though it should; `events` are its XIDs.",
+        (*_G, "what"),
+        (
+            ((*_g(shared.gpu), what.replace(" ", "-")), 1)
+            for shared in gpus
+            for what in s.missing.get(shared.gpu.uuid, ())
         ),
     )
     yield _family(
@@ -157,9 +174,9 @@ def _holders(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
     held = [(part, n) for part in s.parts for n in part.numbers]
     numbers = {(part.shared.gpu.uuid, n) for part, n in held}
     shares = [
-        ((*_g(part.shared.gpu), *_c(part.holder)), part.shared.share_bytes(len(part.numbers)))
+        ((*_g(part.shared.gpu), *_c(part.holder)), memory)
         for part in s.parts
-        if part.whole
+        if part.whole and (memory := part.shared.share_bytes(len(part.numbers))) is not None
     ]
     yield _family(
         "vgpu_device_allocated",

@@ -114,13 +114,13 @@ class GpuReport:
     uuid: str
     index: int
     model: str
-    memory_bytes: int
+    memory_bytes: int | None
     memory_used_bytes: int | None
     pci_bus_id: str
     numa_node: int | None
     healthy: bool
     vgpus: Counts
-    vgpu_bytes: int
+    vgpu_bytes: int | None
     faults: tuple[FaultReport, ...]
     notes: tuple[str, ...]
     recovery_wait_seconds: float

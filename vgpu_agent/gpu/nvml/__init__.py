@@ -1,12 +1,13 @@
 """Real GPUs, by NVML. The only package that imports pynvml.
 
 Every NVML call can block, for long where a GPU is failing, so none is made on the event loop.
-Calls go through lanes of one worker thread each: one for looking at all GPUs, one for waiting for
-events, and for each GPU one for probes and one for lists of processes, so that a GPU that hangs
-holds up no other, and a long list no probe.
+Calls go through lanes of one worker thread each: one for NVML as a whole, one for waiting for
+events, and for each GPU one for what is asked of it and one for lists of processes, so that a GPU
+that hangs holds up no other, and a long list no probe.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,11 +17,12 @@ from pathlib import Path
 import anyio
 import pynvml
 
-from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.errors import DriverError, DriverHangsError
+from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.gpu.nvml import calls
+from vgpu_agent.gpu.nvml.events import SLICE_SECONDS
 from vgpu_agent.gpu.nvml.lanes import Lane
-from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, SLICE_SECONDS, Session
+from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
 
@@ -49,7 +51,7 @@ class NvmlDriver(GpuDriver):
     ) -> None:
         self._calls = Lane()
         self._waits = Lane()
-        self._probes: dict[str, Lane] = {}
+        self._gpus: dict[int, Lane] = {}
         self._lists: dict[str, Lane] = {}
         self._session = Session(
             describe=partial(calls.describe, numa_root=numa_root),
@@ -58,14 +60,46 @@ class NvmlDriver(GpuDriver):
             monotonic=monotonic,
         )
 
-    async def scan(self) -> Scan:
-        """Opens NVML if need be. Raises DriverError if it cannot be opened or lists no GPUs."""
-        return await self._calls.run(self._session.scan)
+    async def scan(self, limit: float = CALL_LIMIT, patience: float = math.inf) -> Scan:
+        """Opens NVML if need be.
 
-    async def probe(self, uuid: str) -> Reading:
+        Raises DriverError if it cannot be opened or lists no GPUs, and where that hangs.
+        """
+        try:
+            version, count = await self._calls.run(self._session.open, limit)
+        except TimeoutError as error:
+            raise DriverHangsError(f"NVML did not answer within {limit:g} s") from error
+        looked: dict[int, Looked] = {}
+
+        async def look(index: int) -> None:
+            lane = self._lane(index)
+            with suppress(TimeoutError):
+                looked[index] = await lane.run(partial(self._session.look, index, lane.beat), limit)
+
+        with anyio.move_on_after(patience):
+            async with anyio.create_task_group() as tasks:
+                for index in range(count):
+                    tasks.start_soon(look, index)
+        silent = {i: self._lane(i).doing for i in range(count) if i not in looked}
+        scan = self._session.scanned(version, looked, silent)
+        if not (scan.gpus or scan.undescribed):
+            # NVML lists the GPUs that it saw when it was opened: the next scan opens it again.
+            await self._calls.run(self._session.close)
+        return scan
+
+    async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
         """See `GpuDriver`."""
-        lane = self._probes.setdefault(uuid, Lane())
-        return await lane.run(partial(self._session.probe, uuid))
+        index = self._session.index_of(uuid)
+        if index is None:
+            return Reading(lost=True)
+        lane = self._lane(index)
+        try:
+            return await lane.run(partial(self._session.probe, uuid, lane.beat), limit)
+        except TimeoutError:
+            return Reading.silent(lane.doing, limit)
+
+    def _lane(self, index: int) -> Lane:
+        return self._gpus.setdefault(index, Lane())
 
     async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
         """NVML lists a client of MPS in the one list, the other or both, by the driver's version.
@@ -78,12 +112,29 @@ class NvmlDriver(GpuDriver):
     async def next_events(self) -> Sequence[GpuEvent]:
         """Where there is nothing to wait for (no GPU has events, the wait fails) it sleeps."""
         for _ in range(SLICES):
-            waited = await self._waits.run(self._session.wait)
-            if events := self._session.take_events():
+            due: tuple[str, ...] = ()
+            try:
+                due = await self._waits.run(self._session.wait, SLICE_SECONDS + CALL_LIMIT)
+            except TimeoutError:
+                self._session.events.wait_failed("the wait for events does not return")
+            if events := self._session.events.take():
                 return events
-            if not waited:
+            async with anyio.create_task_group() as tasks:
+                for uuid in due:
+                    tasks.start_soon(self._register, uuid)
+            if not self._session.events.registered:
                 await anyio.sleep(SLICE_SECONDS)
         return ()
+
+    async def _register(self, uuid: str) -> None:
+        index = self._session.index_of(uuid)
+        if index is None:
+            return
+        lane = self._lane(index)
+        try:
+            await lane.run(partial(self._session.register, uuid, lane.beat), CALL_LIMIT)
+        except TimeoutError:
+            self._session.events.not_registered(uuid, f"the driver does not answer: {lane.doing}")
 
     async def release(self) -> bool:
         """Closes NVML until the next scan; False where a call that hangs keeps it open."""

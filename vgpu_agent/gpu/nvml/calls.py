@@ -1,6 +1,7 @@
 """Single questions to NVML. Each blocks, and raises pynvml.NVMLError unless it says otherwise."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NewType, TypeVar
 
@@ -15,6 +16,9 @@ T = TypeVar("T")
 Handle = NewType("Handle", object)
 """An opaque `nvmlDevice_t`."""
 
+Beat = Callable[[str], None]
+"""Is called before each call to NVML, with what is asked."""
+
 EventSet = NewType("EventSet", object)
 """An opaque `nvmlEventSet_t`."""
 
@@ -24,7 +28,8 @@ RECOVERY_ACTION_EVENT: int = getattr(pynvml, "nvmlEventTypeGpuRecoveryAction", 0
 XID_EVENT: int = pynvml.nvmlEventTypeXidCriticalError
 
 GONE = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED})
-_NO_MEMORY_V2 = frozenset(
+# The GPU or the driver has no answer to the question, and never will.
+NOT_OFFERED = frozenset(
     {
         pynvml.NVML_ERROR_NOT_SUPPORTED,
         pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
@@ -32,7 +37,7 @@ _NO_MEMORY_V2 = frozenset(
     }
 )
 
-_NO_SUCH_LIST = frozenset({pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND})
+_NOT_AVAILABLE = 2**64 - 1
 
 # What a container was given at its creation does not change any more.
 _LIBRARY_ERRORS = frozenset(
@@ -69,20 +74,52 @@ def open_nvml() -> None:
         raise kind(f"NVML does not start ({error}): {help_}") from error
 
 
-def describe(index: int, handle: Handle, uuid: str, *, numa_root: Path) -> Gpu:
-    """What a GPU is. `numa_root` is sysfs's folder of PCI devices."""
-    total, reserved, _ = memory(handle)
-    address = bus_id(text(lambda of: pynvml.nvmlDeviceGetPciInfo(of).busId, handle))
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A GPU to which questions are put; `beat` is called before each with what is asked."""
+
+    handle: Handle
+    beat: Beat = lambda _: None
+
+    def must(self, question: Callable[[Handle], T]) -> T:
+        """The answer. Raises NVMLError."""
+        self.beat(subject(question))
+        return question(self.handle)
+
+    def may(self, question: Callable[[Handle], T]) -> T | None:
+        """The answer, None where the GPU or its driver does not offer it. Raises NVMLError."""
+        try:
+            return self.must(question)
+        except pynvml.NVMLError as error:
+            if error.value in NOT_OFFERED:
+                return None
+            raise
+
+
+def subject(question: Callable[[Handle], object]) -> str:
+    """What a question is about, in words."""
+    return question.__name__.replace("_", " ")
+
+
+def describe(index: int, uuid: str, gpu: Asked, *, numa_root: Path) -> Gpu:
+    """What a GPU is. `numa_root` is sysfs's folder of PCI devices.
+
+    Raises NVMLError, and ValueError for what cannot be.
+    """
+    total, reserved, _ = gpu.must(memory)
+    if total == 0:
+        raise ValueError("it has 0 bytes of memory")
+    address = bus_id(gpu.must(pci_address))
     return Gpu(
         uuid=uuid,
         index=index,
-        model=text(pynvml.nvmlDeviceGetName, handle),
+        model=gpu.must(name),
         memory_bytes=total,
         pci_bus_id=address,
         reserved_bytes=reserved,
         numa_node=numa_node(numa_root / address / "numa_node"),
-        compute_capability=optional(compute_capability, handle),
-        mig=bool(optional(in_mig_mode, handle)),
+        compute_capability=gpu.may(compute_capability),
+        mig=bool(gpu.may(mig_mode)),
     )
 
 
@@ -90,29 +127,62 @@ def unreadable(index: int, uuid: str, error: Exception) -> Excluded:
     """A GPU that has never said what it is; without a UUID it has not even said which it is."""
     which = "the GPU" if uuid else f"index {index}"
     detail = f"{which} is not described by NVML ({error}): see nvidia-smi and the node's kernel log"
-    gpu = Gpu(uuid=uuid, index=index, model="unknown", memory_bytes=0, pci_bus_id="unknown")
-    return Excluded(gpu, "error", detail)
+    return Excluded(_unknown(index, uuid), "error", detail)
 
 
-def text(ask: Callable[[Handle], str | bytes], handle: Handle) -> str:
+def silent(index: int, doing: str) -> Excluded:
+    """A GPU that has not answered yet, and has never said what it is."""
+    detail = f"index {index} does not answer ({doing}): see the node's kernel log"
+    return Excluded(_unknown(index, ""), "timeout", detail)
+
+
+def _unknown(index: int, uuid: str) -> Gpu:
+    return Gpu(uuid=uuid, index=index, model="unknown", memory_bytes=None, pci_bus_id="unknown")
+
+
+def _text(ask: Callable[[], str | bytes]) -> str:
     """A text of the driver; what is not UTF-8 in it is replaced."""
     try:
-        found = ask(handle)
+        found = ask()
     except UnicodeDecodeError as error:
         found = error.object
     return found if isinstance(found, str) else found.decode(errors="replace")
 
 
-def memory(handle: Handle) -> tuple[int, int, int]:
-    """Total, reserved and used bytes. The first version of the call counts reserved as used."""
-    try:
-        info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        return int(info.total), int(info.reserved), int(info.used)
-    except pynvml.NVMLError as error:
-        if error.value not in _NO_MEMORY_V2:
-            raise
-    info = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return int(info.total), 0, int(info.used)
+def uuid(handle: Handle) -> str:
+    """Which GPU it is."""
+    return _text(lambda: pynvml.nvmlDeviceGetUUID(handle))
+
+
+def name(handle: Handle) -> str:
+    """Its model."""
+    return _text(lambda: pynvml.nvmlDeviceGetName(handle))
+
+
+def pci_address(handle: Handle) -> str:
+    """Where it is, as NVML writes that."""
+    return _text(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId)
+
+
+def memory(handle: Handle) -> tuple[int | None, int, int | None]:
+    """Total, reserved and used bytes; no total and no use where the GPU shares the host's memory.
+
+    The first version of the call counts reserved as used.
+    """
+    for version in (pynvml.nvmlMemory_v2, None):
+        try:
+            info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=version)
+        except pynvml.NVMLError as error:
+            if error.value not in NOT_OFFERED:
+                raise
+            continue
+        reserved = 0 if version is None else int(info.reserved)
+        return _known(info.total), reserved, _known(info.used)
+    return None, 0, None
+
+
+def _known(value: int) -> int | None:
+    return None if value == _NOT_AVAILABLE else int(value)
 
 
 def compute_capability(handle: Handle) -> tuple[int, int]:
@@ -121,12 +191,12 @@ def compute_capability(handle: Handle) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def in_mig_mode(handle: Handle) -> bool:
+def mig_mode(handle: Handle) -> bool:
     """Whether it is divided into MIG devices."""
     return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
 
 
-def uncorrectable_ecc(handle: Handle) -> int:
+def ecc_errors(handle: Handle) -> int:
     """Uncorrectable memory errors since the driver initialized the GPU."""
     return int(
         pynvml.nvmlDeviceGetTotalEccErrors(
@@ -155,8 +225,12 @@ def remapped_rows(handle: Handle) -> tuple[int, int, int, int]:
 def recovery_action(handle: Handle) -> int | None:
     """What the driver asks for; None where it does not know the question."""
     (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [RECOVERY_ACTION_FIELD])
-    # Each field has a result of its own: an older driver does not know this one.
-    return int(field.value.uiVal) if field.nvmlReturn == pynvml.NVML_SUCCESS else None
+    # Each field has a result of its own: to an older driver this one is an invalid argument.
+    if field.nvmlReturn == pynvml.NVML_ERROR_INVALID_ARGUMENT:
+        return None
+    if field.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(field.nvmlReturn)
+    return int(field.value.uiVal)
 
 
 def running(handle: Handle, kind: str) -> list[tuple[int, int | None]]:
@@ -179,23 +253,9 @@ def mps_clients(handle: Handle) -> list[tuple[int, int | None]]:
     try:
         return running(handle, "MPSCompute")
     except pynvml.NVMLError as error:
-        if error.value in _NO_SUCH_LIST:
+        if error.value in NOT_OFFERED:
             return []
         raise
-
-
-def optional(ask: Callable[[Handle], T], handle: Handle) -> T | None:
-    """The answer to a question that not every GPU or driver answers; that is no fault.
-
-    Raises NVMLError only where the GPU is gone; other faults show in the calls that every GPU
-    answers.
-    """
-    try:
-        return ask(handle)
-    except pynvml.NVMLError as error:
-        if error.value in GONE:
-            raise
-        return None
 
 
 def pointer(handle: Handle) -> bytes:

@@ -1,7 +1,10 @@
 """Worker threads for calls that block: one for each lane, and a gate that closing waits at."""
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -54,18 +57,43 @@ class Lane:
 
     def __init__(self) -> None:
         self.busy = threading.Lock()
+        self.doing = ""
         self._turn = anyio.Lock()
         self._limiter = anyio.CapacityLimiter(1)
+        self._beat = 0.0
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """The answer of the call, or what it raises."""
+    def beat(self, doing: str) -> None:
+        """The thread begins with the next of its calls."""
+        self.doing, self._beat = doing, time.monotonic()
+
+    async def run(self, call: Callable[[], T], limit: float = math.inf) -> T:
+        """The answer of the call, or what it raises.
+
+        Raises TimeoutError where a call inside takes longer than `limit` seconds: many that are
+        slow are none that hangs.
+        """
         async with self._turn:
-            while self.busy.locked():  # noqa: ASYNC110 - a thread that was left tells nobody
-                await anyio.sleep(0.02)
-            return await to_thread.run_sync(
-                self._hold, call, abandon_on_cancel=True, limiter=self._limiter
-            )
+            await self._free(limit)
+            answer = Future[T]()
+            self.beat("its first call")
+            with anyio.move_on_after(limit):
+                await to_thread.run_sync(
+                    self._hold, call, answer, abandon_on_cancel=True, limiter=self._limiter
+                )
+            if not answer.done():
+                await self._free(limit)
+            return answer.result(timeout=0)
 
-    def _hold(self, call: Callable[[], T]) -> T:
+    def _hold(self, call: Callable[[], T], answer: "Future[T]") -> None:
         with self.busy:
-            return call()
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001 - raised where the answer is taken
+                answer.set_exception(error)
+
+    async def _free(self, limit: float) -> None:
+        """Waits until no thread is inside."""
+        while self.busy.locked():
+            if time.monotonic() - self._beat >= limit:
+                raise TimeoutError
+            await anyio.sleep(0.02)  # a thread that was left tells nobody
