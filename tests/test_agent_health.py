@@ -333,3 +333,52 @@ def test_a_driver_that_does_not_start_is_looked_for_again(node: Start) -> None:
         for uuid in UUIDS:
             it.nvml.update(uuid, lost=False, epoch=1)
         it.wait_healthy(40)
+
+
+@pytest.mark.parametrize(
+    "call", ["DeviceGetUUID", "DeviceGetMemoryInfo_v2", "DeviceRegisterEvents"]
+)
+def test_a_gpu_that_hangs_costs_the_others_nothing(node: Start, call: str) -> None:
+    """At the start, and then beside one that is lost and one with a bad XID."""
+    hangs = dataclasses.replace(GPUS[1], hang=60, call=call)
+    listed = 40 if call == "DeviceRegisterEvents" else 30
+    with node(GPUS[0], hangs, *GPUS[2:], vgpus=listed) as it:
+        if listed == 30:
+            (silent,) = it.status()["excluded"]
+            assert (silent["index"], silent["uuid"], silent["reason"]) == (1, "", "timeout")
+            assert "vgpu_gpus_described 3.0" in it.get("/metrics")
+            it.nvml.update(UUIDS[1], hang=0)
+            it.wait(**ALL)
+            it.nvml.update(UUIDS[1], hang=60)
+        it.nvml.update(UUIDS[2], lost=True)
+        it.nvml.xid(UUIDS[3], RESET)
+        it.wait(c0=10)
+        assert [it.faults(n) for n in range(1, 4)] == [{"timeout"}, {"lost"}, {"xid"}]
+        it.nvml.update(UUIDS[2], lost=False)
+        it.wait(c0=10, c2=10)
+        assert it.agent.end()[0] == 0  # though a thread is inside NVML
+        it.nvml.update(UUIDS[1], hang=0)
+
+
+def test_a_gpu_that_shares_the_hosts_memory_is_shared_by_number(node: Start) -> None:
+    with node(*GPUS[:2], dataclasses.replace(GPUS[2], error=3), vgpus=30) as it:
+        (granted,) = it.kubelet.allocate([f"{UUIDS[2]}::0"]).container_responses
+        assert granted.envs["VGPU_SHARE"] == "1/10"
+        assert not any(name.startswith("VGPU_MEMORY") for name in granted.envs)
+        metrics = it.get("/metrics")
+        assert not re.search(rf'vgpu_gpu_memory_bytes{{[^}}]*"{UUIDS[2]}"', metrics)
+        assert re.search(rf'vgpu_gpu_memory_bytes{{[^}}]*"{UUIDS[1]}"', metrics)
+        assert it.status()["gpus"][2]["memory_bytes"] is None
+        assert it.agent.end()[0] == 0
+
+
+def test_a_gpu_that_returns_half_dead_stays_listed(node: Start) -> None:
+    with node(*GPUS) as it:
+        it.nvml.update(UUIDS[0], lost=True)
+        it.wait(c1=10, c2=10, c3=10)
+        it.nvml.update(UUIDS[0], lost=False, error=999, epoch=1)
+        it.agent.wait_line("probe: nvmlDeviceGetMemoryInfo")
+        assert len(it.ids()) == 40
+        assert it.faults(0) >= {"probe"}
+        it.nvml.update(UUIDS[0], error=0)
+        it.wait(**ALL)

@@ -201,7 +201,7 @@ async def test_what_hangs_does_not_hold_up_the_rest(kubelet_dir, monkeypatch):
     took = time.monotonic() - start
     going_on.set()
     assert took < 3
-    expect(found, "driver", FAIL, "the driver did not answer within 0.1 s")
+    assert any("the driver did not answer within 0.1 s" in each.detail for each in found)
     for name in ("agent", "mps", "metrics address"):
         expect(found, name, FAIL, "no answer within 0.")
     expect(found, "kept faults", OK)
@@ -331,8 +331,7 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
             "fallen off the bus (until a reset) reset the GPU",
         ),
         ({"gpus": (gpu(0, notes=("a row waits",)),)}, "GPU 0 note", WARN, "a row waits"),
-        ({"gpus": (gpu(0, vgpu_bytes=MIB - 1),)}, "GPU 0", FAIL, "no vGPU can be given"),
-        ({"gpus": (gpu(0, vgpu_bytes=MIB - 1),)}, "GPU 0 vGPUs", FAIL, "lower VGPU_REPLICAS"),
+        ({"gpus": (gpu(0, memory_bytes=None, vgpu_bytes=None),)}, "GPU 0", OK, "memory not known"),
         ({"gpus": (gpu(0, unattributed_processes=2),)}, "GPU 0 processes", WARN, "2 processes"),
         ({"kubelet": KubeletReport(False, False, 0, "gone")}, "kubelet", FAIL, "registered: gone"),
         (
@@ -509,7 +508,7 @@ def test_gpus_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
         ("GPU 2 health", FAIL, "-c DEFAULT"),
         ("GPU 3", OK, ""),
         ("GPU 3 note", WARN, ""),
-        ("GPU 5", WARN, ""),
+        ("GPU 5", FAIL, ""),
     ):
         expect(found, name, verdict, words)
     one, other = sorted(each.detail for each in found if each.name == "GPU 4 health")
@@ -537,8 +536,8 @@ def test_a_gpu_that_hangs_the_driver_is_said_in_time(kubelet_dir, fake_nvml):
     start = time.monotonic()
     found = examined_with(fake_nvml, kubelet_dir)
     assert time.monotonic() - start < 10
-    expect(found, "driver", FAIL, "did not answer")
-    expect(found, "driver", FAIL, "a reboot")
+    expect(found, "GPU 0", FAIL, "index 0 does not answer")
+    expect(found, "GPU 0", FAIL, "a reboot")
 
 
 # One look at simulated GPUs
@@ -574,7 +573,7 @@ async def test_one_probe_of_a_gpu_shows_its_health(kubelet_dir, reading, name, v
     ("changes", "name", "verdict", "words"),
     [
         ({}, "GPU 0", OK, "10 vGPUs of 2406 MiB"),
-        ({"memory_reserved": "24Gi"}, "GPU 0 vGPUs", FAIL, "too little"),
+        ({"memory_reserved": "24Gi"}, "GPU 0", WARN, "1 MiB for each of 10"),
         ({"device_memory": "1Ti"}, "GPU 0", WARN, "VGPU_DEVICE_MEMORY"),
         ({"replicas_by_gpu": '{"0": 0}'}, "GPU 0", OK, "is excluded"),
     ],
@@ -589,18 +588,6 @@ async def test_no_gpu_at_all_and_a_driver_that_fails_are_said(kubelet_dir):
     driver = SimulatedDriver(GPUS)
     driver.fail(DriverError("no driver"))
     expect(await looked(driver, kubelet_dir), "driver", FAIL, "no driver")
-
-
-async def test_a_probe_that_hangs_is_the_gpus_own(kubelet_dir):
-    class Odd(SimulatedDriver):
-        async def probe(self, uuid: str) -> Reading:
-            if uuid == UUID:
-                await anyio.sleep_forever()
-            return await super().probe(uuid)
-
-    found = await looked(Odd(GPUS), kubelet_dir)
-    assert "did not answer within 0.1 s" in said(found, "GPU 0 health")[1]
-    assert said(found, "GPU 1")[0] is OK
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,9 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_gpu_healthy": [(gpu("GPU-a", 0), 1), (gpu("GPU-b", 1), 0)],
     "vgpu_gpu_unhealthy_reason": [(gpu("GPU-a", 0, reason=reason), 0) for reason in REASONS]
     + [(gpu("GPU-b", 1, reason=reason), int(reason in ("lost", "xid"))) for reason in REASONS],
+    "vgpu_gpus_counted": [({}, 0)],
+    "vgpu_gpus_described": [({}, 0)],
+    "vgpu_gpu_unread": [(gpu("GPU-a", 0, what="events"), 1)],
     "vgpu_gpu_recovery_wait_seconds": [(gpu("GPU-a", 0), 60), (gpu("GPU-b", 1), 240)],
     "vgpu_gpu_memory_bytes": [
         (gpu("GPU-a", 0, kind="total"), 24 * GIB),

@@ -132,7 +132,10 @@ def _findings(gpu: GpuReport | ExcludedReport) -> Iterator[Check]:
     if isinstance(gpu, ExcludedReport):
         detail = f"{gpu.model} {gpu.uuid} is excluded ({gpu.reason}): {gpu.detail}"
         # The detail says what to do; of a GPU that says nothing it is not known what it would be.
-        verdict = {"replicas": OK, "error": FAIL, "timeout": FAIL}.get(gpu.reason, WARN)
+        if gpu.reason in ("error", "timeout"):
+            yield Check(name, FAIL, detail, "where it stays so the node needs a reboot")
+            return
+        verdict = OK if gpu.reason == "replicas" else WARN
         yield Check(name, verdict, detail, "do that, or leave it to others")
         return
     for fault in gpu.faults:

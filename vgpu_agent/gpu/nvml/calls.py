@@ -149,6 +149,11 @@ def _text(ask: Callable[[], str | bytes]) -> str:
     return found if isinstance(found, str) else found.decode(errors="replace")
 
 
+def driver_version() -> str:
+    """The version of the driver."""
+    return _text(pynvml.nvmlSystemGetDriverVersion)
+
+
 def uuid(handle: Handle) -> str:
     """Which GPU it is."""
     return _text(lambda: pynvml.nvmlDeviceGetUUID(handle))

@@ -32,6 +32,10 @@ class Found:
     problem: Excluded | None = None
 
 
+def _is_gone(error: Exception) -> bool:
+    return isinstance(error, pynvml.NVMLError) and error.value in GONE
+
+
 Looked = Found | Excluded | None
 
 
@@ -83,8 +87,8 @@ class Session:
             self._opened_at = self._monotonic()
             self._listed_when_opened = self._listed()
         try:
-            return pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetCount()
-        except pynvml.NVMLError as error:
+            return calls.driver_version(), int(pynvml.nvmlDeviceGetCount())
+        except Exception as error:
             self.close()
             raise DriverError(f"NVML does not list its GPUs: {error}") from error
 
@@ -111,15 +115,15 @@ class Session:
             beat("handle")
             handle = Handle(pynvml.nvmlDeviceGetHandleByIndex(index))
             uuid = Asked(handle, beat).must(calls.uuid)
-        except pynvml.NVMLError as error:
+        except Exception as error:  # noqa: BLE001 - whatever one GPU answers concerns no other
             if not any(gpu.index == index for gpu in self._known.values()):
                 return calls.unreadable(index, "", error)
             # An odd error is not a GPU that went away: what was known of the place stays.
-            return None if error.value in GONE else self._place(index)
+            return None if _is_gone(error) else self._place(index)
         try:
             return Found(handle, self._describe(index, uuid, Asked(handle, beat)))
         except Exception as error:  # noqa: BLE001 - whatever one GPU answers concerns no other
-            if isinstance(error, pynvml.NVMLError) and error.value in GONE and uuid in self._known:
+            if _is_gone(error) and uuid in self._known:
                 return None
             # One failing call makes no GPU vanish that was known: its probe says what is wrong.
             if uuid in self._known:
@@ -172,9 +176,9 @@ class Session:
                 return Reading(lost=True)
             try:
                 return self._probe(Asked(found.handle, beat), uuid)
-            except pynvml.NVMLError as error:
-                return Reading(lost=True) if error.value in GONE else Reading(error=str(error))
             except Exception as error:  # noqa: BLE001 - an answer that cannot be is a fault of its GPU
+                if _is_gone(error):
+                    return Reading(lost=True)
                 return Reading(error=f"{type(error).__name__}: {error}")
 
     def _probe(self, gpu: Asked, uuid: str) -> Reading:

@@ -1,0 +1,149 @@
+"""Whatever NVML answers becomes a value that the node takes."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pynvml
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.nodes import new_node
+from vgpu_agent.errors import DriverError
+from vgpu_agent.gpu.nvml import calls
+from vgpu_agent.gpu.nvml.session import Found, Session
+from vgpu_agent.model.devices import Excluded
+from vgpu_agent.model.facts import EVENTS
+from vgpu_agent.model.health import Probed
+from vgpu_agent.model.rules import MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver
+from vgpu_agent.observe.report import Identity, make_report, to_json
+
+pytestmark = pytest.mark.slow
+
+CODES = [
+    value
+    for name, value in vars(pynvml).items()
+    if name.startswith("NVML_ERROR_") and isinstance(value, int)
+]
+errors = st.sampled_from(CODES).map(pynvml.NVMLError) | st.sampled_from(
+    [ValueError("odd"), UnicodeDecodeError("utf-8", b"\xf8", 0, 1, "odd"), OSError(5, "odd")]
+)
+nvml_errors = st.sampled_from(CODES).map(pynvml.NVMLError)
+small, wide = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+texts = st.binary(max_size=96) | st.text(max_size=40) | st.sampled_from(["", "N/A", "::"])
+handles = st.binary(min_size=8, max_size=8)
+
+
+def pair(*fields: str) -> st.SearchStrategy[SimpleNamespace]:
+    return st.builds(SimpleNamespace, **dict.fromkeys(fields, wide))
+
+
+ANSWERS = {
+    "nvmlDeviceGetHandleByIndex": handles,
+    "nvmlDeviceGetUUID": texts | st.sampled_from(["GPU-a", "GPU-b"]),
+    "nvmlDeviceGetName": texts,
+    "nvmlDeviceGetPciInfo": st.builds(SimpleNamespace, busId=texts),
+    "nvmlDeviceGetMemoryInfo": pair("total", "reserved", "used"),
+    "nvmlDeviceGetCudaComputeCapability": st.tuples(small, small),
+    "nvmlDeviceGetMigMode": st.tuples(small, small),
+    "nvmlDeviceGetTotalEccErrors": wide,
+    "nvmlDeviceGetTotalEnergyConsumption": wide,
+    "nvmlDeviceGetComputeMode": small,
+    "nvmlDeviceGetRemappedRows": st.tuples(small, small, small, small),
+    "nvmlDeviceGetFieldValues": st.tuples(
+        st.builds(
+            SimpleNamespace,
+            nvmlReturn=st.sampled_from([0, *CODES]),
+            value=st.builds(SimpleNamespace, uiVal=small),
+        )
+    ),
+}
+EVENT_ANSWERS = {
+    "nvmlEventSetCreate": handles,
+    "nvmlEventSetFree": st.none(),
+    "nvmlDeviceGetSupportedEventTypes": wide,
+    "nvmlDeviceRegisterEvents": st.none(),
+    "nvmlEventSetWait_v2": st.builds(
+        SimpleNamespace, device=handles, eventType=st.sampled_from([0, 8, 0x8000]), eventData=wide
+    ),
+}
+
+
+def a_session() -> Session:
+    def describe(index: int, uuid: str, gpu: calls.Asked):
+        return calls.describe(index, uuid, gpu, numa_root=Path("/nowhere"))
+
+    return Session(
+        describe=describe, proc_root=Path("/nowhere"), reopen_seconds=30, monotonic=lambda: 0.0
+    )
+
+
+def answering(data: st.DataObject, stack: ExitStack) -> None:
+    for name, answer in (ANSWERS | EVENT_ANSWERS).items():
+        fails = nvml_errors if name in EVENT_ANSWERS else errors
+
+        def ask(*_: object, drawn=answer | fails, **__: object) -> object:
+            found = data.draw(drawn)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        stack.enter_context(patch.object(pynvml, name, ask))
+
+
+@given(
+    st.data(),
+    st.builds(SharingRules, mps=st.booleans(), mps_limits=st.sampled_from(list(MpsLimits))),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_nvml_answers_becomes_a_value_that_the_node_takes(data, rules):
+    session, node = a_session(), new_node(sharing=rules)
+    with ExitStack() as stack:
+        answering(data, stack)
+        for _ in range(3):
+            looked = {index: session.look(index, lambda _: None) for index in range(3)}
+            assert all(
+                each is None or isinstance(each, Found | Excluded) for each in looked.values()
+            )
+            scan = session.scanned("1", looked, data.draw(st.just({}) | st.just({3: "name"})))
+            readings = {gpu.uuid: session.probe(gpu.uuid) for gpu in scan.gpus}
+            events = {uuid: (Probed(reading),) for uuid, reading in readings.items()}
+            node.driver_looked(Driver("1", None), scan, events)
+            for uuid in session.wait():
+                session.register(uuid, lambda _: None)
+            session.wait()
+            node.driver_events(session.events.take())
+            inventory = node.snapshot.inventory
+            assert len(set(inventory.device_ids)) == sum(each.replicas for each in inventory.gpus)
+            assert all(
+                (share := each.share_bytes(1)) is None or share >= 2**20 for each in inventory.gpus
+            )
+            assert to_json(make_report(node.snapshot, node.rules, Identity("1", "n", "r"), 0.0))
+            missing = {what for of in node.snapshot.missing.values() for what in of}
+            assert missing <= {EVENTS, *map(calls.subject, QUESTIONS)}
+
+
+QUESTIONS = (
+    calls.remapped_rows,
+    calls.ecc_errors,
+    calls.recovery_action,
+    calls.compute_mode,
+    calls.energy,
+)
+
+
+@given(nvml_errors, errors)
+def test_opening_raises_what_is_documented_and_nothing_else(nvml_error, error):
+    calls_ = {"nvmlInit": nvml_error, "nvmlDeviceGetCount": error}
+    for name, raised in (calls_ | {"nvmlSystemGetDriverVersion": nvml_error}).items():
+        session = a_session()
+        with ExitStack() as stack:
+            for each in ("nvmlInit", "nvmlShutdown", "nvmlSystemGetDriverVersion"):
+                stack.enter_context(patch.object(pynvml, each, lambda: "1"))
+            stack.enter_context(patch.object(pynvml, "nvmlDeviceGetCount", lambda: 1))
+            stack.enter_context(patch.object(pynvml, name, side_effect=raised))
+            with pytest.raises(DriverError):
+                session.open()
