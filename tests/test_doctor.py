@@ -139,7 +139,9 @@ WELL = replace(a_look(**dict.fromkeys((gpu.uuid for gpu in GPUS), 10)), clients=
 
 async def test_with_simulated_gpus_and_a_kubelet_all_is_well(kubelet_dir):
     settings = settings_in(kubelet_dir)
-    with listening(settings.plugin_directory / "kubelet.sock"):
+    (kubelet_dir / "pod-resources").mkdir()
+    sockets = [kubelet_dir / name / "kubelet.sock" for name in ("device-plugins", "pod-resources")]
+    with listening(sockets[0]), listening(sockets[1]):
         found = await examined(settings)
     assert worst(found) is OK, render_text(found)
     assert said(found, "GPUs") == (OK, "2 of 2 GPUs are shared, as 20 vGPUs ")
@@ -265,7 +267,8 @@ async def test_of_a_running_agent_the_endpoint_and_the_port_are_its_own(kubelet_
         settings = settings_in(kubelet_dir, metrics_address=f"127.0.0.1:{agent.port}")
         found = await examined(settings)
         bad = [each.name for each in found if each.verdict is not OK]
-        assert bad == ["podresources"], render_text(found)  # that kubelet has none
+        # That kubelet has none.
+        assert bad == ["podresources", "podresources socket"], render_text(found)
         assert "served by the running agent" in said(found, "endpoint")[1]
         assert said(found, "kubelet")[0] is OK
         assert "is served by the running agent" in said(found, "metrics address")[1]
@@ -735,6 +738,31 @@ def test_the_kubelet_must_have_its_directory_and_listen(kubelet_dir, monkeypatch
         assert worst(preflight.check_kubelet(directory)) is OK
         monkeypatch.setattr(os, "access", lambda *_: False)
         check("directory", FAIL, "not writable from here")
+
+
+def test_a_kubelet_whose_directories_are_elsewhere_is_found(kubelet_dir):
+    """`--root-dir` moves one of them, and the other not."""
+    moved, usual = kubelet_dir / "moved", kubelet_dir / "usual"
+    plugins, pods = usual / "device-plugins", moved / "pod-resources"
+    for each in (plugins, pods, moved / "device-plugins"):
+        each.mkdir(parents=True)
+
+    known = (usual, moved)
+
+    def kubelet(at: Path, verdict: Verdict, words: str) -> None:
+        expect(preflight.check_kubelet(at, known), "kubelet socket", verdict, words)
+
+    def podresources(at: Path, verdict: Verdict, words: str) -> None:
+        found = preflight.check_podresources(at, known)
+        expect([found], "podresources socket", verdict, words)
+
+    kubelet(plugins, FAIL, f"nor at {moved / 'device-plugins'}")
+    podresources(moved, WARN, f"nor at {usual / 'pod-resources'}")
+    with listening(plugins / "kubelet.sock"), listening(pods / "kubelet.sock"):
+        kubelet(plugins, OK, f"listens at {plugins}")
+        podresources(moved, OK, f"listens at {pods}")
+        kubelet(moved / "device-plugins", FAIL, f"set VGPU_DEVICE_PLUGIN_DIR={plugins}")
+        podresources(usual, WARN, f"set VGPU_KUBELET_DIR={moved}")
 
 
 def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):

@@ -63,6 +63,12 @@ TABLE = {
     "critical_xids": Row(
         frozenset(), {"43,45": frozenset({43, 45})}, "x|-1", "none that VGPU_IGNORED_XIDS has"
     ),
+    "device_plugin_dir": Row(
+        None,
+        {"": None, "/var/lib/kubelet/device-plugins": Path("/var/lib/kubelet/device-plugins")},
+        "device-plugins|./x|~/x",
+        "nothing, or an absolute path",
+    ),
     "device_list": one_of(DeviceList.ENVVAR, "|CDI|env"),
     "device_memory": Row(None, {"": None, "8Gi": 8 * GIB}, "0|512Ki|-1Gi|many", "a size from 1Mi"),
     "driver_wait": Row(300, {"1": 1}, "|0|nan", "seconds from 1"),
@@ -270,6 +276,8 @@ TIME_SLICING = {"VGPU_SHARING": "time-slicing"}
         EXAMPLE | {"VGPU_KUBELET_DIR": KUBELET_DIR},
         EXAMPLE | {"VGPU_KUBELET_DIR": KUBELET_DIR.replace("dd", "é")},
         {"VGPU_RESOURCE_NAME": f"example.com/{'x' * 63}", "VGPU_KUBELET_DIR": "/k"},
+        EXAMPLE | {"VGPU_KUBELET_DIR": f"{KUBELET_DIR}d", "VGPU_DEVICE_PLUGIN_DIR": "/k"},
+        EXAMPLE | {"VGPU_DEVICE_PLUGIN_DIR": f"{KUBELET_DIR}/device-plugins"},
     ],
 )
 def test_values_that_go_together_are_taken(monkeypatch, given):
@@ -292,6 +300,7 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
         ("VGPU_REPLICAS", "9", CLIENTS, {"VGPU_MPS_MAX_CLIENTS": "8"}),
         ("VGPU_REPLICAS_BY_GPU", '{"0": 49}', CLIENTS, {}),
         ("VGPU_KUBELET_DIR", f"{KUBELET_DIR}d", "107 bytes", EXAMPLE),
+        ("VGPU_DEVICE_PLUGIN_DIR", f"{KUBELET_DIR}d/device-plugins", "107 bytes", EXAMPLE),
         (
             "VGPU_KUBELET_DIR",
             "/k" * 20,
@@ -302,6 +311,7 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
         ("VGPU_MPS_SHM_DIRECTORY", "/dev/shm", "not /dev/shm itself", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/run", "a directory of its own", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/var", "a directory of its own", {}),
+        ("VGPU_MPS_SHM_DIRECTORY", "/k", "a directory of", {"VGPU_DEVICE_PLUGIN_DIR": "/k/p"}),
         ("VGPU_MPS_SHM_DIRECTORY", "/mps/shm", "a directory", {"VGPU_MPS_DIRECTORY": "/mps"}),
         ("VGPU_STATE_DIRECTORY", "/dev/shm/vgpu-mps/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
     ],
@@ -314,9 +324,12 @@ def test_values_that_do_not_go_together_are_reported_at_one_of_them(
     assert words in line.removeprefix(wrong(name, value))
 
 
-def test_the_socket_is_named_after_the_resource():
+def test_the_socket_is_named_after_the_resource(monkeypatch):
+    monkeypatch.setenv("VGPU_KUBELET_DIR", "/k")
+    assert load().plugin_directory == Path("/k/device-plugins")
+    monkeypatch.setenv("VGPU_DEVICE_PLUGIN_DIR", "/p")
     settings = load()
-    assert settings.plugin_directory == Path("/var/lib/kubelet/device-plugins")
+    assert settings.plugin_directory == Path("/p")
     assert settings.endpoint == "vgpu-k8s.amazonaws.com_vgpu.sock"
 
 

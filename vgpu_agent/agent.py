@@ -25,7 +25,7 @@ from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.gpu.watch import GpuWatch
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
-from vgpu_agent.kubelet.podresources import PodResourcesWatch
+from vgpu_agent.kubelet.podresources import CHECKPOINT, SOCKET, PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
@@ -142,7 +142,8 @@ class Agent:
             make_plugin=lambda: DevicePlugin(node=node, encoder=encoder, observer=metrics),
         )
         podresources = PodResourcesWatch(
-            directory=settings.kubelet_dir,
+            socket=settings.kubelet_dir / SOCKET,
+            checkpoint=settings.plugin_directory / CHECKPOINT,
             resource_name=settings.resource_name,
             node=node,
             interval=settings.podresources_interval,

@@ -66,7 +66,7 @@ def setting(default: str, chart: str, what: str, also: str = "") -> Any:
 
 # What is allowed by a rule over several settings, and what is meant.
 _AT_MOST = "under MPS at most VGPU_MPS_MAX_CLIENTS"
-_SHORT = f"the socket DIR/device-plugins/RESOURCE.sock in it at most {MAX_PATH} bytes long"
+_SHORT = f"the socket {{}}vgpu-RESOURCE.sock in it at most {MAX_PATH} bytes long"
 _RESERVED = f"{MPS_SERVER_MARGIN // MIB}Mi under MPS, otherwise 0"
 
 
@@ -99,8 +99,15 @@ class Settings(BaseSettings):
         "not together with VGPU_REPLICAS")
     resource_name: kinds.ResourceName = setting("k8s.amazonaws.com/vgpu", "resourceName",
         "The extended resource that pods ask for.")
+    device_plugin_dir: kinds.OptionalPath = setting("", "devicePluginDir?",
+        "Where kubelet and device plugins meet, if not in VGPU_KUBELET_DIR/device-plugins. Kubelets"
+        " have it at /var/lib/kubelet/device-plugins, whatever their --root-dir is.",
+        _SHORT.format(""))
     kubelet_dir: AbsolutePath = setting("/var/lib/kubelet", "kubeletDir",
-        "The kubelet's root directory. k0s and MicroK8s have another one.", _SHORT)
+        "The kubelet's root directory, --root-dir: it has pod-resources. On k0s it is"
+        " /var/lib/k0s/kubelet, on MicroK8s /var/snap/microk8s/common/var/lib/kubelet; set"
+        " VGPU_DEVICE_PLUGIN_DIR too where device-plugins is not in it.",
+        _SHORT.format("device-plugins/"))
     device_list: DeviceList = setting("envvar", "deviceList",
         "How the container runtime learns which GPUs a container sees.")
     cdi_kind: kinds.CdiKind = setting("nvidia.com/gpu", "cdiKind",
@@ -175,7 +182,7 @@ class Settings(BaseSettings):
     @property
     def plugin_directory(self) -> Path:
         """Where the kubelet's and the plugins' sockets are."""
-        return self.kubelet_dir / "device-plugins"
+        return self.device_plugin_dir or self.kubelet_dir / "device-plugins"
 
     @property
     def endpoint(self) -> str:
@@ -233,15 +240,17 @@ def _mps_serves_as_many(value: int | dict[str, int], others: Others) -> bool:
     return others.get("sharing") is not SharingKind.MPS or max(counts, default=0) <= most
 
 
-def _socket_path_fits(kubelet_dir: Path, others: Others) -> bool:
+def _socket_path_fits(directory: Path | None, others: Others) -> bool:
     resource = others.get("resource_name")
-    path = kubelet_dir / "device-plugins" / _endpoint(resource or "")
-    return resource is None or len(str(path).encode()) <= MAX_PATH
+    if directory is None or resource is None:
+        return True
+    return len(bytes(directory / _endpoint(resource))) <= MAX_PATH
 
 
 def _directory_of_its_own(shm: Path, others: Others) -> bool:
-    mps, kubelet = others.get("mps_directory"), others.get("kubelet_dir")
-    used = [Path("/dev/shm"), *(each for each in (mps, kubelet) if each)]  # noqa: S108
+    mps = others.get("mps_directory")
+    found = (mps, others.get("kubelet_dir"), others.get("device_plugin_dir"))
+    used = [Path("/dev/shm"), *(each for each in found if each)]  # noqa: S108
     return not any(each.is_relative_to(shm) for each in used) and _outside(shm, mps)
 
 
@@ -252,7 +261,10 @@ def _outside(path: Path, directory: Path | None) -> bool:
 _RULES: dict[str, Callable[[Any, Others], bool]] = {
     "replicas": _mps_serves_as_many,
     "replicas_by_gpu": _mps_serves_as_many,
-    "kubelet_dir": _socket_path_fits,
+    "device_plugin_dir": _socket_path_fits,
+    "kubelet_dir": lambda path, others: _socket_path_fits(
+        None if others.get("device_plugin_dir") else path / "device-plugins", others
+    ),
     "mps_shm_directory": _directory_of_its_own,
     "state_directory": lambda path, others: _outside(path, others.get("mps_shm_directory")),
     "critical_xids": lambda xids, others: not xids & others.get("ignored_xids", frozenset()),

@@ -145,6 +145,9 @@ Seconds = Annotated[
     number("a number of seconds from 1", {"minimum": 1}, lambda value: 1 <= value < math.inf),
 ]
 AbsolutePath = Annotated[Path, Kind("an absolute path", _PATH, check=Path.is_absolute)]
+OptionalPath = Annotated[
+    Path | None, or_nothing(Kind("an absolute path", _PATH, Path, Path.is_absolute))
+]
 Xids = Annotated[
     frozenset[int],
     Kind(

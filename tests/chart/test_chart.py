@@ -253,6 +253,8 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ({"resourceName": "kubernetes.io/gpu"}, ["resourceName: kubernetes.io/gpu", "allowed"]),
         ({"resourceName": "requests.a.com/gpu"}, ["resourceName: requests.a.com/gpu"]),
         ({"kubeletDir": "/" + "d" * 59}, ["kubeletDir: /ddd", "108 bytes, and 107 are allowed"]),
+        ({"devicePluginDir": "/" + "d" * 74}, ["devicePluginDir: /ddd", "108 bytes, and 107"]),
+        ({"mps": {"shmDirectory": "/p"}, "devicePluginDir": "/p/d"}, ["mps.shmDirectory: /p"]),
         ({"mps": {"shmDirectory": "/dev/shm"}}, ["mps.shmDirectory: /dev/shm"]),
         ({"mps": {"shmDirectory": "/run"}}, ["mps.shmDirectory: /run", "/run/vgpu-agent/mps"]),
         ({"mps": {"shmDirectory": "/run/vgpu-agent/mps/shm"}}, ["is in mps.directory"]),
@@ -293,6 +295,7 @@ def test_rules_over_several_keys_are_told_in_words(values: Object, words: list[s
         },
         {"pools": [{"name": "a"}, {"name": "b", "affinity": {"nodeAffinity": {}}}]},
         {"kubeletDir": "/" + "d" * 58},
+        {"kubeletDir": "/" + "d" * 59, "devicePluginDir": "/p"},
         {"global": {"anything": 1}},
     ],
 )
@@ -400,7 +403,7 @@ def test_an_agent_mounts_what_its_settings_use_and_nothing_else(objects: list[Ob
             continue
         kubelet, state = variables["VGPU_KUBELET_DIR"], variables["VGPU_STATE_DIRECTORY"]
         expected = {
-            f"{kubelet}/device-plugins": False,
+            variables.get("VGPU_DEVICE_PLUGIN_DIR", f"{kubelet}/device-plugins"): False,
             f"{kubelet}/pod-resources": True,
             state: False,
         }

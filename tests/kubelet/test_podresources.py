@@ -88,7 +88,14 @@ async def watching(
 ):
     node, clock = new_node(gpus_of(gpus)), Clock()
     watch = PodResourcesWatch(
-        kubelet_dir, resource, node, interval, clock=clock, timing=timing, **options
+        socket_of(kubelet_dir),
+        kubelet_dir / "device-plugins" / podresources.CHECKPOINT,
+        resource,
+        node,
+        interval,
+        clock=clock,
+        timing=timing,
+        **options,
     )
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch.run)
@@ -607,7 +614,7 @@ def test_an_answer_that_breaks_off_is_garbage_or_has_fewer_whole_pods(those, dat
 @pytest.mark.parametrize("kind", ["pipe", "socket", "directory"])
 async def test_a_checkpoint_that_would_hang_a_reader_holds_up_nothing(kubelet_dir, kind):
     """The list alone decides then, and goes on to: a pipe is read without waiting for a writer."""
-    path = kubelet_dir / podresources.CHECKPOINT
+    path = kubelet_dir / "device-plugins" / podresources.CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)
     damage(path, kind)
     async with serving(kubelet_dir, ONE) as kubelet, watching(kubelet_dir, interval=0.05) as agent:

@@ -26,8 +26,9 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult, Snapshot
 
 SOCKET = Path("pod-resources", "kubelet.sock")
-CHECKPOINT = Path("device-plugins", "kubelet_internal_checkpoint")
-"""Where both are in the kubelet's directory."""
+"""In the kubelet's directory."""
+CHECKPOINT = "kubelet_internal_checkpoint"
+"""In the directory of device plugins, which `--root-dir` does not move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,12 @@ class Reading:
 class PodResourcesWatch:
     """Keeps the node up to date on who holds the vGPUs of `resource_name`. Times in seconds.
 
-    `directory` is the kubelet's own; `interval` is how often it is asked without an occasion;
-    `max_bytes` bounds an answer, and a checkpoint.
+    `socket` is that of PodResources, `checkpoint` the file; `interval` is how often the kubelet is
+    asked without an occasion; `max_bytes` bounds an answer, and a checkpoint.
     """
 
-    directory: Path
+    socket: Path
+    checkpoint: Path
     resource_name: str
     node: Node
     interval: float
@@ -128,15 +130,14 @@ class PodResourcesWatch:
         """Raises KubeletError."""
         within = self.timing.list_timeout
         answer = await call(
-            self.directory / SOCKET,
+            self.socket,
             "List of PodResources v1",
             lambda channel: PodResourcesListerStub(channel).list(ListPodResourcesRequest()),
             within=within,
             max_bytes=self.max_bytes,
         )
-        checkpoint = self.directory / CHECKPOINT
         read = partial(
-            read_answer, answer, checkpoint, self.resource_name, self._named, self.max_bytes
+            read_answer, answer, self.checkpoint, self.resource_name, self._named, self.max_bytes
         )
         with anyio.move_on_after(within):
             return await anyio.to_thread.run_sync(

@@ -5,6 +5,7 @@
   "VGPU_CRITICAL_XIDS" .health.criticalXids
   "VGPU_DEVICE_LIST" .deviceList
   "VGPU_DEVICE_MEMORY" .deviceMemory
+  "VGPU_DEVICE_PLUGIN_DIR" .devicePluginDir
   "VGPU_DRIVER_WAIT" .health.driverWait
   "VGPU_GPU_DRIVER" .gpuDriver
   "VGPU_HEALTH_CHECKS" .health.checks

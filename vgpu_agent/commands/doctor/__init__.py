@@ -35,6 +35,7 @@ from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.watch import GpuWatch, Intervals
+from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.model.facts import DaemonLook
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
@@ -177,7 +178,7 @@ def _preflight(
     real = settings.gpu_driver is GpuDriverKind.NVML
     endpoint = settings.plugin_directory / settings.endpoint
     control_socket = settings.state_directory / control.SOCKET
-    sockets = [endpoint, control_socket]
+    sockets = [endpoint, control_socket, settings.kubelet_dir / POD_RESOURCES]
     checks: dict[str, Checking] = {}
     if real and settings.sharing_rules().mps:
         sockets.append(settings.mps_directory / "pipe" / "control")
@@ -188,6 +189,8 @@ def _preflight(
         )
     if real:
         checks["other mps"] = lambda: [preflight.check_other_mps(other_mps)]
+    if report is None or not report.podresources.up:
+        checks["podresources"] = lambda: [preflight.check_podresources(settings.kubelet_dir)]
     return checks | {
         "socket path": lambda: preflight.check_socket_paths(*sockets),
         "kubelet": lambda: preflight.check_kubelet(settings.plugin_directory),

@@ -13,6 +13,7 @@ from vgpu_agent.address import Address
 from vgpu_agent.commands.ask import get
 from vgpu_agent.commands.judge import FAIL, OK, WARN, Check, Verdict
 from vgpu_agent.errors import ListenError, NoAgentError
+from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.mps.control import BINARY
 from vgpu_agent.observe.report import Report
@@ -92,17 +93,47 @@ def check_socket_paths(*paths: Path) -> Iterable[Check]:
         yield Check("socket path", OK if length <= MAX_PATH else FAIL, detail, advice)
 
 
-def check_kubelet(directory: Path) -> Iterable[Check]:
-    """The directory in which kubelet and plugins meet, and whether a kubelet listens there."""
-    advice = "mount the kubelet's directory at the same path, writable, or set VGPU_KUBELET_DIR"
+KUBELET_DIRS = (
+    Path("/var/lib/kubelet"),
+    Path("/var/lib/k0s/kubelet"),
+    Path("/var/snap/microk8s/common/var/lib/kubelet"),
+)
+"""Where kubelets are known to have their directory: of most, k0s, MicroK8s."""
+
+
+def check_kubelet(directory: Path, known: Iterable[Path] = KUBELET_DIRS) -> Iterable[Check]:
+    """The directory in which kubelet and plugins meet, and whether a kubelet listens there.
+
+    Where none does: in which of the known directories one does.
+    """
+    advice = "mount that directory at the same path, writable, or set VGPU_DEVICE_PLUGIN_DIR"
     yield _directory("kubelet directory", directory, advice, write=True)
-    if not directory.is_dir():
-        return
+    places = {each / "device-plugins": each / "device-plugins" / KUBELET_SOCKET for each in known}
     path = directory / KUBELET_SOCKET
+    yield _kubelet_at("kubelet socket", FAIL, path, "VGPU_DEVICE_PLUGIN_DIR", places)
+
+
+def check_podresources(root: Path, known: Iterable[Path] = KUBELET_DIRS) -> Check:
+    """Whether a kubelet says who holds what, in its own directory or in which of the known ones."""
+    places = {each: each / POD_RESOURCES for each in known}
+    path = root / POD_RESOURCES
+    return _kubelet_at("podresources socket", WARN, path, "VGPU_KUBELET_DIR", places)
+
+
+def _kubelet_at(
+    name: str, bad: Verdict, path: Path, variable: str, places: Mapping[Path, Path]
+) -> Check:
+    """Whether a kubelet listens there, or else at which other socket, by the variable's value."""
     reason = refusal(path)
-    detail = f"no kubelet at {path}: {reason}" if reason else f"a kubelet listens at {path}"
-    advice = "start the node's kubelet, or set VGPU_KUBELET_DIR to the directory that it uses"
-    yield Check("kubelet socket", FAIL if reason else OK, detail, advice)
+    if reason is None:
+        return Check(name, OK, f"a kubelet listens at {path}")
+    detail = f"no kubelet at {path}: {reason}"
+    for value, other in places.items():
+        if refusal(other) is None:
+            return Check(name, bad, f"{detail}; one listens at {other}", f"set {variable}={value}")
+    seen = ", ".join(str(each) for each in places.values() if each != path)
+    advice = f"start the node's kubelet, mount its directory, or set {variable} to what it uses"
+    return Check(name, bad, f"{detail}; nor at {seen}", advice)
 
 
 def check_endpoint(path: Path, control: Path, agent: Report | None, resource: str) -> Check:
