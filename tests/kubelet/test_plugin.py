@@ -3,6 +3,9 @@ import logging
 import anyio
 import grpc
 import pytest
+from grpclib import GRPCError, Status
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.kubelet.rig import (
     ENDPOINT,
@@ -18,6 +21,7 @@ from tests.kubelet.rig import (
     unchanging,
 )
 from tests.kubelet_peer import LIST_AND_WATCH, Device, StalledPeer, off_loop
+from tests.model.strategies import tried
 from tests.nodes import found
 from tests.wire import dp
 from vgpu_agent.kubelet import codec
@@ -229,7 +233,7 @@ async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, c
         assert await off_loop(kubelet.preferred, available, ["GPU-gone::1"], 1) == rig.ids(0, 0)
         assert await off_loop(kubelet.preferred, rig.ids(1), [], 1) == []
         passed = ", ".join(sorted(["GPU-gone::0", *rig.ids(1, 0, 1), "nonsense"]))
-        assert f"passed over as unknown or unhealthy: {passed}" in caplog.text
+        assert f"passed over 4 as unknown or unhealthy: {passed}" in caplog.text
         assert unchanging(rig.node.snapshot) == before
         assert rig.observer.calls[-3:] == [("GetPreferredAllocation", "OK")] * 3
 
@@ -295,6 +299,34 @@ REFUSED = {
         [ILL, "lost: fell off the bus"],
     ),
     "more containers than vGPUs": ("Allocate", allocation(*MANY), INVALID, ["41", "40 vGPUs"]),
+    "too many containers": ("Allocate", allocation(*[[WELL]] * 65), INVALID, ["65", "64"]),
+    "too many containers, preferred": (
+        "GetPreferredAllocation",
+        preference([WELL], [], 1) * 65,
+        INVALID,
+        ["65 containers; 64 are allowed"],
+    ),
+    "too many IDs": ("Allocate", allocation([""] * 20_000), INVALID, ["more than 20000 fields"]),
+    "too many IDs in all": (
+        "Allocate",
+        allocation(*[["x"] * 500] * 40),
+        INVALID,
+        ["more than 20000 fields"],
+    ),
+    "too many IDs to start with": ("PreStartContainer", start(*["x"] * 20_001), INVALID, ["20000"]),
+    "a long ID": ("Allocate", allocation(["x" * 257]), INVALID, ["257 bytes; 256 are allowed"]),
+    "a long ID to start with": (
+        "PreStartContainer",
+        start("x" * 2**20),
+        INVALID,
+        ["1048576 bytes"],
+    ),
+    "too many bytes": (
+        "GetPreferredAllocation",
+        preference(["x" * 2**22], [], 1),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        ["more than 4194304 bytes"],
+    ),
     "a negative size": (
         "GetPreferredAllocation",
         preference([WELL], [], -1),
@@ -356,7 +388,8 @@ async def test_a_wrong_request_is_refused_in_words_and_changes_nothing(kubelet_d
         for words in told:
             assert words in answer.details
         assert rig.node.snapshot == before
-        assert rig.observer.calls[-1] == (method, code.name)
+        too_large = code is grpc.StatusCode.RESOURCE_EXHAUSTED  # ended from outside
+        assert rig.observer.calls[-1] == (method, "CANCELLED" if too_large else code.name)
         assert all(seconds >= 0 for seconds in rig.observer.seconds)
         # The agent serves on.
         await off_loop(kubelet.allocate, [WELL])
@@ -414,6 +447,49 @@ async def test_a_bug_in_a_call_is_internal_to_the_caller_and_ends_the_agent(
     # Even so the kubelet is told: its devices are unhealthy, the socket is gone.
     assert (await off_loop(kubelet.wait_stream_ends, 1)).code is grpc.StatusCode.OK
     assert not (kubelet.directory / ENDPOINT).exists()
+
+
+# The decoder
+
+texts = st.lists(st.text(max_size=20), max_size=4)
+REQUESTS = {
+    v1beta1.Empty: st.builds(v1beta1.Empty),
+    v1beta1.PreStartContainerRequest: st.builds(v1beta1.PreStartContainerRequest, texts),
+    v1beta1.AllocateRequest: st.builds(
+        v1beta1.AllocateRequest,
+        st.lists(st.builds(v1beta1.ContainerAllocateRequest, texts), max_size=3),
+    ),
+    v1beta1.PreferredAllocationRequest: st.builds(
+        v1beta1.PreferredAllocationRequest,
+        st.lists(
+            st.builds(
+                v1beta1.ContainerPreferredAllocationRequest,
+                texts,
+                texts,
+                st.integers(-(2**31), 2**31 - 1),
+            ),
+            max_size=3,
+        ),
+    ),
+}
+
+
+@tried(200)
+@given(st.one_of(REQUESTS.values()))
+def test_every_request_is_decoded(request_):
+    assert codec.WireCodec().decode(bytes(request_), type(request_)) == request_
+
+
+@tried(300)
+@given(
+    st.sampled_from(list(REQUESTS)),
+    st.binary(max_size=60) | st.one_of(REQUESTS.values()).map(bytes),
+)
+def test_whatever_comes_is_decoded_or_the_callers_mistake(kind, data):
+    try:
+        codec.WireCodec().decode(data, kind)
+    except GRPCError as error:
+        assert error.status is Status.INVALID_ARGUMENT  # noqa: PT017 - or nothing at all
 
 
 # The encoder

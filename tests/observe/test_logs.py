@@ -155,6 +155,7 @@ def test_libraries_log_only_errors_also_at_debug(capsys, library):
     logs.configure(LogLevel.DEBUG, LogFormat.TEXT)
     logging.getLogger(f"{library}.part").warning("chatter")
     logging.getLogger(f"{library}.part").error("trouble")
+    logging.getLogger("grpclib.server").error("a peer that speaks badly")
     written = line(capsys)
     assert written.endswith("ERROR   trouble")
     assert "chatter" not in written

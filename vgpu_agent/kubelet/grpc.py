@@ -13,18 +13,44 @@ from grpclib import GRPCError, Status
 from grpclib.client import Channel
 from grpclib.encoding.proto import ProtoCodec
 from grpclib.exceptions import StreamTerminatedError
-from grpclib.protocol import H2Protocol
+from grpclib.protocol import EventsProcessor, H2Protocol
 
 from vgpu_agent.errors import KubeletAwayError, KubeletError
 
 MAX_BYTES = 16 * 2**20
-"""Most bytes of an answer that are read."""
+"""Most bytes of an answer that are read: as much as the kubelet takes of one of PodResources."""
+MAX_REQUEST = 4 * 2**20
+"""Most bytes of all requests of a connection under way: as much as the kubelet takes of one."""
+MAX_UNREAD = 4 * 2**20
+"""Most bytes that wait for a peer that does not read them."""
+
+
+class _Processor(EventsProcessor):
+    """grpclib's, less a leak and with a bound."""
+
+    def process_stream_reset(self, event: Any) -> None:
+        """Later, when the task of the call has begun: what never began would never be released."""
+        asyncio.get_running_loop().call_soon(super().process_stream_reset, event)
+
+    def process_data_received(self, event: Any) -> None:
+        """Ends the call that is one byte too much."""
+        super().process_data_received(event)
+        stream = self.streams.get(event.stream_id)
+        received = sum(each.data_received for each in self.streams.values())
+        if stream is not None and stream.wrapper is not None and received > MAX_REQUEST:
+            words = f"more than {MAX_REQUEST} bytes of requests at a time"
+            stream.wrapper.cancel(GRPCError(Status.RESOURCE_EXHAUSTED, words))
 
 
 class Connection(H2Protocol):
-    """A connection of a grpclib server or channel that can be cut."""
+    """A connection of a grpclib server or channel that can be cut.
+
+    What it stumbles over is its end, kept from asyncio, which would log it.
+    """
 
     transport: asyncio.Transport | None = None
+    ended = False
+    trouble: str | None = None
 
     @classmethod
     def like(cls, base: H2Protocol) -> Self:
@@ -36,37 +62,55 @@ class Connection(H2Protocol):
         self.transport = cast("asyncio.Transport", transport)
         super().connection_made(transport)
 
-    @property
-    def ended(self) -> bool:
-        """Whether it was made and is over, or about to be."""
-        return self.transport is not None and self.transport.is_closing()
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio."""
+        try:
+            super().data_received(data)
+        except Exception as error:  # noqa: BLE001 - grpclib and h2 stumble in many ways
+            self.give_up(f"the kubelet's answer is no gRPC: {error!r}")
+        if self.transport is not None and (
+            self.transport.is_closing() or self.transport.get_write_buffer_size() > MAX_UNREAD
+        ):
+            self.abort()  # what it has not read by now is for nobody
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Called by asyncio. A transport that is lost cannot even be aborted."""
+        self.ended, self.transport = True, None
+        super().connection_lost(exc)
+
+    def give_up(self, trouble: str) -> None:
+        """Cuts the connection for that reason."""
+        self.trouble = trouble
+        self.abort()
 
     def abort(self) -> None:
         """Cuts the connection, also where the peer reads nothing."""
         if self.transport is not None:
+            self.ended = True
             self.transport.abort()
 
 
-class _Bounded(Connection):
-    """A connection with a bound. What it stumbles over is kept from asyncio, which would log it."""
+class ServedConnection(Connection):
+    """One of a server, whose peer may do what it likes."""
 
-    trouble: str | None = None
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        super().connection_made(transport)
+        self.processor = _Processor(self.handler, self.connection)
+
+
+class _Bounded(Connection):
+    """One of a channel, with a bound on the answer."""
+
     received = 0
     max_bytes = MAX_BYTES
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         if self.received > self.max_bytes:
-            self._give_up(f"the kubelet's answer is larger than {self.max_bytes / 2**20:g} MiB")
-            return
-        try:
+            self.give_up(f"the kubelet's answer is larger than {self.max_bytes / 2**20:g} MiB")
+        else:
             super().data_received(data)
-        except Exception as error:  # noqa: BLE001 - grpclib and h2 stumble in many ways
-            self._give_up(f"the kubelet's answer is no gRPC: {error!r}")
-
-    def _give_up(self, trouble: str) -> None:
-        self.trouble = trouble
-        self.abort()
 
 
 class _BytesCodec(ProtoCodec):
@@ -95,6 +139,11 @@ class _Channel(Channel):
         if self.connection is not None:
             self.connection.abort()
         self.close()
+
+
+def back_off(first: float, failures: int, longest: float) -> float:
+    """Seconds until the next attempt after so many failures: twice as long each time."""
+    return min(longest, first * 2.0 ** min(failures - 1, 16))
 
 
 async def call(

@@ -8,16 +8,18 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from functools import partial
+from typing import Any, NoReturn, Protocol
+from weakref import WeakSet
 
 import anyio
 from anyio.abc import TaskStatus
 from betterproto import Message
 from grpclib import GRPCError, Status
-from grpclib.const import Cardinality, Handler
+from grpclib.const import Handler
 from grpclib.server import Stream
 
 from vgpu_agent.errors import AllocationError, InvalidRequestError, UnavailableDeviceError
@@ -30,7 +32,6 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     DevicePluginBase,
     DevicePluginOptions,
     Empty,
-    ListAndWatchResponse,
     Mount,
     PreferredAllocationRequest,
     PreferredAllocationResponse,
@@ -45,9 +46,11 @@ from vgpu_agent.model.placement import prefer
 
 log = logging.getLogger(__name__)
 
-Q = TypeVar("Q", bound=Message)
-A = TypeVar("A", bound=Message)
-_Call = Callable[[Stream[Any, Any]], Awaitable[None]]
+MAX_NAMED = 20
+"""Most vGPUs that a log line names."""
+
+_Call = Callable[[str, Stream[Any, Any]], Awaitable[None]]
+"""Serves a call, by its method and its stream."""
 
 
 class RpcObserver(Protocol):
@@ -60,36 +63,15 @@ class RpcObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """How many ListAndWatch streams were opened and have ended since the plugin was made."""
+    """How many ListAndWatch streams were opened since the plugin was made, and how many are open.
+
+    `ended` counts those that may have been the kubelet's: the first one, and those of connections
+    that asked for the options before, as kubelets do. Others are a guest's.
+    """
 
     opened: int = 0
+    open: int = 0
     ended: int = 0
-
-
-def _guarded(
-    handler: Callable[["DevicePlugin", Q], Coroutine[Any, Any, A]],
-) -> Callable[["DevicePlugin", Q | None], Coroutine[Any, Any, A]]:
-    """Translates the errors of a call: ours to gRPC's, an unexpected one ends the agent."""
-
-    @wraps(handler)
-    async def call(plugin: "DevicePlugin", request: Q | None) -> A:
-        if request is None:  # the caller ended its side without a message
-            raise GRPCError(Status.INVALID_ARGUMENT, "the call carries no message")
-        try:
-            return await handler(plugin, request)
-        except AllocationError as error:
-            log.warning("%s refused: %s", handler.__name__, error)
-            raise GRPCError(_status(error), str(error)) from error
-        except Exception as error:
-            plugin.fail(error)
-            raise GRPCError(Status.INTERNAL, f"{handler.__name__} failed: {error!r}") from error
-
-    return call
-
-
-def _status(error: AllocationError) -> Status:
-    unavailable = isinstance(error, UnavailableDeviceError)
-    return Status.FAILED_PRECONDITION if unavailable else Status.INVALID_ARGUMENT
 
 
 class DevicePlugin(DevicePluginBase):
@@ -105,6 +87,7 @@ class DevicePlugin(DevicePluginBase):
         self._observer = observer
         self._lists = Latest(b"")
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
+        self._introduced: WeakSet[object] = WeakSet()
         self.streams = Latest(Streams())
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -156,17 +139,6 @@ class DevicePlugin(DevicePluginBase):
         """See `options`."""
         return self.options
 
-    async def list_and_watch(self, empty: Empty) -> AsyncIterator[ListAndWatchResponse]:  # noqa: ARG002
-        """The list, and again the newest list at every change, until `end_streams`.
-
-        Holds no cancel scope, task group or lock across the yield: a stream whose send is blocked
-        is finalised by the garbage collector, in another task.
-        """
-        async for encoded in self._lists.follow(version=0):  # 0 is before the first list
-            yield cast("ListAndWatchResponse", encoded)  # for `WireCodec`, as it is
-            self._node.list_sent()
-
-    @_guarded
     async def get_preferred_allocation(
         self, preferred_allocation_request: PreferredAllocationRequest
     ) -> PreferredAllocationResponse:
@@ -186,15 +158,15 @@ class DevicePlugin(DevicePluginBase):
             )
             if preference.passed_over:
                 log.info(
-                    "GetPreferredAllocation: passed over as unknown or unhealthy: %s",
-                    ", ".join(preference.passed_over),
+                    "GetPreferredAllocation: passed over %d as unknown or unhealthy: %s",
+                    len(preference.passed_over),
+                    ", ".join(preference.passed_over[:MAX_NAMED]),
                 )
             responses.append(
                 ContainerPreferredAllocationResponse(device_i_ds=list(preference.device_ids))
             )
         return PreferredAllocationResponse(container_responses=responses)
 
-    @_guarded
     async def allocate(self, allocate_request: AllocateRequest) -> AllocateResponse:
         """What each container is started with, see `model.container`."""
         snapshot = self._node.snapshot
@@ -216,7 +188,6 @@ class DevicePlugin(DevicePluginBase):
         self._node.allocated()
         return AllocateResponse(container_responses=[_response(each) for each in grants])
 
-    @_guarded
     async def pre_start_container(
         self, pre_start_container_request: PreStartContainerRequest
     ) -> PreStartContainerResponse:
@@ -224,25 +195,58 @@ class DevicePlugin(DevicePluginBase):
         check_start(self._node.snapshot.inventory, pre_start_container_request.devices_ids)
         return PreStartContainerResponse()
 
+    async def _list_and_watch(self, method: str, stream: Stream[Any, Any]) -> None:
+        """The list, and again the newest list at every change, until `end_streams`."""
+        await _received(stream, may_lack=True)
+        before = self.streams.value
+        # A guest's end is nothing to register again for.
+        kubelets = before.opened == 0 or _connection(stream) in self._introduced
+        self.streams.publish(replace(before, opened=before.opened + 1, open=before.open + 1))
+        self._node.stream_opened()
+        try:
+            async for encoded in self._lists.follow(version=0):  # 0 is before the first list
+                await stream.send_message(encoded)  # for `WireCodec`, as it is
+                with self._ours(method):
+                    self._node.list_sent()
+        finally:
+            now = self.streams.value
+            self.streams.publish(replace(now, open=now.open - 1, ended=now.ended + kubelets))
+            self._node.stream_ended()
+
     # What all calls share
 
     def __mapping__(self) -> dict[str, Handler]:
-        """The calls by their path on the wire, each observed and its errors translated."""
+        """The calls by their path on the wire."""
+        calls: dict[str, _Call] = {
+            "ListAndWatch": self._list_and_watch,
+            "GetDevicePluginOptions": self._options,
+            "GetPreferredAllocation": self._unary(self.get_preferred_allocation),
+            "Allocate": self._unary(self.allocate),
+            "PreStartContainer": self._unary(self.pre_start_container),
+        }
         return {
-            path: handler._replace(
-                func=self._followed(handler.func)
-                if handler.cardinality is Cardinality.UNARY_STREAM
-                else self._timed(path.rpartition("/")[2], handler.func)
-            )
+            path: handler._replace(func=partial(calls[method], method))
             for path, handler in super().__mapping__().items()
+            for method in [path.rpartition("/")[2]]
         }
 
-    def _timed(self, method: str, func: _Call) -> _Call:
-        async def call(stream: Stream[Any, Any]) -> None:
+    async def _options(self, method: str, stream: Stream[Any, Any]) -> None:
+        self._introduced.add(_connection(stream))
+        await self._unary(self.get_device_plugin_options, may_lack=True)(method, stream)
+
+    def _unary(
+        self, answer_to: Callable[[Any], Awaitable[Message]], *, may_lack: bool = False
+    ) -> _Call:
+        """A call with one answer, observed."""
+
+        async def call(method: str, stream: Stream[Any, Any]) -> None:
             started = time.perf_counter()
             status = Status.CANCELLED  # what is left when neither an answer nor an error came
             try:
-                await func(stream)
+                request = await _received(stream, may_lack=may_lack)
+                with self._ours(method):
+                    answer = await answer_to(request)
+                await stream.send_message(answer)
                 status = Status.OK
             except GRPCError as error:
                 status = error.status
@@ -252,21 +256,42 @@ class DevicePlugin(DevicePluginBase):
 
         return call
 
-    def _followed(self, func: _Call) -> _Call:
-        """Counts streams here, where the end comes at once, and not in the generator."""
+    @contextmanager
+    def _ours(self, method: str) -> Iterator[None]:
+        """Translates errors of ours to gRPC's; one that nobody expected ends the agent."""
+        try:
+            yield
+        except AllocationError as error:
+            log.warning("%s refused: %s", method, error)
+            raise GRPCError(_status(error), str(error)) from error
+        except Exception as error:
+            self.fail(error)
+            raise GRPCError(Status.INTERNAL, f"{method} failed: {error!r}") from error
 
-        async def call(stream: Stream[Any, Any]) -> None:
-            before = self.streams.value
-            self.streams.publish(replace(before, opened=before.opened + 1))
-            self._node.stream_opened()
-            try:
-                await func(stream)
-            finally:
-                before = self.streams.value
-                self.streams.publish(replace(before, ended=before.ended + 1))
-                self._node.stream_ended()
 
-        return call
+def _status(error: AllocationError) -> Status:
+    unavailable = isinstance(error, UnavailableDeviceError)
+    return Status.FAILED_PRECONDITION if unavailable else Status.INVALID_ARGUMENT
+
+
+def _connection(stream: Stream[Any, Any]) -> object:
+    """The connection of a call; grpclib has no public name for it."""
+    return stream._stream.connection
+
+
+async def _received(stream: Stream[Any, Any], *, may_lack: bool) -> Any:
+    """The request of a call; None where it has none and needs none. Raises GRPCError."""
+    try:
+        request = await stream.recv_message()
+    except GRPCError:
+        raise
+    except Exception as error:  # grpclib stumbles: it breaks off, or is compressed
+        words = f"the message cannot be read: {error!r}"
+        raise GRPCError(Status.INVALID_ARGUMENT, words) from error
+    if request is None and not may_lack:  # the caller ended its side without a message
+        raise GRPCError(Status.INVALID_ARGUMENT, "the call carries no message")
+    await asyncio.sleep(0)  # others first: a large request takes 20 ms to decode
+    return request
 
 
 def _check_disjoint(requests: Iterable[Iterable[str]]) -> None:

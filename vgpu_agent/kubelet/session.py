@@ -31,7 +31,7 @@ from vgpu_agent.errors import (
 )
 from vgpu_agent.kubelet._proto.v1beta1 import RegisterRequest, RegistrationStub
 from vgpu_agent.kubelet.codec import WireCodec
-from vgpu_agent.kubelet.grpc import Connection, call
+from vgpu_agent.kubelet.grpc import Connection, ServedConnection, back_off, call
 from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult
@@ -91,7 +91,7 @@ class _PluginServer(Server):
         self._connections: list[Connection] = []
 
     def _protocol_factory(self) -> H2Protocol:
-        connection = Connection.like(super()._protocol_factory())
+        connection = ServedConnection.like(super()._protocol_factory())
         # Forget the ended ones here: a session may see many connections.
         self._connections = [each for each in self._connections if not each.ended]
         self._connections.append(connection)
@@ -182,10 +182,10 @@ class KubeletSession:
     def _delay(self) -> float:
         """Seconds until the next attempt: none at first, more with every failure in a row."""
         if self._failures:
-            seconds = min(self.timing.back_off_max, 0.1 * 2.0 ** min(self._failures, 16))
+            seconds = back_off(0.2, self._failures, self.timing.back_off_max)
         elif self._short_lived >= RIVAL_AFTER:
             longest = self.timing.rival_back_off_max
-            seconds = min(longest, 2.0 ** min(self._short_lived - RIVAL_AFTER, 16))
+            seconds = back_off(1.0, self._short_lived - RIVAL_AFTER + 1, longest)
             self.node.registration_ended(
                 "the kubelet ends the stream soon after each registration: another agent seems to"
                 f" serve {self.resource_name} on this node, and each takes the other's place."
@@ -256,7 +256,7 @@ class KubeletSession:
             await anyio.lowlevel.checkpoint()
         plugin.end_streams()
         with anyio.move_on_after(self.timing.clean_end):
-            await plugin.streams.until(lambda streams: streams.ended == streams.opened)
+            await plugin.streams.until(lambda streams: not streams.open)
         await anyio.lowlevel.checkpoint()  # what was written last goes out
         server.close()
         server.abort_connections()

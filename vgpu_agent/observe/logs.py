@@ -71,3 +71,5 @@ def configure(level: LogLevel, form: LogFormat) -> None:
     # What they say at lower levels is about single requests, never about the agent.
     for library in ("asyncio", "grpclib", "hpack", "uvicorn"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # A traceback for each request that is no gRPC. What is wrong with our own calls ends the agent.
+    logging.getLogger("grpclib.server").setLevel(logging.CRITICAL)
