@@ -152,16 +152,6 @@ def silent(connection: socket.socket) -> None:
         pass
 
 
-def no_http(connection: socket.socket) -> None:
-    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-    silent(connection)
-
-
-def bad_frame(connection: socket.socket) -> None:
-    connection.sendall(bytes(9))  # data without a stream
-    silent(connection)
-
-
 Http = h2.connection.H2Connection
 
 
@@ -199,6 +189,26 @@ def replying(*headers: tuple[str, str], end: bool = True) -> Serve:
     return over_http2(lambda http, stream: http.send_headers(stream, headers, end_stream=end))
 
 
+def saying(data: bytes) -> Serve:
+    """This, whatever it is asked."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(data)
+        silent(connection)
+
+    return serve
+
+
+def then(answer: Callable[[Http, int], None]) -> Serve:
+    """The same after the headers of an answer."""
+
+    def begun(http: Http, stream: int) -> None:
+        http.send_headers(stream, [(":status", "200"), ("content-type", "application/grpc")])
+        answer(http, stream)
+
+    return over_http2(begun)
+
+
 HALF = b"\0\0\0\0\x64" + b"x" * 10
 """The beginning of a message."""
 
@@ -207,8 +217,8 @@ BROKEN_OFF, WITHOUT_END = answering(HALF, end=True), answering(HALF)
 BAD_PEERS: dict[str, Serve] = {
     "hanging up": hanging_up,
     "silent": silent,
-    "no HTTP": no_http,
-    "bad frame": bad_frame,
+    "no HTTP": saying(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "bad frame": saying(bytes(9)),  # data without a stream
     "broken off": BROKEN_OFF,
     "nothing said": answering(b"", status="0"),
     "compressed": answering(b"\1\0\0\0\x01x", status="0"),
@@ -221,4 +231,18 @@ BAD_PEERS: dict[str, Serve] = {
     # An event that grpclib does not know.
     "informational": replying((":status", "103"), end=False),
     "without end": WITHOUT_END,
+    "twice": answering(bytes(10), status="0"),
+    "only an end": replying(
+        (":status", "200"), ("content-type", "application/grpc"), ("grpc-status", "0")
+    ),
+    "only an error": replying(
+        (":status", "200"), ("content-type", "application/grpc"), ("grpc-status", "14")
+    ),
+    "cancelled": answering(b"", status="1"),
+    "reset after headers": then(lambda http, stream: http.reset_stream(stream, 2)),
+    "going away after headers": then(lambda http, _: http.close_connection()),
+    "half a frame": lambda connection: connection.sendall(bytes(7)),
+    "TLS": saying(bytes.fromhex("15030300020246")),
+    "HTTP/1.1": saying(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
+    "noise": saying(bytes(range(256)) * 300),
 }

@@ -373,6 +373,16 @@ SAID_OF_BAD_PEERS = {
     "going away": ENDED,
     "informational": "is no gRPC",
     "without end": "did not answer List of PodResources v1 within 1 s",
+    "twice": "answered more than once",
+    "only an end": "cannot be read",
+    "only an error": "refused with UNAVAILABLE",
+    "cancelled": "refused with CANCELLED",
+    "reset after headers": ENDED,
+    "going away after headers": ENDED,
+    "half a frame": ENDED,
+    "TLS": "did not answer List of PodResources v1 within 1 s",
+    "HTTP/1.1": "did not answer List of PodResources v1 within 1 s",
+    "noise": ENDED,
 }
 
 

@@ -25,6 +25,10 @@ MAX_UNREAD = 4 * 2**20
 """Most bytes that wait for a peer that does not read them."""
 
 
+PREFIX = 5
+"""Bytes before a message."""
+
+
 class _Processor(EventsProcessor):
     """grpclib's, less a leak and with a bound."""
 
@@ -134,6 +138,11 @@ class _Channel(Channel):
         self.connection.max_bytes = self._max_bytes
         return self.connection
 
+    @property
+    def data_received(self) -> int:
+        """Bytes of messages, with their prefixes."""
+        return self.connection.connection.data_received if self.connection else 0
+
     def abort(self) -> None:
         """Leaves no connection behind."""
         if self.connection is not None:
@@ -165,7 +174,11 @@ async def call(
 
     async def run() -> None:
         try:
-            answers.append(cast("bytes", await request(channel)))
+            answer = cast("bytes", await request(channel))
+            if channel.data_received == PREFIX + len(answer):
+                answers.append(answer)
+            else:
+                errors.append(KubeletAwayError("the kubelet answered more than once"))
         except Exception as error:  # noqa: BLE001 - grpclib and h2 stumble in many ways
             errors.append(_explained(error, path, what, channel.connection))
         finally:
