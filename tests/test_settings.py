@@ -128,7 +128,7 @@ TABLE = {
         "a factor above 0",
     ),
     "placement": one_of(Placement.SPREAD, "|Spread|random"),
-    "podresources_interval": Row(60, {"10": 10}, "|0|often", "seconds from 1"),
+    "podresources_interval": Row(10, {"60": 60}, "|0|often", "seconds from 1"),
     "process_metrics": Row(False, SWITCH, "|yes", "`on` or `off`"),
     "recovery_seconds": Row(60, {"3600": 3600}, "|0|0.5|-5|1m|inf|nan", "seconds from 1"),
     "replicas": Row(

@@ -153,7 +153,7 @@ class Settings(BaseSettings):
         "Where the page, /metrics, /healthz, /readyz and /status.json are served.")
     status_page: Switch = setting("on", "statusPage",
         "Whether there is a page at /, and names of pods in /status.json (/metrics has them).")
-    podresources_interval: Seconds = setting("60", "podResourcesInterval",
+    podresources_interval: Seconds = setting("10", "podResourcesInterval",
         "Seconds between two questions to the kubelet about who holds which vGPU; it is also asked"
         " after each allocation.")
     process_metrics: Switch = setting("off", "processMetrics",

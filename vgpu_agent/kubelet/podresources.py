@@ -6,7 +6,7 @@ out, and the kubelet is asked again.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from vgpu_agent.kubelet import wire
 from vgpu_agent.kubelet._proto.v1 import ListPodResourcesRequest, PodResourcesListerStub
 from vgpu_agent.kubelet.grpc import MAX_BYTES, back_off, call
 from vgpu_agent.kubelet.wire import Fields
-from vgpu_agent.model.holders import Assignment, Checked, Holder, Recorded, cross_check
+from vgpu_agent.model.holders import Assignment, Checked, Holder, Pod, Recorded, cross_check
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult, Snapshot
 
@@ -80,7 +80,7 @@ class PodResourcesWatch:
     max_bytes: int = MAX_BYTES
     _answered: float | None = None
     _retries: int = 0
-    _named: frozenset[str] = frozenset()
+    _named: Mapping[str, Pod] = field(default_factory=dict)
     _decoding: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
 
     async def run(self) -> Never:
@@ -174,7 +174,7 @@ def read_answer(
     answer: bytes,
     checkpoint: Path,
     resource_name: str,
-    named: frozenset[str],
+    named: Mapping[str, Pod],
     max_bytes: int = MAX_BYTES,
 ) -> Reading:
     """Decodes an answer of List and checks it by the checkpoint, which is read here and so later.

@@ -6,7 +6,7 @@ worked out here by plain functions.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vgpu_agent.model.devices import Inventory, SharedGpu, split_device_id
@@ -60,66 +60,93 @@ class Holders:
         return self.error is None
 
 
+Pod = tuple[str, str]
+"""Namespace and name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Who holds what, after the cross-check.
+    """Who holds what, after the cross-check. With a checkpoint no vGPU has two holders.
 
-    `named` are the UIDs of recorded pods that the list has named, now or before. `settled`: it
+    `named` are the recorded pods that the list has named, now or before, by UID. `settled`: it
     names every recorded pod now; where not, the next list may know more.
     """
 
     assignments: tuple[Assignment, ...]
-    named: frozenset[str]
+    named: Mapping[str, Pod]
     settled: bool = True
 
 
 def cross_check(
     listed: Iterable[Assignment],
     recorded: Sequence[Recorded] | None,
-    named: frozenset[str] = frozenset(),
+    named: Mapping[str, Pod] = MappingProxyType({}),
 ) -> Checked:
     """The list of PodResources, set right by the checkpoint, which was read after it.
 
     A vGPU that the checkpoint no longer has is free: older kubelets list pods that have ended. One
     that only the checkpoint has is held by an init container, which List leaves out; a pod of which
     List shows nothing is named by its UID. But kubelets write the checkpoint when something is
-    given, not when a pod ends: a pod that was `named` before and no longer is has ended. Without a
+    given, not when a pod ends: a pod that was `named` before and no longer is has ended. One vGPU
+    in two entries was given on, to the pod that is new, or else to the later entry. Without a
     checkpoint the list alone decides.
     """
     listed = tuple(listed)
     if recorded is None:
-        return Checked(_merged(listed), named)
-    holders = {vgpu: each.holder for each in listed for vgpu in each.device_ids}
-    kept = {vgpu for each in recorded for vgpu in each.device_ids}
-    pods = {
-        each.pod_uid: holders[vgpu]
-        for each in recorded
-        for vgpu in each.device_ids
-        if vgpu in holders
-    }
-    found = [
-        replace(each, device_ids=tuple(v for v in each.device_ids if v in kept)) for each in listed
-    ]
-    for each in recorded:
-        unlisted = tuple(v for v in each.device_ids if v not in holders)
-        if each.pod_uid in pods:
-            holder = replace(pods[each.pod_uid], container=each.container)
-            found.append(Assignment(holder, unlisted))
-        elif each.pod_uid not in named:
-            holder = Holder(NO_NAMESPACE, each.pod_uid, each.container)
-            found.append(Assignment(holder, unlisted))
-    holding = {each.pod_uid for each in recorded if each.device_ids}
-    return Checked(_merged(found), frozenset(pods) | (named & holding), holding == pods.keys())
+        return Checked(_merged((v, each.holder) for each in listed for v in each.device_ids), named)
+    shown: defaultdict[Pod, dict[str, Holder]] = defaultdict(dict)
+    for each in listed:
+        pod = each.holder.namespace, each.holder.pod
+        shown[pod].update(dict.fromkeys(each.device_ids, each.holder))
+    held: defaultdict[str, set[str]] = defaultdict(set)
+    for entry in recorded:
+        held[entry.pod_uid].update(entry.device_ids)
+    names = _names({uid: vgpus for uid, vgpus in held.items() if vgpus}, shown, named)
+    kept = set().union(*held.values())
+    holders = {v: each.holder for each in listed for v in each.device_ids if v in kept}
+    for entry in sorted(recorded, key=lambda entry: entry.pod_uid not in named):
+        pod_name = names.get(entry.pod_uid)
+        if pod_name is None and entry.pod_uid in named:
+            continue
+        holder = Holder(*(pod_name or (NO_NAMESPACE, entry.pod_uid)), entry.container)
+        listed_as = shown[pod_name] if pod_name else {}
+        holders |= {vgpu: listed_as.get(vgpu, holder) for vgpu in entry.device_ids}
+    known = {uid: pod for uid, pod in named.items() if held.get(uid)}
+    settled = all(uid in names for uid, vgpus in held.items() if vgpus)
+    return Checked(_merged(holders.items()), known | names, settled)
 
 
-def _merged(assignments: Iterable[Assignment]) -> tuple[Assignment, ...]:
-    merged: defaultdict[Holder, set[str]] = defaultdict(set)
-    for each in assignments:
-        merged[each.holder].update(each.device_ids)
+def _names(
+    held: Mapping[str, set[str]],
+    shown: Mapping[Pod, Mapping[str, Holder]],
+    named: Mapping[str, Pod],
+) -> dict[str, Pod]:
+    """The listed pod that each recorded one is, by UID: the one it was, or else one with its vGPUs.
+
+    A name that was another pod's is not taken: the list is older than the checkpoint then.
+    """
+    names = {uid: named[uid] for uid in held if uid in named and shown.get(named[uid])}
+    pods_of: defaultdict[str, list[Pod]] = defaultdict(list)
+    for pod, holds in shown.items():
+        for vgpu in holds:
+            pods_of[vgpu].append(pod)
+    taken = set(named.values())
+    for uid, vgpus in held.items():
+        if uid not in named:
+            found = Counter(pod for vgpu in vgpus for pod in pods_of[vgpu] if pod not in taken)
+            if found:
+                names[uid] = max(found, key=lambda pod: (found[pod], pod))
+                taken.add(names[uid])
+    return names
+
+
+def _merged(holders: Iterable[tuple[str, Holder]]) -> tuple[Assignment, ...]:
+    vgpus: defaultdict[Holder, set[str]] = defaultdict(set)
+    for vgpu, holder in holders:
+        vgpus[holder].add(vgpu)
     return tuple(
         Assignment(holder, tuple(sorted(device_ids, key=_order)))
-        for holder, device_ids in sorted(merged.items())
-        if device_ids
+        for holder, device_ids in sorted(vgpus.items())
     )
 
 
