@@ -7,9 +7,10 @@ after itself.
 """
 
 import logging
+import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -95,6 +96,22 @@ def make_watch(settings: Settings, driver: GpuDriver, node: Node) -> GpuWatch:
     return GpuWatch(driver, node, cdi_names=CdiSpecs(settings.cdi_kind).names)
 
 
+async def endless(run: Callable[..., Awaitable[object]], *args: object, **status: object) -> None:
+    """Runs a part of the agent, none of which ends by itself.
+
+    Raises RuntimeError where it does, also where it was cancelled by somebody who did not cancel
+    the agent: libraries cancel tasks, and a task group takes that for a good end.
+    """
+    ended: BaseException | None = None
+    try:
+        await run(*args, **status)
+    except anyio.get_cancelled_exc_class() as cancelled:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        ended = cancelled
+    raise RuntimeError(f"{run.__qualname__} ended, though nobody asked it to") from ended
+
+
 class Agent:
     """The running agent: its parts, made from the settings, and what it can be asked."""
 
@@ -149,23 +166,23 @@ class Agent:
             interval=settings.podresources_interval,
         )
         async with self._driver, anyio.create_task_group() as tasks:
-            await tasks.start(web.run)
+            await tasks.start(endless, web.run)
             log.info("metrics at http://%s/metrics", web.address)
-            tasks.start_soon(control.serve, settings.state_directory, self._control)
+            tasks.start_soon(endless, control.serve, settings.state_directory, self._control)
             if self._daemon is not None:
-                await tasks.start(MpsGuard(self._daemon, node).run)
+                await tasks.start(endless, MpsGuard(self._daemon, node).run)
             await keeper.recall()
-            tasks.start_soon(keeper.run)
+            tasks.start_soon(endless, keeper.run)
             if watch_gpus:
-                await tasks.start(self.watch.run)
+                await tasks.start(endless, self.watch.run)
             else:
                 await self.watch.look()
-            tasks.start_soon(podresources.run)
-            tasks.start_soon(session.run)
+            tasks.start_soon(endless, podresources.run)
+            tasks.start_soon(endless, session.run)
             if settings.process_metrics:
                 from vgpu_agent.usage.watch import UsageWatch  # as above
 
-                tasks.start_soon(UsageWatch(self._driver, node).run)
+                tasks.start_soon(endless, UsageWatch(self._driver, node).run)
             task_status.started()
 
     def report(self, snapshot: Snapshot, *, names_pods: bool = True) -> bytes:
