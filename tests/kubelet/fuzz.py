@@ -6,6 +6,7 @@ it cost: how many, growth of memory, descriptors, the longest time for which the
 
 import asyncio
 import gc
+import logging
 import random
 import socket
 import sys
@@ -188,6 +189,7 @@ def resident() -> int:
 
 
 async def main(seconds: float, seed: int) -> None:
+    logging.disable()
     lag = 0.0
 
     async def watch() -> None:

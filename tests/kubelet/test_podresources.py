@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import tempfile
 import threading
 import time
 from contextlib import asynccontextmanager, suppress
@@ -340,6 +341,49 @@ def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path):
         read_checkpoint(path, RESOURCE, max_bytes=size - 1)
     with pytest.raises(KubeletError, match="not a regular file"):
         read_checkpoint(tmp_path, RESOURCE)
+
+
+def test_a_checkpoint_of_too_many_values_is_not_decoded(tmp_path):
+    """While json decodes it, nothing else runs."""
+    path = tmp_path / "checkpoint"
+    for value in ("[]", "1", "{}"):
+        path.write_text(f'{{"Data": {{"PodDeviceEntries": [{",".join([value] * 140_000)}]}}}}')
+        with pytest.raises(KubeletError, match="more than 131072 values"):
+            read_checkpoint(path, RESOURCE)
+
+
+def test_a_list_of_too_many_fields_is_not_decoded():
+    for field in (b"\x0a\x00", b"\x10\x01"):  # pods without anything, and what is no pod
+        with pytest.raises(KubeletError, match="more than 262144 fields"):
+            decode_list(field * 262_145, RESOURCE)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+some_entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "PodUID": st.just("u") | json_values,
+        "ContainerName": st.just("main") | json_values,
+        "ResourceName": st.just(RESOURCE) | json_values,
+        "DeviceIDs": st.just({"0": ["g::0"], "-1": None}) | json_values,
+    },
+)
+
+
+@tried(300)
+@given(json_values | st.lists(some_entries | json_values, max_size=2))
+def test_any_json_is_a_checkpoint_or_said_to_be_none(entries):
+    with tempfile.NamedTemporaryFile() as file:
+        for data in (entries, {"Data": entries}, {"Data": {"PodDeviceEntries": entries}}):
+            Path(file.name).write_text(json.dumps(data))
+            with suppress(KubeletError):
+                for each in read_checkpoint(Path(file.name), RESOURCE):
+                    texts = [each.pod_uid, each.container, *each.device_ids]
+                    assert all(isinstance(text, str) for text in texts)
 
 
 # Orphans
