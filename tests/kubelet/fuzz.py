@@ -183,13 +183,26 @@ def streams_in_memory() -> int:
     return sum(isinstance(each, grpclib.protocol.Stream) for each in gc.get_objects())
 
 
+class Said(logging.Handler):
+    """What asyncio logs; the others are taken note of and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "asyncio":
+            self.lines.add(record.getMessage())
+
+
 def resident() -> int:
     """Bytes of memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 async def main(seconds: float, seed: int) -> None:
-    logging.disable()
+    said = Said()
+    logging.basicConfig(handlers=[said])
     lag = 0.0
 
     async def watch() -> None:
@@ -211,11 +224,11 @@ async def main(seconds: float, seed: int) -> None:
             until = time.monotonic() + seconds
             sent = await attack(rig, seed + 1, lambda *_: time.monotonic() < until)
             tasks.cancel_scope.cancel()
+        print(f"{sent[0]} requests, {sent[1]} frames, {len(kubelet.registrations)} registrations")
         print(
-            f"{sent[0]} requests, {sent[1]} frames, {len(kubelet.registrations)} registrations;"
-            f" RSS {(resident() - memory) / 2**20:+.1f} MiB, descriptors"
+            f"RSS {(resident() - memory) / 2**20:+.1f} MiB, descriptors"
             f" {len(descriptors()) - opened:+}, streams {streams_in_memory() - streams:+}, loop"
-            f" blocked {lag * 1000:.0f} ms at most"
+            f" blocked {lag * 1000:.0f} ms at most, asyncio said {said.lines or 'nothing'}"
         )
 
 

@@ -233,9 +233,11 @@ async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, c
         assert await off_loop(kubelet.preferred, available, ["GPU-gone::1"], 1) == rig.ids(0, 0)
         assert await off_loop(kubelet.preferred, rig.ids(1), [], 1) == []
         passed = ", ".join(sorted(["GPU-gone::0", *rig.ids(1, 0, 1), "nonsense"]))
-        assert f"passed over 4 as unknown or unhealthy: {passed}" in caplog.text
+        assert f"passed over as unknown or unhealthy: {passed}" in caplog.text
+        await off_loop(kubelet.preferred, [f"GPU-gone::{n}" for n in range(5000)], [], 1)
+        assert caplog.messages[-1].endswith(" and 4980 more")
         assert unchanging(rig.node.snapshot) == before
-        assert rig.observer.calls[-3:] == [("GetPreferredAllocation", "OK")] * 3
+        assert rig.observer.calls[-4:] == [("GetPreferredAllocation", "OK")] * 4
 
 
 # PreStartContainer

@@ -23,8 +23,6 @@ MAX_REQUEST = 4 * 2**20
 """Most bytes of all requests of a connection under way: as much as the kubelet takes of one."""
 MAX_UNREAD = 4 * 2**20
 """Most bytes that wait for a peer that does not read them."""
-
-
 PREFIX = 5
 """Bytes before a message."""
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -158,9 +158,8 @@ class DevicePlugin(DevicePluginBase):
             )
             if preference.passed_over:
                 log.info(
-                    "GetPreferredAllocation: passed over %d as unknown or unhealthy: %s",
-                    len(preference.passed_over),
-                    ", ".join(preference.passed_over[:MAX_NAMED]),
+                    "GetPreferredAllocation: passed over as unknown or unhealthy: %s",
+                    _listed(preference.passed_over),
                 )
             responses.append(
                 ContainerPreferredAllocationResponse(device_i_ds=list(preference.device_ids))
@@ -184,7 +183,7 @@ class DevicePlugin(DevicePluginBase):
         _check_disjoint(requests)
         grants = [grant(inventory, device_ids, rules) for device_ids in requests]
         for device_ids in requests:
-            log.info("Allocate: %s", ", ".join(sorted(device_ids)))
+            log.info("Allocate: %s", _listed(sorted(device_ids)))
         self._node.allocated()
         return AllocateResponse(container_responses=[_response(each) for each in grants])
 
@@ -231,6 +230,7 @@ class DevicePlugin(DevicePluginBase):
         }
 
     async def _options(self, method: str, stream: Stream[Any, Any]) -> None:
+        """Whoever asks for the options first may be a kubelet."""
         self._introduced.add(_connection(stream))
         await self._unary(self.get_device_plugin_options, may_lack=True)(method, stream)
 
@@ -292,6 +292,11 @@ async def _received(stream: Stream[Any, Any], *, may_lack: bool) -> Any:
         raise GRPCError(Status.INVALID_ARGUMENT, "the call carries no message")
     await asyncio.sleep(0)  # others first: a large request takes 20 ms to decode
     return request
+
+
+def _listed(device_ids: Sequence[str]) -> str:
+    more = len(device_ids) - MAX_NAMED
+    return ", ".join(device_ids[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_disjoint(requests: Iterable[Iterable[str]]) -> None:
