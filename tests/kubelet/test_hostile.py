@@ -11,6 +11,7 @@ from tests.kubelet import fuzz
 from tests.kubelet.fuzz import PREFACE, frame, streams_in_memory
 from tests.kubelet.peers import wait_for
 from tests.kubelet.rig import QUICK, channel_to, next_message, registered
+from tests.kubelet.test_plugin import allocation
 from tests.kubelet_peer import LIST_AND_WATCH, off_loop
 
 pytestmark = pytest.mark.slow
@@ -101,7 +102,9 @@ def read_until(peer, words):
     peer.settimeout(5)
     read = b""
     while words not in read:
-        read += peer.recv(65536)
+        got = peer.recv(65536)
+        assert got, f"closed after {read!r}"
+        read += got
 
 
 async def test_a_call_that_is_reset_as_it_comes_is_released(kubelet_dir):
@@ -115,6 +118,19 @@ async def test_a_call_that_is_reset_as_it_comes_is_released(kubelet_dir):
         with raw(rig, frame(4, 0, 0, b""), *resets, frame(6, 0, 0, bytes(8))) as peer:
             await off_loop(read_until, peer, frame(6, 1, 0, bytes(8)))
             await wait_for(lambda: streams_in_memory() <= before + 10, "end of the calls")
+
+
+@pytest.mark.parametrize(
+    "between", [frame(0, 0, 1, b""), frame(0xFA, 3, 0, b"new")], ids=["empty data", "unknown"]
+)
+async def test_frames_that_say_nothing_are_passed_over(kubelet_dir, between):
+    async with registered(kubelet_dir) as (_, rig):
+        message = allocation(rig.ids(0, 1))
+        data = bytes(1) + len(message).to_bytes(4) + message
+        call = frame(1, 4, 1, fuzz.encoded("Allocate"))
+        parts = frame(0, 0, 1, data[:9]), between * 1000, frame(0, 1, 1, data[9:])
+        with raw(rig, frame(4, 0, 0, b""), call, *parts) as peer:
+            await off_loop(read_until, peer, b"NVIDIA_VISIBLE_DEVICES")
 
 
 async def test_a_peer_that_reads_no_answer_is_cut(kubelet_dir):

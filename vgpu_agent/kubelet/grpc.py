@@ -5,6 +5,7 @@ grpclib never closes a connection, and cancels the task of a call whose connecti
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -28,14 +29,24 @@ PREFIX = 5
 
 
 class _Processor(EventsProcessor):
-    """grpclib's, less a leak and with a bound."""
+    """grpclib's, less its leaks and with a bound."""
+
+    def process(self, event: Any) -> None:
+        """Passes over what it does not know, as HTTP/2 wants of frames of unknown types."""
+        with suppress(NotImplementedError):
+            super().process(event)
 
     def process_stream_reset(self, event: Any) -> None:
         """Later, when the task of the call has begun: what never began would never be released."""
         asyncio.get_running_loop().call_soon(super().process_stream_reset, event)
 
     def process_data_received(self, event: Any) -> None:
-        """Ends the call that is one byte too much."""
+        """Ends the call that is one byte too much.
+
+        Passes over what is empty: grpclib keeps it without bound, and takes it for the end.
+        """
+        if not event.flow_controlled_length:
+            return
         super().process_data_received(event)
         stream = self.streams.get(event.stream_id)
         received = sum(each.data_received for each in self.streams.values())
