@@ -358,6 +358,13 @@ def test_a_list_of_too_many_fields_is_not_decoded():
             decode_list(field * 262_145, RESOURCE)
 
 
+def test_the_names_of_other_resources_may_be_as_long_as_names_of_resources_are():
+    other = f"{'x' * 253}/{'y' * 63}"
+    answer = encoded(Pod("a", {"main": {RESOURCE: ["g::0"], other: ["z" * 1000]}}))
+    (found,) = decode_list(answer, RESOURCE)
+    assert found.device_ids == ("g::0",)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),

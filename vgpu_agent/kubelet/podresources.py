@@ -208,7 +208,7 @@ def decode_list(answer: bytes, resource_name: str) -> list[Assignment]:
                 tuple(
                     wire.text(vgpu)
                     for devices in (fields.of(each, 1, 2) for each in container[2])
-                    if _last(devices[1]) == resource_name
+                    if devices[1][-1:] == [resource_name.encode()]
                     for vgpu in devices[2]
                 ),
             )
