@@ -365,11 +365,9 @@ def test_the_names_of_other_resources_may_be_as_long_as_names_of_resources_are()
     assert found.device_ids == ("g::0",)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=5,
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+lists = st.lists(scalars, max_size=3)
+json_values = scalars | lists | st.dictionaries(st.text(max_size=3), scalars | lists, max_size=3)
 some_entries = st.fixed_dictionaries(
     {},
     optional={

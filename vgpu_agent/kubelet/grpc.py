@@ -22,7 +22,7 @@ MAX_BYTES = 16 * 2**20
 """Most bytes of an answer that are read: as much as the kubelet takes of one of PodResources."""
 MAX_REQUEST = 4 * 2**20
 """Most bytes of all requests of a connection under way: as much as the kubelet takes of one."""
-MAX_UNREAD = 4 * 2**20
+MAX_UNREAD = 2**20
 """Most bytes that wait for a peer that does not read them."""
 PREFIX = 5
 """Bytes before a message."""
