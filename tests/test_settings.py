@@ -183,6 +183,15 @@ TABLE = {
         "|run|./x",
         "an absolute path",
     ),
+    "status_hosts": Row(
+        frozenset(),
+        {
+            "GPUs.example.com, node1": frozenset({"gpus.example.com", "node1"}),
+            "": frozenset(),
+        },
+        "a b|a:80|*.example.com|.a|http://a",
+        "host names separated by commas",
+    ),
     "status_page": Row(True, SWITCH, "|no|0", "`on` or `off`"),
 }
 DEFAULTS = {name: row.default for name, row in TABLE.items()}

@@ -35,8 +35,9 @@ from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemon, RealDaemon, SimulatedDaemon
 from vgpu_agent.mps.guard import MpsGuard
 from vgpu_agent.observe import changes, report
+from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.web import Web, listen
+from vgpu_agent.observe.web import Web, listen_when_possible
 from vgpu_agent.settings import GpuDriverKind, Settings
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,10 @@ def make_daemon(settings: Settings, driver: GpuDriver) -> Daemon | None:
 def make_node(settings: Settings) -> Node:
     """A node that knows nothing yet, and whose changes are logged."""
     rules = Rules(settings.sharing_rules(), settings.health_rules(), settings.resource_name)
+    repeats = Repeats(changes.log)
 
     def published(before: Snapshot, after: Snapshot) -> None:
-        changes.write(changes.changes(before, after, rules))
+        changes.write(changes.changes(before, after, rules), repeats)
 
     return Node(rules, clock=lambda: Moment(time.monotonic(), time.time()), published=published)
 
@@ -142,11 +144,12 @@ class Agent:
         settings, node = self._settings, self.node
         metrics = Metrics(__version__, settings.resource_name, node.rules)
         web = Web(
-            listener=listener or listen(settings.metrics_address),
+            listener=listener or await listen_when_possible(settings.metrics_address),
             node=node,
             metrics=metrics,
             report=partial(self.report, names_pods=settings.status_page),
             page=settings.status_page,
+            hosts=settings.status_hosts,
         )
         self.metrics_address = web.address
         keeper = Keeper(settings.state_directory, node)

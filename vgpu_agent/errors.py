@@ -5,6 +5,14 @@ class VgpuAgentError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Whether it says what the machine lacks now, and not what is wrong: it is tried again.
+
+    A thread that cannot be started is a RuntimeError of its own.
+    """
+    return isinstance(error, OSError) or "start new thread" in str(error)
+
+
 class SettingsError(VgpuAgentError):
     """One or more VGPU_* variables are wrong; the message lists every one of them."""
 

@@ -151,6 +151,9 @@ class Settings(BaseSettings):
         "Where the agent remembers which GPUs wait for a reset.", "not in VGPU_MPS_SHM_DIRECTORY")
     metrics_address: kinds.ListenAddress = setting("0.0.0.0:9408", "metrics.address",
         "Where the page, /metrics, /healthz, /readyz and /status.json are served.")
+    status_hosts: kinds.HostNames = setting("", "statusHosts",
+        "Names under which the page and /status.json are served, besides localhost and IP"
+        " addresses.")
     status_page: Switch = setting("on", "statusPage",
         "Whether there is a page at /, and names of pods in /status.json (/metrics has them).")
     podresources_interval: Seconds = setting("10", "podResourcesInterval",

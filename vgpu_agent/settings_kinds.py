@@ -136,6 +136,8 @@ def _words(text: str) -> list[str]:
 
 _LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 
+_HOST = "[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?"
+
 _ON_OFF = {"on": True, "off": False}
 _PATH: Schema = {"type": "string", "pattern": "^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"}
 
@@ -160,6 +162,15 @@ Xids = Annotated[
 ListenAddress = Annotated[
     Address,
     Kind("host:port or [IPv6]:port, port 0 (any free) to 65535", None, parse_address),
+]
+HostNames = Annotated[
+    frozenset[str],
+    Kind(
+        "host names separated by commas, or nothing",
+        {"type": "array", "items": {"type": "string", "pattern": f"^{_HOST}$"}},
+        lambda text: frozenset(word.lower() for word in _words(text) if word),
+        lambda names: all(re.fullmatch(_HOST, name) for name in names),
+    ),
 ]
 Replicas = Annotated[int, whole(1, 1024)]
 ReplicasByGpu = Annotated[

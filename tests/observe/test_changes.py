@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+import anyio
 import pytest
 
 from tests.model.strategies import a_gpu
@@ -13,6 +14,7 @@ from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
 from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Inputs, Kubelet, Rules, Snapshot, compose
 from vgpu_agent.observe.changes import NAMED, changes, write
+from vgpu_agent.observe.logs import Repeats
 
 RULES = Rules(SharingRules(replicas=2), HealthRules(ignored_xids=frozenset({79})))
 GPU = a_gpu(0)
@@ -158,10 +160,29 @@ def test_a_change_is_logged_once_in_these_words(before, after, expected):
 def test_a_line_carries_fields(caplog):
     caplog.set_level(logging.INFO)
     before = Snapshot()
-    write(changes(before, compose(base(**ill(XID, PROBE)), RULES), RULES))
+    repeats = Repeats(logging.getLogger("vgpu_agent"))
+    write(changes(before, compose(base(**ill(XID, PROBE)), RULES), RULES), repeats)
     *_, record = caplog.records
     assert record.fields == {"gpu": 0, "uuid": "gpu-0", "reason": "xid,probe"}
     assert record.levelname == "WARNING"
+
+
+async def test_a_flood_of_xids_is_a_line_for_each_gpu_and_xid_and_then_their_number(caplog):
+    """Any tenant can cause some 50 a second."""
+    caplog.set_level(logging.INFO)
+    repeats = Repeats(logging.getLogger("vgpu_agent"), period=0.3)
+    before = compose(base(), RULES)
+    for n in range(1, 251):
+        after = compose(base(xids={("gpu-0", 13): 2 * n, (None, 13): n, ("gpu-0", 79): 1}), RULES)
+        write(changes(before, after, RULES), repeats)
+        before = after
+    first = [(record.fields["uuid"], record.fields["xid"]) for record in caplog.records]
+    assert first == [("gpu-0", 13), (None, 13), ("gpu-0", 79)]
+    await anyio.sleep(0.6)
+    assert [each.rpartition(": ")[2] for each in caplog.messages[3:]] == [
+        "499 more within 0.3 s",
+        "249 more within 0.3 s",
+    ]
 
 
 def test_a_failed_write_says_what_it_means():

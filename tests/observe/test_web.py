@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import gc
 import hashlib
 import http.client
 import json
@@ -13,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import pytest
@@ -29,7 +31,7 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe import web as web_module
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.web import MAX_CONNECTIONS, Web, listen
+from vgpu_agent.observe.web import MAX_CONNECTIONS, MAX_PER_PEER, Web, listen
 
 LOOPBACK = Address("127.0.0.1", 0)
 RULES = Rules()
@@ -71,6 +73,15 @@ class Site:
     node: Node
     metrics: Metrics
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+    def server_connections(self) -> list[object]:
+        """The connections that the server has."""
+        port = self.web.address.port
+        return [
+            each
+            for each in Path("/proc/self/net/tcp").read_text().splitlines()[1:]
+            if each.split()[1].endswith(f":{port:04X}") and each.split()[3] == "01"
+        ]
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.web.address, timeout=5)
@@ -135,6 +146,12 @@ async def site() -> AsyncIterator[Site]:
         yield site
 
 
+@pytest.fixture(scope="module")
+async def named_site() -> AsyncIterator[Site]:
+    async with serving(hosts=frozenset({"gpus.example.com"})) as site:
+        yield site
+
+
 @pytest.fixture
 async def own_site() -> AsyncIterator[Site]:
     async with serving() as site:
@@ -173,8 +190,14 @@ async def test_metrics_are_those_of_the_newest_snapshot(own_site):
         (b"Accept: application/openmetrics-text; version=1.0.0", True),
         (b"Accept: text/html\r\naccept: application/openmetrics-text; version=1.0.0", True),
         (b"Accept: \xff\xfe", False),
+        (b'Accept: text/plain; version="0.0.4"', False),
+        (b"Accept: text/plain;version=1.0.0;escaping=\x80,application/openmetrics-text", True),
+        (b"Accept: application/openmetrics-text; version=0.0.1,*/*", False),
+        (b'Accept: application/openmetrics-text; q=0.5; version="1.0.0"', True),
+        (b"Accept: application/openmetrics-text; version=a.b", False),
+        (b"Accept: text/plain; version=" + b"9" * 5000, False),
     ],
-    ids=["openmetrics", "in parts", "no text"],
+    ids=range(9),
 )
 async def test_metrics_are_served_in_the_format_that_is_accepted(site, accept, openmetrics):
     answer = await site.raw(
@@ -192,7 +215,7 @@ async def test_metrics_are_served_in_the_format_that_is_accepted(site, accept, o
 async def test_head_has_the_headers_of_get_and_no_body(site, path):
     whole = await site.get(path)
     answer = await site.raw(
-        f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     )
     head, _, body = answer.partition(b"\r\n\r\n")
     assert body == b""
@@ -263,6 +286,31 @@ async def test_a_malformed_request_is_refused_and_the_next_one_answered(site, re
     answer = await off_loop(send)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
     assert (await site.get("/healthz")).status == 200
+
+
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"1\r\nabc", b"F" * 30 + b"\r\n"], ids=range(3))
+@pytest.mark.parametrize("path", [b"/metrics", b"/healthz", b"/nothing"])
+async def test_a_body_that_is_malformed_costs_no_line_of_the_log(site, caplog, path, rest):
+    """In the request that is answered, when it was answered, and in one after it."""
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+    get = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    caplog.set_level(logging.CRITICAL, "uvicorn")  # as in the agent
+
+    def answered_first() -> None:
+        with site.connect() as connection, suppress(ConnectionError):
+            connection.sendall(head)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 4")
+            connection.sendall(rest)
+            while connection.recv(65536):
+                pass
+
+    await off_loop(answered_first)
+    for request in (head + rest, get + head + rest, get + b"\x00\r\n\r\n"):
+        with suppress(ConnectionError):
+            await site.raw(request)
+    gc.collect()  # asyncio reports a forgotten error with its task
+    assert (await site.get("/healthz")).status == 200
+    assert caplog.records == []
 
 
 async def test_a_client_that_hangs_up_at_once_does_no_harm(site, caplog):
@@ -363,6 +411,35 @@ def test_without_the_page_the_report_names_no_pod(kubelet_dir):
     with running_agent(kubelet_dir) as agent:
         assert agent.get("/")[0] == 200
         assert json.loads(agent.get("/status.json")[1])["names_pods"] is True
+
+
+@pytest.mark.parametrize(
+    ("host", "served"),
+    [
+        ("127.0.0.1", True),
+        ("[fe80::1]:9408", True),
+        ("localhost:9408", True),
+        ("LocalHost.", True),
+        ("Gpus.Example.com:443", True),
+        ("", True),  # no browser
+        ("evil.example", False),
+        ("localhost.evil.example:9408", False),
+        ("127.0.0.1.evil.example", False),
+        ("1::", False),
+        ("gpus.example.com:80:80", False),
+        ("localhost, evil.example", False),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/status.json"])
+async def test_pages_that_name_pods_are_served_under_known_names_alone(
+    named_site, host, served, path
+):
+    reply = await named_site.get(path, Host=host)
+    assert (reply.status == 200) is served
+    if not served:
+        assert reply.status == 403
+        assert b"VGPU_STATUS_HOSTS" in reply.body
+    assert (await named_site.get("/metrics", Host=host)).status == 200
 
 
 # /healthz
@@ -673,32 +750,76 @@ async def test_a_page_that_fails_is_a_500_and_the_next_one_is_answered(caplog):
     )
 
 
+GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nX: "])
-async def test_who_connects_and_waits_keeps_nobody_else_out(sent):
+@pytest.mark.parametrize(
+    ("sent", "after"),
+    [
+        pytest.param(b"", b"", id="silent"),
+        pytest.param(GET[:-2], b"", id="half a request"),
+        pytest.param(400 * GET, b"", id="answers are not read"),
+        pytest.param(GET, GET, id="scrapers that stay"),
+        pytest.param(b"POST" + GET[3:-2] + b"Content-Length: 99999\r\n\r\n", b"x", id="endless"),
+    ],
+)
+async def test_a_crowd_keeps_nobody_else_out_and_does_not_stay(sent, after, caplog):
     """Neither the kubelet's probes nor, by their number, any other part of the agent."""
     crowd: list[socket.socket] = []
 
     def come(site: Site) -> None:
-        for _ in range(3 * MAX_CONNECTIONS):
+        for _ in range(2 * MAX_PER_PEER):
             crowd.append(site.connect())
-            with suppress(ConnectionError):
-                crowd[-1].sendall(sent)
+            crowd[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            crowd[-1].setblocking(False)
+            send(crowd[-1], sent)
+
+    def send(client: socket.socket, data: bytes) -> None:
+        with suppress(ConnectionError, BlockingIOError):
+            client.send(data)
 
     def is_open(client: socket.socket) -> bool:
-        client.setblocking(False)
         try:
-            return client.recv(1) != b""
+            while client.recv(65536):
+                pass
         except BlockingIOError:
             return True
         except ConnectionError:
-            return False
+            pass
+        return False
 
-    async with serving() as site:
+    caplog.set_level(logging.CRITICAL, "uvicorn")  # as in the agent
+    async with serving(exchange=1.0) as site:
         try:
             await off_loop(come, site)
+            for _ in range(5):
+                assert (await site.get("/healthz")).status == 200
+                for client in crowd:
+                    send(client, after)
+            if not after:  # reading may end what waits for a reader
+                with anyio.fail_after(15):
+                    while len(site.server_connections()) > 1:  # noqa: ASYNC110 - /proc
+                        await anyio.sleep(0.1)
+            assert sum(map(is_open, crowd)) <= MAX_PER_PEER
+        finally:
+            for client in crowd:
+                client.close()
+    assert caplog.records == []
+
+
+@pytest.mark.slow
+async def test_a_crowd_of_many_addresses_gives_way_to_one_that_asks():
+    def come(site: Site, n: int) -> socket.socket:
+        return socket.create_connection(
+            site.web.address, timeout=5, source_address=(f"127.0.1.{n % 8 + 1}", 0)
+        )
+
+    async with serving() as site:
+        crowd = [await off_loop(come, site, n) for n in range(2 * MAX_CONNECTIONS)]
+        try:
             assert (await site.get("/healthz")).status == 200
-            assert 0 < sum(map(is_open, crowd)) <= MAX_CONNECTIONS
+            assert len(site.server_connections()) <= MAX_CONNECTIONS
         finally:
             for client in crowd:
                 client.close()

@@ -63,7 +63,8 @@ def get(where: Address, path: str, *, timeout: float = ANSWER_SECONDS) -> tuple[
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where.host, where.host)  # noqa: S104
     try:
         with closing(HTTPConnection(host, where.port, timeout=timeout)) as connection:
-            connection.request("GET", path)
+            # By whatever name: the check of that is for browsers.
+            connection.request("GET", path, headers={"Host": "localhost"})
             answer = connection.getresponse()
             return answer.status, answer.read()
     except (OSError, UnicodeError) as error:

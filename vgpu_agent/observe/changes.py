@@ -14,6 +14,7 @@ from vgpu_agent.model.devices import Effect, Gpu, SharedGpu
 from vgpu_agent.model.policy import judge_xid
 from vgpu_agent.model.rules import HealthRules
 from vgpu_agent.model.snapshot import Rules, Snapshot
+from vgpu_agent.observe.logs import Repeats
 
 log = logging.getLogger("vgpu_agent")
 
@@ -23,17 +24,24 @@ NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line of the log. Fields are `gpu`, `uuid`, `xid`, `reason` and the like."""
+    """A line of the log. Fields are `gpu`, `uuid`, `xid`, `reason` and the like.
+
+    `times`, where it is not 0, says how often it happened, and that it may happen very often.
+    """
 
     level: int
     message: str
     fields: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    times: int = 0
 
 
-def write(lines: Iterator[LogLine]) -> None:
-    """Sends the lines to the log."""
+def write(lines: Iterator[LogLine], repeats: Repeats | None = None) -> None:
+    """Sends the lines to the log; those that may happen very often by `repeats`."""
     for line in lines:
-        log.log(line.level, line.message, extra={"fields": line.fields})
+        if line.times and repeats is not None:
+            repeats.log(line.level, line.message, line.fields, line.times)
+        else:
+            log.log(line.level, line.message, extra={"fields": line.fields})
 
 
 def changes(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
@@ -81,14 +89,16 @@ def _time(seconds: float) -> str:
 def _xids(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:
     """XIDs that are only counted; the others show as faults."""
     for (uuid, xid), count in after.xids.items():
-        if count == before.xids.get((uuid, xid), 0):
+        times = count - before.xids.get((uuid, xid), 0)
+        if not times:
             continue
         finding = judge_xid(xid, rules)
         if finding.rule.effect is Effect.COUNT:
             known = after.gpus.get(uuid or "")
             index = {} if known is None else {"gpu": known.index}
             which = "of an unknown GPU, " if uuid is None else ""
-            yield _info(f"{finding.detail}: {which}counted", **index, uuid=uuid, xid=xid)
+            fields = {**index, "uuid": uuid, "xid": xid}
+            yield LogLine(logging.INFO, f"{finding.detail}: {which}counted", fields, times)
 
 
 def _gpus(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:

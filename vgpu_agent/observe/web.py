@@ -6,28 +6,36 @@ worker thread, so that a scrape does not delay the kubelet.
 
 import asyncio
 import base64
+import errno
 import hashlib
+import ipaddress
+import logging
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import h11
 import uvicorn
 from anyio import CancelScope, CapacityLimiter
 from anyio.abc import TaskStatus
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from vgpu_agent.address import Address
-from vgpu_agent.errors import ListenError
+from vgpu_agent.errors import ListenError, is_shortage
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
+from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -35,6 +43,18 @@ Send = Callable[[Message], Awaitable[None]]
 
 MAX_CONNECTIONS = 64
 """Connections that may be open: Prometheus, probes and people need a few."""
+
+MAX_PER_PEER = 32
+"""Connections of one peer address."""
+
+ACCEPTED_AT_ONCE = 8
+"""Connections in one turn of the loop: what each of them asks is read before many others come."""
+
+EXCHANGE_SECONDS = 10.0
+"""Seconds for a request and its answer, from its first byte to the last one that the peer takes."""
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors that pass."""
 
 GRACE = 1
 """Seconds that requests get to end at shutdown."""
@@ -66,6 +86,22 @@ def listen(address: Address) -> socket.socket:
             " set another host:port, or end what uses this one"
         ) from error
     return listener
+
+
+async def listen_when_possible(address: Address, *, wait: float = 1.0) -> socket.socket:
+    """A listening socket, once the machine has one to give. Raises ListenError as `listen`."""
+    problem = ""
+    while True:
+        try:
+            return listen(address)
+        except ListenError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in SHORTAGES:
+                raise
+            if str(error) != problem:
+                problem = str(error)
+                log.warning("%s; tried again", problem)
+        await anyio.sleep(wait)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +137,38 @@ def _hashes(html: bytes, tag: bytes) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+_OPENMETRICS = re.compile(
+    r"application/openmetrics-text\s*(;(?!\s*version\s*=)[^,;]*)*"
+    r"(;\s*version\s*=\s*\"?1\.[^,]*)?(,|$)",
+    re.IGNORECASE,
+)
+"""Accepts OpenMetrics 1, or any."""
+
+FOREIGN_HOST = (
+    b"not served under this name: ask for an IP address or localhost, or add the name to"
+    b" VGPU_STATUS_HOSTS\n"
+)
+
+
+def _header(scope: Mapping[str, Any], wanted: bytes) -> str:
+    values = (value for name, value in scope["headers"] if name == wanted)
+    return b",".join(values).decode("latin-1")
+
+
+def _is_served(host: str, names: frozenset[str]) -> bool:
+    """Whether a Host header names an IP address or one of the names; browsers always send one."""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*?)\.?)(?::[0-9]*)?", host.strip().lower())
+    if match is None:
+        return False
+    name = match[1] or match[2]
+    try:
+        return not host or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return name in names
+
+
 def _always(answer: Answer) -> Page:
     async def page(scope: Mapping[str, Any]) -> Answer:  # noqa: ARG001
         return answer
@@ -111,9 +179,11 @@ def _always(answer: Answer) -> Page:
 class Web:
     """Serves one node's state. Owns the sign of life and the listening socket.
 
-    `report` makes /status.json, in a worker thread. Without `page` there is none at /. The loop
-    gives a sign of life every `beat` seconds, and /healthz says no where there was none for `alive`
-    seconds.
+    `report` makes /status.json, in a worker thread. Without `page` there is none at /. Both are
+    for requests to an IP address, localhost or one of `hosts` only: the page of another site, whose
+    name leads here (DNS rebinding), is not to read names of pods with its visitor's browser. The
+    loop gives a sign of life every `beat` seconds, and /healthz says no where there was none for
+    `alive` seconds.
     """
 
     def __init__(
@@ -124,16 +194,20 @@ class Web:
         metrics: Metrics,
         report: Callable[[Snapshot], bytes],
         page: bool = True,
+        hosts: frozenset[str] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
         beat: float = 1.0,
         alive: float = 10.0,
+        exchange: float = EXCHANGE_SECONDS,
     ) -> None:
         self._listener = listener
         self._node = node
         self._metrics = metrics
         self._report = report
+        self._hosts = hosts | {"localhost"}
+        self._repeats = Repeats(log)
         self._clock = clock
-        self._beat, self._alive = beat, alive
+        self._beat, self._alive, self._exchange = beat, alive, exchange
         self._last_beat = clock()
         self._rendering = CapacityLimiter(1)
         self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
@@ -152,7 +226,7 @@ class Web:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled, then lets requests end for a moment."""
-        server = _Server(self._answer_request)
+        server = _Server(self._answer_request, self._exchange)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._keep_beating)
             tasks.start_soon(server.serve_shielded, self._listener)
@@ -175,40 +249,48 @@ class Web:
         receive: Receive,  # noqa: ARG002 - a request's body is nothing to us
         send: Send,
     ) -> None:
-        """The ASGI application."""
+        """The ASGI application. Raises nothing: uvicorn would log a trace of each."""
         if scope["type"] != "http":
             return
-        method, path = scope["method"], scope["path"]
-        page = self._pages.get(path)
-        if page is None:
-            why = "no page here: VGPU_STATUS_PAGE=off" if path == "/" else "no such path"
-            answer = Answer(404, f"{why}; there are {', '.join(self._pages)}\n".encode())
-        elif method not in ("GET", "HEAD"):
-            answer = Answer(405, b"only GET and HEAD\n", headers={"allow": "GET, HEAD"})
-        else:
-            answer = await page(scope)
+        try:
+            answer = await self._answer(scope)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next one is answered
+            words = f"a page fails: {error if is_shortage(error) else type(error).__name__}"
+            trace = None if is_shortage(error) else error
+            self._repeats.log(logging.ERROR, words, {"path": scope["path"]}, trace=trace)
+            answer = Answer(500, b"this page fails; see the log of the agent\n")
         headers = {
             "content-type": answer.content_type,
             "content-length": str(len(answer.body)),
             **(answer.headers or {}),
         }
-        await send(
-            {
-                "type": "http.response.start",
-                "status": answer.status,
-                "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-            }
-        )
-        # uvicorn sends none for HEAD.
-        await send({"type": "http.response.body", "body": answer.body})
+        start: Message = {
+            "type": "http.response.start",
+            "status": answer.status,
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+        with suppress(h11.LocalProtocolError):  # the rest of the request was malformed meanwhile
+            await send(start)
+            # uvicorn sends none for HEAD.
+            await send({"type": "http.response.body", "body": answer.body})
+
+    async def _answer(self, scope: Mapping[str, Any]) -> Answer:
+        method, path = scope["method"], scope["path"]
+        page = self._pages.get(path)
+        if page is None:
+            why = "no page here: VGPU_STATUS_PAGE=off" if path == "/" else "no such path"
+            return Answer(404, f"{why}; there are {', '.join(self._pages)}\n".encode())
+        if method not in ("GET", "HEAD"):
+            return Answer(405, b"only GET and HEAD\n", headers={"allow": "GET, HEAD"})
+        if path in ("/", "/status.json") and not _is_served(_header(scope, b"host"), self._hosts):
+            return Answer(403, FOREIGN_HOST)
+        return await page(scope)
 
     async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
-        accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
+        # Only what the encoder understands: it raises for many a version.
+        accept = OPENMETRICS if _OPENMETRICS.search(_header(scope, b"accept")) else ""
         body, content_type = await anyio.to_thread.run_sync(
-            self._metrics.render,
-            self._node.snapshot,
-            accept.decode("latin-1"),
-            limiter=self._rendering,
+            self._metrics.render, self._node.snapshot, accept, limiter=self._rendering
         )
         return Answer(200, body, content_type)
 
@@ -234,30 +316,67 @@ class Web:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection; for one too many the oldest that waits for a request has to go.
+    """uvicorn's connection, with bounds: nobody starves the kubelet's probes by staying.
 
-    Nobody can starve the kubelet's probes, or the agent of descriptors, by connecting and waiting.
+    For one too many another one has to go, of the same peer or of the one that has most: one that
+    was answered before one that is still to ask its first question, as a probe is, then the oldest.
     """
 
-    opened = 0.0
+    since = 0.0
+    """When the exchange under way began: the connection was made, or a request came, all that was
+    before being answered and taken."""
+
+    _last: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.opened = self.loop.time()
-        there = [
-            each
-            for each in self.connections
-            if isinstance(each, _Connection) and not each.transport.is_closing()
-        ]
-        waiting = [each for each in there if each.cycle is None or each.cycle.response_complete]
-        if len(there) > MAX_CONNECTIONS and waiting:
-            min(waiting, key=lambda each: each.opened).transport.abort()
+        self.since = self.loop.time()
+        peers = Counter(each.peer for each in self._all())
+        if peers[self.peer] > MAX_PER_PEER:
+            self._make_room(self.peer)
+        elif peers.total() > MAX_CONNECTIONS:
+            self._make_room(peers.most_common(1)[0][0])
+
+    @property
+    def peer(self) -> str:
+        """The address of the other side."""
+        return self.client[0] if self.client else ""
+
+    def _all(self) -> list["_Connection"]:
+        return [each for each in self.connections if isinstance(each, _Connection)]
+
+    def _make_room(self, peer: str) -> None:
+        others = [each for each in self._all() if each.peer == peer and each is not self]
+        oldest = min(others, key=lambda each: (each.cycle is None, each.since))
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        # Once for each answer: bytes that come one by one are one request.
+        if (
+            self.cycle is not self._last
+            and self.cycle.response_complete
+            and not self.transport.get_write_buffer_size()
+        ):
+            self._last, self.since = self.cycle, self.loop.time()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        try:
+            super().handle_events()
+        except h11.ProtocolError:  # malformed, when its answer is under way already
+            self.transport.abort()
+
+    def end_if_stuck(self, seconds: float) -> None:
+        """Cuts it where an exchange takes longer; idle ones uvicorn has closed before."""
+        if self.loop.time() - self.since > seconds:
+            self.transport.abort()
 
 
 class _Server(uvicorn.Server):
     """uvicorn without signal handlers and without its ten ticks a second."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], exchange: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -265,7 +384,7 @@ class _Server(uvicorn.Server):
                 proxy_headers=False,
                 headers=EVERYWHERE,
                 http=_Connection,
-                backlog=MAX_CONNECTIONS,
+                backlog=ACCEPTED_AT_ONCE,
                 ws="none",
                 loop="none",
                 lifespan="off",
@@ -276,6 +395,7 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE,
             )
         )
+        self._exchange = exchange
         self._stopping = anyio.Event()
 
     def stop(self) -> None:
@@ -290,13 +410,26 @@ class _Server(uvicorn.Server):
         """
         with CancelScope(shield=True), listener:
             await self.serve(sockets=[listener])
+            for connection in tuple(self.server_state.connections):
+                connection.transport.abort()
         if not self._stopping.is_set():
             raise RuntimeError("the web server ended by itself")
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens. Only asyncio is to take few at once, the kernel may keep many."""
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(1024)
+
     async def main_loop(self) -> None:
-        """Waits. uvicorn's own loop wakes up for a date header and signals that are not used."""
+        """Ends connections that are stuck. uvicorn's own loop has dates and signals to look at."""
         await self.on_tick(0)
-        await self._stopping.wait()
+        while not self._stopping.is_set():
+            with anyio.move_on_after(min(1, self._exchange)):
+                await self._stopping.wait()
+            for connection in tuple(self.server_state.connections):
+                if isinstance(connection, _Connection):
+                    connection.end_if_stuck(self._exchange)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

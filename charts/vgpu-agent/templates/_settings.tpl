@@ -25,6 +25,7 @@
   "VGPU_RESOURCE_NAME" .resourceName
   "VGPU_SHARING" .sharing
   "VGPU_STATE_DIRECTORY" .stateDirectory
+  "VGPU_STATUS_HOSTS" .statusHosts
   "VGPU_STATUS_PAGE" .statusPage
 }}
 {{- if eq .sharing "mps" }}{{ $settings = merge $settings (dict
