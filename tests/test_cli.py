@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -343,6 +344,89 @@ def test_it_ends_on_every_python_whatever_the_kubelet_does(kubelet_dir, python, 
     assert "SIGTERM: ending" in agent.lines[-1]
     assert "Traceback" not in agent.text
     assert "Warning" not in agent.text
+
+
+IMPORTING = """
+import os, signal, sys
+from vgpu_agent import signals
+signals.end_within(20, 9)
+class Early:
+    def find_spec(self, name, *_):
+        if name == "vgpu_agent.{}":
+            os.kill(os.getpid(), signal.{})
+sys.meta_path.insert(0, Early())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("module", ["cli", "gpu.memory", "settings"])
+def test_a_signal_before_all_is_imported_ends_it_with_0(kubelet_dir, module, number):
+    with running(kubelet_dir, changes=IMPORTING.format(module, number)) as agent:
+        assert agent.process.wait(15) == 0
+    assert agent.lines == []
+
+
+@pytest.mark.slow
+def test_a_release_before_all_is_imported_is_nothing(kubelet_dir):
+    with running(kubelet_dir, changes=IMPORTING.format("cli", "SIGUSR1")) as agent:
+        assert agent.get("/healthz")[0] == 200
+
+
+PART = """
+import anyio, asyncio
+from vgpu_agent import cli
+from vgpu_agent.kubelet.podresources import PodResourcesWatch as Part
+from vgpu_agent.kubelet.session import KubeletSession
+cli.END_SECONDS = 1
+async def part(self):
+    await anyio.sleep(0.5)
+    {}
+Part.run = part
+async def stays(self):
+    with anyio.CancelScope(shield={}):
+        await anyio.sleep_forever()
+KubeletSession.run = stays
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("end", ["raise asyncio.CancelledError", "raise LookupError"])
+def test_an_agent_one_of_whose_parts_ends_is_a_failure_whatever_the_others_do(
+    kubelet_dir, end, stays
+):
+    with running(kubelet_dir, changes=PART.format(end, stays)) as agent:
+        assert agent.process.wait(15) == 1
+
+
+@pytest.mark.slow
+def test_what_hangs_at_the_end_does_not_keep_the_agent(kubelet_dir):
+    with running(kubelet_dir, changes=PART.format("await anyio.sleep_forever()", True)) as agent:
+        assert agent.get("/healthz")[0] == 200
+        assert agent.end()[0] == 0
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir):
+    with running(kubelet_dir, VGPU_REPLICAS="4") as agent:
+        agent.wait_line("no kubelet at")
+        pid, (soft, hard) = agent.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+        port = agent.port
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        with socket.create_connection(("127.0.0.1", port)):
+            time.sleep(3)
+        assert agent.process.poll() is None, agent.text
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        with KubeletPeer(kubelet_dir) as peer:
+            peer.wait_list(1, 20)
+            agent.wait_line("with the kubelet")
+            assert agent.get("/healthz")[0] == 200
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+            time.sleep(0.5)
+            assert agent.end()[0] == 0, agent.text
+    assert "Traceback" not in agent.text
+    assert len(agent.lines) < 40
 
 
 # The doctor

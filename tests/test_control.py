@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import socket
 import stat
 import threading
@@ -108,6 +109,20 @@ async def test_a_socket_that_is_taken_away_is_made_again(kubelet_dir, by):
                     await anyio.sleep(0.01)
                 else:
                     break
+
+
+async def test_out_of_descriptors_for_a_moment_it_answers_after_it(kubelet_dir):
+    """accept() failed, and that ended the agent."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with serving(kubelet_dir):
+        with socket.socket(socket.AF_UNIX) as client:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                client.connect(str(kubelet_dir / SOCKET))
+                await anyio.sleep(0.1)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert json.loads(await ask(kubelet_dir, "echo")) == {"command": "echo"}
 
 
 async def test_what_another_agent_serves_is_not_removed_at_the_end(kubelet_dir):

@@ -1,12 +1,18 @@
 import json
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from vgpu_agent import store
 from vgpu_agent.errors import StoreError
+
+
+@dataclass
+class Numbered:
+    number: int
 
 
 def damage(path: Path, how: str) -> None:
@@ -81,19 +87,38 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert [each.name for each in path.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(
-    "obstacle", ["the directory is a file", "the file is a directory", "a full disk"]
-)
+@pytest.mark.parametrize("how", [*NOT_REGULAR, "half", "a directory that holds something"])
+@pytest.mark.parametrize("name", ["file", ".file.new"])
+def test_whatever_is_there_is_replaced_and_the_files_of_others_stay(kubelet_dir, how, name):
+    path = kubelet_dir / "file"
+    damage(kubelet_dir / name, "directory" if how.startswith("a ") else how)
+    if how.startswith("a "):
+        (kubelet_dir / name / "other").write_text("")
+    for n in range(2):
+        store.write(path, {"a": n})
+        assert store.read(path) == {"a": n}
+    others = [each.name for each in kubelet_dir.rglob("other")]
+    assert others == (["other"] if how.startswith("a ") else [])
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a": 1}', "9" * 4000, "true", "[1]", "1e999"])
+def test_a_number_that_is_none_is_an_error_that_names_it(tmp_path, text):
+    path = tmp_path / "file"
+    path.write_text('{"number": ' + text + "}")
+    with pytest.raises(StoreError, match=r"number|damaged"):
+        store.read_as(Numbered, path)
+
+
+@pytest.mark.parametrize("obstacle", ["the directory is a file", "a full disk"])
 def test_what_cannot_be_written_is_an_error_that_names_it(tmp_path, monkeypatch, obstacle):
     path = tmp_path / "state" / "file"
     if obstacle == "the directory is a file":
         path.parent.write_text("")
-    elif obstacle == "the file is a directory":
-        path.mkdir(parents=True)
     else:
         monkeypatch.setattr(json, "dump", _full)
     with pytest.raises(StoreError, match=f"^cannot write {path}: "):
         store.write(path, {})
+    assert [*tmp_path.rglob(".*")] == []
 
 
 def _full(*_: object) -> None:

@@ -4,13 +4,19 @@
 130: Ctrl-C, where a command has nothing to clean up.
 """
 
+import sys
+
+from vgpu_agent import signals
+
+if sys.argv[1:2] in (["run"], ["dev"]):
+    signals.install()  # before all else, which takes some tenths of a second
+
 import logging
 import os
-import sys
 import threading
 
 from vgpu_agent.cli import execute
-from vgpu_agent.errors import ListenError, SettingsError, VgpuAgentError
+from vgpu_agent.errors import ListenError, SettingsError, VgpuAgentError, is_shortage
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +36,13 @@ def main() -> None:
         code = 1
     except* KeyboardInterrupt:
         code = 130
-    except* Exception:
-        # A bug: say all that is known, and let the DaemonSet start a fresh process.
-        log.critical("ending after an unexpected error", exc_info=True)
-        code = 1
+    except* Exception as failed:
+        # Let the DaemonSet start a fresh process; of a bug say all that is known.
+        if failed.split(is_shortage)[1] is None:
+            code = _explain(failed, 1)
+        else:
+            log.critical("ending after an unexpected error", exc_info=True)
+            code = 1
     _leave_hung_threads(code)
     sys.exit(code)
 

@@ -127,6 +127,8 @@ class Agent:
             __version__, socket.gethostname(), settings.resource_name, names_pods=True
         )
         self.metrics_address: Address | None = None
+        self.ending = anyio.Event()
+        """Set when its parts are cancelled, whether by its owner or because one ended."""
 
     async def run(
         self,
@@ -169,6 +171,7 @@ class Agent:
             interval=settings.podresources_interval,
         )
         async with self._driver, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._note_end)
             await tasks.start(endless, web.run)
             log.info("metrics at http://%s/metrics", web.address)
             tasks.start_soon(endless, control.serve, settings.state_directory, self._control)
@@ -187,6 +190,12 @@ class Agent:
 
                 tasks.start_soon(endless, UsageWatch(self._driver, node).run)
             task_status.started()
+
+    async def _note_end(self) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.ending.set()
 
     def report(self, snapshot: Snapshot, *, names_pods: bool = True) -> bytes:
         """The report of a snapshot, as JSON."""

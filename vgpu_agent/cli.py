@@ -4,23 +4,25 @@ What only one command needs is imported in it: `run` stays small.
 """
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import anyio
 
-from vgpu_agent import __version__, control
+from vgpu_agent import __version__, control, signals
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address, parse_address
 from vgpu_agent.agent import Agent, make_daemon, make_driver, make_watch
-from vgpu_agent.errors import MpsSetupError, SettingsError
+from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
 from vgpu_agent.observe import logs
-from vgpu_agent.observe.logs import LogFormat, LogLevel
+from vgpu_agent.observe.logs import LogFormat, LogLevel, Repeats
 from vgpu_agent.observe.report import from_json
 from vgpu_agent.settings import Settings, SharingKind
 from vgpu_agent.settings_unknown import unknown_setting_warnings
@@ -113,9 +115,8 @@ def _address(text: str) -> Address:
     raise argparse.ArgumentTypeError(f"{text!r} is not host:port or [IPv6]:port")
 
 
-# The receiver is around the task group: a second signal during the end must find it still there.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
+END_SECONDS = 5
+"""Whatever hangs at the end, the process is gone then."""
 
 GIL_SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread that renders or decodes may keep the event loop waiting. By default it
@@ -125,25 +126,22 @@ is 5 ms, several times in each call of the kubelet."""
 async def run(settings: Settings) -> None:
     """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 is `vgpu-agent release`."""
     sys.setswitchinterval(GIL_SWITCH_INTERVAL)
-    with anyio.open_signal_receiver(*_SIGNALS) as signals:
-        async with anyio.create_task_group() as tasks:
-            driver = make_driver(settings)
-            agent = Agent(settings, driver, make_daemon(settings, driver))
-            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, agent.watch.release)
-            await agent.run()
-            # Nothing of the agent ends by itself, unless something is very wrong.
-            raise RuntimeError("the agent ended, though nobody asked it to")
+    driver = make_driver(settings)
+    agent = Agent(settings, driver, make_daemon(settings, driver))
+    await _until_ended(agent.run, agent.ending, agent.watch.release)
 
 
 async def dev(seconds: float | None, *, watch_gpus: bool = True) -> None:
     """`vgpu-agent dev`: until SIGTERM or SIGINT, or for so many seconds."""
     from vgpu_agent.commands.dev import run_dev
 
-    with anyio.open_signal_receiver(*_SIGNALS) as signals:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_follow_signals, signals, tasks.cancel_scope, lambda: None)
-            await run_dev(_say, seconds=seconds, watch_gpus=watch_gpus)
-            tasks.cancel_scope.cancel()
+    async def work() -> None:
+        await run_dev(_say, seconds=seconds, watch_gpus=watch_gpus)
+        done.cancel()
+        await anyio.sleep_forever()
+
+    with anyio.CancelScope() as done:
+        await _until_ended(work, anyio.Event())
 
 
 def release(settings: Settings, seconds: float) -> None:
@@ -193,17 +191,46 @@ def status(options: argparse.Namespace) -> None:
         watch(look, sys.stdout, options.watch)
 
 
-async def _follow_signals(
-    signals: AsyncIterator[signal.Signals],
-    scope: anyio.CancelScope,
-    release: Callable[[], None],
+async def _until_ended(
+    work: Callable[[], Awaitable[None]],
+    ending: anyio.Event,
+    release: Callable[[], None] = lambda: None,
 ) -> None:
-    async for number in signals:
+    """Works until SIGTERM or SIGINT, which give `work` a bounded time to clean up.
+
+    Raises RuntimeError where it ends before. Where it sets `ending` before and does not end then,
+    the process ends with 1: one that does nothing must not stay.
+    """
+    loop, repeats = asyncio.get_running_loop(), Repeats(log)
+
+    def follow(number: signal.Signals) -> None:
         if number == signal.SIGUSR1:
             release()
         else:
             log.info("%s: ending", number.name)
+            signals.end_within(END_SECONDS, 0)
             scope.cancel()
+
+    def report(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if error is not None and is_shortage(error):
+            repeats.log(logging.WARNING, f"{context['message']}: {error}")
+        else:
+            loop.default_exception_handler(context)
+
+    async def watch() -> None:
+        await ending.wait()
+        signals.end_within(END_SECONDS, 1)
+
+    loop.set_exception_handler(report)
+    with (
+        signals.received(lambda number: loop.call_soon_threadsafe(follow, number)),
+        anyio.CancelScope() as scope,
+    ):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            await work()
+            raise RuntimeError("the agent ended, though nobody asked it to")
 
 
 def _say(line: str) -> None:

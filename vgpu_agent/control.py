@@ -8,14 +8,14 @@ that is needed to know an agent runs: no PID, no lock.
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Never
 
 import anyio
-from anyio.abc import SocketListener, SocketStream
+from anyio.abc import SocketListener, SocketStream, TaskGroup
 
 from vgpu_agent import unixsocket
 from vgpu_agent.errors import ControlError, NoAgentError
@@ -72,13 +72,28 @@ async def _serve_here(path: Path, handler: Handler, poll: float) -> None:
             await SocketListener.from_socket(bound) as listener,
             anyio.create_task_group() as tasks,
         ):
-            tasks.start_soon(listener.serve, partial(_answer, handler))
+            tasks.start_soon(_accept, listener, tasks, partial(_answer, handler), poll)
             while _identity(path) == own:  # noqa: ASYNC110 - a file tells nobody that it went
                 await anyio.sleep(poll)
             tasks.cancel_scope.cancel()
     finally:
         bound.close()
-        _remove(path, own)
+        with suppress(OSError):  # a read-only directory keeps it; it is stale then
+            _remove(path, own)
+
+
+async def _accept(
+    listener: SocketListener,
+    tasks: TaskGroup,
+    answer: Callable[[SocketStream], Coroutine[object, object, None]],
+    poll: float,
+) -> None:
+    """As `listener.serve`, which ends where the process is out of descriptors for a moment."""
+    while True:
+        try:
+            tasks.start_soon(answer, await listener.accept())
+        except anyio.BrokenResourceError:
+            await anyio.sleep(poll)
 
 
 def _identity(path: Path) -> Identity | None:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,6 +21,9 @@ T = TypeVar("T")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 MAX_BYTES = 2**20
+
+MAX_INT = 2**63
+"""No counter, size or index of ours is larger; what follows could not be written or divided."""
 
 
 def boot_id(file: Path = BOOT_ID) -> str:
@@ -99,7 +103,7 @@ def decoded(kind: Any, value: object, name: str, text: Callable[[str], str] = st
         return kind(value)
     if kind is float and type(value) in (int, float):
         return float(value)  # type: ignore[arg-type]  # it is one of the two
-    if kind is not type(value):
+    if kind is not type(value) or (isinstance(value, int) and abs(value) > MAX_INT):
         raise ValueError(f"{name} is of another type")
     return text(value) if isinstance(value, str) else value
 
@@ -112,12 +116,34 @@ def write(path: Path, data: Mapping[str, object], *, mode: int = 0o644) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.unlink(missing_ok=True)
+        _clear(new)
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with open(descriptor, "w") as file:  # noqa: PTH123 - a descriptor has no path
             json.dump(data, file)
             file.flush()
             os.fsync(descriptor)
+        if path.is_dir() and not path.is_symlink():
+            _clear(path)
         new.replace(path)
+        _sync(path.parent)
     except OSError as error:
+        with suppress(OSError):
+            new.unlink()  # half a file would keep a full disk full
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _clear(path: Path) -> None:
+    """Nothing is there any more; a directory, which may hold somebody's files, stays beside it."""
+    if path.is_dir() and not path.is_symlink():
+        path.rename(path.with_name(f".{path.name}.directory"))
+    path.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    """Makes the new name of a file last. Not every file system can."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

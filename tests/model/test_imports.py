@@ -29,6 +29,7 @@ ROOMS = {
     "usage": ("model", "gpu.driver", *LEAVES),
     "observe": ("model", *LEAVES),
     "control": LEAVES,
+    "signals": (),
     "settings_kinds": ("model.rules", *LEAVES),
     "settings": ("settings_kinds", "model.rules", "observe.logs", *LEAVES),
     "settings_unknown": ("settings",),
@@ -46,6 +47,7 @@ LIBRARIES = {
     "grpclib": ("kubelet",),
     "prometheus_client": ("observe",),
     "rich": ("commands",),
+    "h11": ("observe",),
     "uvicorn": ("observe",),
     "yaml": ("gpu.cdi",),
 }

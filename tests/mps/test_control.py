@@ -1,4 +1,5 @@
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -107,6 +108,34 @@ async def test_a_refusal_is_reported_with_its_words(fake_mps):
     fake_mps.behave(refuse={"get_server_list": "Not today"})
     with pytest.raises(MpsRefusedError, match=r"refused `get_server_list` .*Not today"):
         await fake_mps.control().servers()
+
+
+@pytest.mark.parametrize("where", ["", " >&2"])
+@pytest.mark.parametrize("word", ["yes", "trap '' PIPE; yes", "cat /dev/zero"])
+async def test_an_endless_answer_is_refused_in_bounded_memory(tmp_path, word, where):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n({word}){where}\n")
+    program.chmod(0o755)
+    before, files = children(), open_files()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MpsRefusedError, match="`get_server_list` with more than 1048576 bytes"):
+        await Control(Directories(tmp_path), binary=str(program), timeout=10).servers()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 32 * 1024  # KiB
+    await anyio.sleep(0.1)
+    assert (children(), open_files()) == (before, files)
+
+
+async def test_a_process_that_is_out_of_descriptors_says_so(fake_mps):
+    fake_mps.start()
+    control = fake_mps.control()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(MpsHungError, match=r"cannot be asked now: .*Too many open files"):
+            await control.servers()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert await control.servers() == ()
 
 
 async def test_a_program_that_is_missing_or_may_not_be_run_is_reported(tmp_path):

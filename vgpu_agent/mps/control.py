@@ -4,22 +4,35 @@ The commands are those of NVIDIA's MPS documentation, one for each run of the pr
 answer can be taken for another's.
 """
 
+import errno
 import os
 import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 import anyio
+from anyio.abc import ByteReceiveStream
 
-from vgpu_agent.errors import MpsBinaryError, MpsDownError, MpsHungError, MpsRefusedError
+from vgpu_agent.errors import (
+    MpsBinaryError,
+    MpsDownError,
+    MpsHungError,
+    MpsRefusedError,
+    is_shortage,
+)
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps import answers
 from vgpu_agent.mps.directories import Directories
 
 BINARY = "nvidia-cuda-mps-control"
+
+_NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC)
+
+MAX_OUTPUT = 2**20
+"""Bytes of an answer: thousands of clients."""
 
 
 def become_daemon(directories: Directories, *, multiuser: bool) -> NoReturn:
@@ -101,30 +114,38 @@ class Control:
         environment = {**os.environ, **self.directories.environment()}
         async with self._turn:
             try:
-                # On the way out of a cancelled run anyio kills the child and waits for its end.
                 with anyio.fail_after(self._timeout), _standard_input(line) as stdin:
-                    done = await anyio.run_process(
-                        [self._binary], stdin=stdin, check=False, env=environment
-                    )
+                    code, out, err = await _run(self._binary, stdin, environment)
             except TimeoutError:
                 raise MpsHungError(
                     f"the MPS daemon of {self.directories.pipe} does not answer `{line}` within"
                     f" {self._timeout:g} s: see control.log in {self.directories.log}; if it stays"
                     " so, drain the node and delete its MPS pod"
                 ) from None
-            except OSError as error:
-                raise MpsBinaryError(_cannot_run(self._binary, error)) from error
-        answer = done.stdout.decode(errors="replace").strip()
-        words = " ".join((answer, done.stderr.decode(errors="replace").strip())).strip()
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno in _NO_PROGRAM:
+                    raise MpsBinaryError(_cannot_run(self._binary, error)) from error
+                if not is_shortage(error):
+                    raise
+                raise MpsHungError(
+                    f"the MPS daemon of {self.directories.pipe} cannot be asked now: {error}"
+                ) from error
+        if max(len(out), len(err)) > MAX_OUTPUT:
+            raise MpsRefusedError(
+                f"{self._binary} answers `{line}` with more than {MAX_OUTPUT} bytes: see"
+                f" control.log in {self.directories.log}"
+            )
+        answer = out.decode(errors="replace").strip()
+        words = " ".join((answer, err.decode(errors="replace").strip())).strip()
         if _DOWN.search(words):
             raise MpsDownError(
                 f"no MPS daemon answers in {self.directories.pipe}: the kubelet starts it again; if"
                 " it does not stay, see the log of its container, and that no other MPS daemon"
                 " holds the GPUs"
             )
-        if done.returncode != 0:
+        if code != 0:
             raise MpsRefusedError(
-                f"the MPS daemon refused `{line}` (exit code {done.returncode}): {words or '-'};"
+                f"the MPS daemon refused `{line}` (exit code {code}): {words[:500] or '-'};"
                 f" see control.log in {self.directories.log}"
             )
         return answer
@@ -161,6 +182,29 @@ class Control:
         for ordinal, limit in defaults.memory_limits.items():
             if limit is not None:
                 await self.command(f"set_default_device_pinned_mem_limit {ordinal} {limit // MIB}M")
+
+
+async def _run(binary: str, stdin: int, environment: Mapping[str, str]) -> tuple[int, bytes, bytes]:
+    """Exit code, output and errors of the program, MAX_OUTPUT bytes of them and a buffer at most.
+
+    No process is left behind: one that is cancelled, or says too much, is killed. Raises OSError.
+    """
+    output = {1: b"", 2: b""}
+    async with await anyio.open_process([binary], stdin=stdin, env=environment) as process:
+
+        async def read(number: int, stream: ByteReceiveStream) -> None:
+            async for data in stream:
+                output[number] += data
+                if len(output[number]) > MAX_OUTPUT:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            for number, stream in enumerate((process.stdout, process.stderr), start=1):
+                if stream is not None:
+                    tasks.start_soon(read, number, stream)
+        return await process.wait(), output[1], output[2]
 
 
 # The sentence of the program where its daemon is away (seen in reports; it ends with code 1).
