@@ -22,7 +22,8 @@ from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import Identity, make_report, to_json
-from vgpu_agent.observe.web import Web, listen
+from vgpu_agent.observe.server import listen
+from vgpu_agent.observe.web import Web
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser

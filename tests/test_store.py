@@ -101,7 +101,9 @@ def test_whatever_is_there_is_replaced_and_the_files_of_others_stay(kubelet_dir,
     assert others == (["other"] if how.startswith("a ") else [])
 
 
-@pytest.mark.parametrize("text", ["[" * 5000, '{"a": 1}', "9" * 4000, "true", "[1]", "1e999"])
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, '{"a": 1}', "9" * 4000, '"9"', "true", "[1]", "1e999"], ids=range(7)
+)
 def test_a_number_that_is_none_is_an_error_that_names_it(tmp_path, text):
     path = tmp_path / "file"
     path.write_text('{"number": ' + text + "}")

@@ -37,7 +37,8 @@ from vgpu_agent.mps.guard import MpsGuard
 from vgpu_agent.observe import changes, report
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.web import Web, listen_when_possible
+from vgpu_agent.observe.server import listen_when_possible
+from vgpu_agent.observe.web import Web
 from vgpu_agent.settings import GpuDriverKind, Settings
 
 log = logging.getLogger(__name__)

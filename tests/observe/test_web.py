@@ -22,6 +22,7 @@ import pytest
 from tests.agent_process import REPOSITORY, environment
 from tests.agent_process import running as running_agent
 from tests.kubelet_peer import off_loop
+from tests.observe import fuzz_web
 from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError
 from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
@@ -31,7 +32,8 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe import web as web_module
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.web import MAX_CONNECTIONS, MAX_PER_PEER, Web, listen
+from vgpu_agent.observe.server import MAX_CONNECTIONS, MAX_PER_PEER, listen
+from vgpu_agent.observe.web import Web
 
 LOOPBACK = Address("127.0.0.1", 0)
 RULES = Rules()
@@ -600,8 +602,10 @@ class Slow(Metrics):
         super().__init__(*arguments)
         self.asked = threading.Event()
         self.go_on = threading.Event()
+        self.renders = 0
 
     def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+        self.renders += 1
         self.asked.set()
         self.go_on.wait(5)
         return super().render(snapshot, accept)
@@ -639,7 +643,7 @@ def short_lived(monkeypatch: pytest.MonkeyPatch) -> None:
     async def return_early(_: object) -> None:
         await anyio.sleep(0.05)
 
-    monkeypatch.setattr(web_module._Server, "main_loop", return_early)
+    monkeypatch.setattr(web_module.Server, "main_loop", return_early)
 
 
 @pytest.mark.usefixtures("short_lived")
@@ -650,10 +654,10 @@ async def test_a_server_that_returns_early_ends_the_web_side_with_an_error():
 
 
 async def test_a_server_that_does_not_start_ends_the_web_side_with_an_error(monkeypatch):
-    async def refuse(self: web_module._Server, *_: object, **__: object) -> None:
+    async def refuse(self: web_module.Server, *_: object, **__: object) -> None:
         self.should_exit = True  # as uvicorn does where its start fails
 
-    monkeypatch.setattr(web_module._Server, "startup", refuse)
+    monkeypatch.setattr(web_module.Server, "startup", refuse)
     with ENDED_BY_ITSELF:
         async with serving():
             await anyio.sleep(5)
@@ -671,7 +675,7 @@ from vgpu_agent.__main__ import main
 from vgpu_agent.observe import web
 async def return_early(_):
     await anyio.sleep(0.5)
-web._Server.main_loop = return_early
+web.Server.main_loop = return_early
 sys.argv = ["vgpu-agent", "run"]
 sys.exit(main())
 """
@@ -710,6 +714,27 @@ async def test_other_pages_are_answered_while_metrics_are_rendered():
         assert (await site.get("/healthz")).status == 200
         assert time.monotonic() - start < 2  # and not when the five seconds of `Slow` were over
         slow.go_on.set()
+
+
+async def test_a_crowd_of_scrapes_is_rendered_once_more():
+    slow = some_metrics(Slow)
+    bodies = []
+    async with serving(metrics=slow) as site:
+
+        async def ask() -> None:
+            bodies.append((await site.get("/metrics")).body)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await off_loop(slow.asked.wait, 5)
+            for _ in range(20):
+                tasks.start_soon(ask)
+            await anyio.sleep(0.5)
+            site.node.registration_tried(RegistrationResult.REFUSED, "no")
+            slow.go_on.set()
+    assert slow.renders == 2
+    refused = [b'result="refused"} 1.0' in body for body in bodies]
+    assert sorted(refused) == [False] + 20 * [True]
 
 
 async def test_the_scrapes_of_many_gpus_do_not_hold_up_the_loop(own_site):
@@ -806,6 +831,19 @@ async def test_a_crowd_keeps_nobody_else_out_and_does_not_stay(sent, after, capl
             for client in crowd:
                 client.close()
     assert caplog.records == []
+
+
+@pytest.mark.slow
+def test_mutated_requests_cost_the_agent_no_line_and_no_descriptor(kubelet_dir):
+    """A few of them; `python -m tests.observe.fuzz_web` sends many."""
+    with running_agent(kubelet_dir) as agent:
+        agent.wait_line("cannot ask the kubelet")
+        before, lines = fuzz_web.descriptors(agent), agent.lines[:]
+        fuzz_web.send(agent.port, 400, seed=1)
+        assert agent.get("/healthz") == (200, "ok\n")
+        assert fuzz_web.descriptors(agent) <= before + 2  # a thread, a socket of the kubelet's
+        assert agent.lines == lines
+        assert agent.end()[0] == 0
 
 
 @pytest.mark.slow

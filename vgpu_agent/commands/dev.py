@@ -21,7 +21,7 @@ from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.kubelet.standin import Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.mps.daemon import SimulatedDaemon
-from vgpu_agent.observe.web import listen
+from vgpu_agent.observe.server import listen
 from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings
 
 Say = Callable[[str], None]

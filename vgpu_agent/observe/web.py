@@ -4,18 +4,15 @@ uvicorn speaks HTTP; the application here answers from the newest snapshot and r
 worker thread, so that a scrape does not delay the kubelet.
 """
 
-import asyncio
 import base64
-import errno
 import hashlib
 import ipaddress
 import logging
 import re
 import socket
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,17 +20,15 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import h11
-import uvicorn
-from anyio import CancelScope, CapacityLimiter
 from anyio.abc import TaskStatus
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from vgpu_agent.address import Address
-from vgpu_agent.errors import ListenError, is_shortage
+from vgpu_agent.errors import is_shortage
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.server import EXCHANGE_SECONDS, Server
 
 log = logging.getLogger(__name__)
 
@@ -41,67 +36,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-MAX_CONNECTIONS = 64
-"""Connections that may be open: Prometheus, probes and people need a few."""
-
-MAX_PER_PEER = 32
-"""Connections of one peer address."""
-
-ACCEPTED_AT_ONCE = 8
-"""Connections in one turn of the loop: what each of them asks is read before many others come."""
-
-EXCHANGE_SECONDS = 10.0
-"""Seconds for a request and its answer, from its first byte to the last one that the peer takes."""
-
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Errors that pass."""
-
-GRACE = 1
-"""Seconds that requests get to end at shutdown."""
-
 PLAIN = "text/plain; charset=utf-8"
-
-EVERYWHERE = [
-    ("cache-control", "no-store"),
-    ("referrer-policy", "no-referrer"),
-    ("x-content-type-options", "nosniff"),
-]
-"""Headers of every answer."""
-
-
-def listen(address: Address) -> socket.socket:
-    """A listening socket. Raises ListenError with the address and the reason."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        listener = socket.create_server(
-            address, family=family, dualstack_ipv6=address.host == "::", backlog=64
-        )
-        # asyncio does not see that it is TCP; an answer would wait for an acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as error:
-        # create_server puts the address into its message; ours has it already.
-        reason = (error.strerror or str(error)).partition(" (while")[0]
-        raise ListenError(
-            f"VGPU_METRICS_ADDRESS={address}: cannot listen there: {reason};"
-            " set another host:port, or end what uses this one"
-        ) from error
-    return listener
-
-
-async def listen_when_possible(address: Address, *, wait: float = 1.0) -> socket.socket:
-    """A listening socket, once the machine has one to give. Raises ListenError as `listen`."""
-    problem = ""
-    while True:
-        try:
-            return listen(address)
-        except ListenError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in SHORTAGES:
-                raise
-            if str(error) != problem:
-                problem = str(error)
-                log.warning("%s; tried again", problem)
-        await anyio.sleep(wait)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +144,8 @@ class Web:
         self._clock = clock
         self._beat, self._alive, self._exchange = beat, alive, exchange
         self._last_beat = clock()
-        self._rendering = CapacityLimiter(1)
+        self._rendering = anyio.Lock()
+        self._rendered: dict[str, tuple[float, Answer]] = {}
         self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
         self._pages |= {
             "/metrics": self._metrics_page,
@@ -226,7 +162,7 @@ class Web:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled, then lets requests end for a moment."""
-        server = _Server(self._answer_request, self._exchange)
+        server = Server(self._answer_request, self._exchange)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._keep_beating)
             tasks.start_soon(server.serve_shielded, self._listener)
@@ -289,16 +225,29 @@ class Web:
     async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
         # Only what the encoder understands: it raises for many a version.
         accept = OPENMETRICS if _OPENMETRICS.search(_header(scope, b"accept")) else ""
-        body, content_type = await anyio.to_thread.run_sync(
-            self._metrics.render, self._node.snapshot, accept, limiter=self._rendering
+        return await self._render(
+            f"metrics {accept}",
+            lambda snapshot: Answer(200, *self._metrics.render(snapshot, accept)),
         )
-        return Answer(200, body, content_type)
 
     async def _status_json(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
-        body = await anyio.to_thread.run_sync(
-            self._report, self._node.snapshot, limiter=self._rendering
+        return await self._render(
+            "report", lambda snapshot: Answer(200, self._report(snapshot), "application/json")
         )
-        return Answer(200, body, "application/json")
+
+    async def _render(self, name: str, render: Callable[[Snapshot], Answer]) -> Answer:
+        """Renders in a worker thread, one after the other.
+
+        What was begun after this was asked is as good: a crowd costs no more than two.
+        """
+        asked = time.monotonic()
+        async with self._rendering:
+            begun, answer = self._rendered.get(name, (asked, None))
+            if answer is None or begun <= asked:
+                begun = time.monotonic()
+                answer = await anyio.to_thread.run_sync(render, self._node.snapshot)
+                self._rendered[name] = begun, answer
+            return answer
 
     async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
         """Whether the loop lives. That this is answered proves half of it, the beat the rest."""
@@ -313,125 +262,3 @@ class Web:
         if kubelet.connected:
             return Answer(200, b"ready\n")
         return Answer(503, f"not registered: {kubelet.error or 'starting'}\n".encode())
-
-
-class _Connection(H11Protocol):
-    """uvicorn's connection, with bounds: nobody starves the kubelet's probes by staying.
-
-    For one too many another one has to go, of the same peer or of the one that has most: one that
-    was answered before one that is still to ask its first question, as a probe is, then the oldest.
-    """
-
-    since = 0.0
-    """When the exchange under way began: the connection was made, or a request came, all that was
-    before being answered and taken."""
-
-    _last: RequestResponseCycle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.since = self.loop.time()
-        peers = Counter(each.peer for each in self._all())
-        if peers[self.peer] > MAX_PER_PEER:
-            self._make_room(self.peer)
-        elif peers.total() > MAX_CONNECTIONS:
-            self._make_room(peers.most_common(1)[0][0])
-
-    @property
-    def peer(self) -> str:
-        """The address of the other side."""
-        return self.client[0] if self.client else ""
-
-    def _all(self) -> list["_Connection"]:
-        return [each for each in self.connections if isinstance(each, _Connection)]
-
-    def _make_room(self, peer: str) -> None:
-        others = [each for each in self._all() if each.peer == peer and each is not self]
-        oldest = min(others, key=lambda each: (each.cycle is None, each.since))
-        self.connections.discard(oldest)
-        oldest.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        # Once for each answer: bytes that come one by one are one request.
-        if (
-            self.cycle is not self._last
-            and self.cycle.response_complete
-            and not self.transport.get_write_buffer_size()
-        ):
-            self._last, self.since = self.cycle, self.loop.time()
-        super().data_received(data)
-
-    def handle_events(self) -> None:
-        try:
-            super().handle_events()
-        except h11.ProtocolError:  # malformed, when its answer is under way already
-            self.transport.abort()
-
-    def end_if_stuck(self, seconds: float) -> None:
-        """Cuts it where an exchange takes longer; idle ones uvicorn has closed before."""
-        if self.loop.time() - self.since > seconds:
-            self.transport.abort()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without signal handlers and without its ten ticks a second."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], exchange: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                interface="asgi3",
-                proxy_headers=False,
-                headers=EVERYWHERE,
-                http=_Connection,
-                backlog=ACCEPTED_AT_ONCE,
-                ws="none",
-                loop="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=GRACE,
-            )
-        )
-        self._exchange = exchange
-        self._stopping = anyio.Event()
-
-    def stop(self) -> None:
-        """Ends `serve_shielded`."""
-        self.should_exit = True
-        self._stopping.set()
-
-    async def serve_shielded(self, listener: socket.socket) -> None:
-        """Serves until `stop`, whatever is cancelled around it.
-
-        Raises RuntimeError where it ends before that: nothing else would notice.
-        """
-        with CancelScope(shield=True), listener:
-            await self.serve(sockets=[listener])
-            for connection in tuple(self.server_state.connections):
-                connection.transport.abort()
-        if not self._stopping.is_set():
-            raise RuntimeError("the web server ended by itself")
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens. Only asyncio is to take few at once, the kernel may keep many."""
-        await super().startup(sockets)
-        for each in sockets or []:
-            each.listen(1024)
-
-    async def main_loop(self) -> None:
-        """Ends connections that are stuck. uvicorn's own loop has dates and signals to look at."""
-        await self.on_tick(0)
-        while not self._stopping.is_set():
-            with anyio.move_on_after(min(1, self._exchange)):
-                await self._stopping.wait()
-            for connection in tuple(self.server_state.connections):
-                if isinstance(connection, _Connection):
-                    connection.end_if_stuck(self._exchange)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are the agent's."""
-        yield

@@ -17,7 +17,7 @@ from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.mps.control import BINARY
 from vgpu_agent.observe.report import Report
-from vgpu_agent.observe.web import listen
+from vgpu_agent.observe.server import listen
 from vgpu_agent.unixsocket import MAX_PATH, refusal
 
 # Small questions about files and sockets

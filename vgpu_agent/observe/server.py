@@ -1,0 +1,202 @@
+"""The web side's socket and its connections: uvicorn, with bounds on what a peer can take."""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import anyio
+import h11
+import uvicorn
+from anyio import CancelScope
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from vgpu_agent.address import Address
+from vgpu_agent.errors import ListenError
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 128
+"""Connections that may be open: Prometheus, probes and people need a few."""
+
+MAX_PER_PEER = 48
+"""Connections of one peer address."""
+
+ACCEPTED_AT_ONCE = 12
+"""Connections in one turn of the loop: what each of them asks is read before many others come."""
+
+EXCHANGE_SECONDS = 10.0
+"""Seconds for a request and its answer, from its first byte to the last one that the peer takes."""
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors that pass."""
+
+GRACE = 1
+"""Seconds that requests get to end at shutdown."""
+
+EVERYWHERE = [
+    ("cache-control", "no-store"),
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]
+"""Headers of every answer."""
+
+
+def listen(address: Address) -> socket.socket:
+    """A listening socket. Raises ListenError with the address and the reason."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        listener = socket.create_server(
+            address, family=family, dualstack_ipv6=address.host == "::", backlog=64
+        )
+        # asyncio does not see that it is TCP; an answer would wait for an acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        # create_server puts the address into its message; ours has it already.
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ListenError(
+            f"VGPU_METRICS_ADDRESS={address}: cannot listen there: {reason};"
+            " set another host:port, or end what uses this one"
+        ) from error
+    return listener
+
+
+async def listen_when_possible(address: Address, *, wait: float = 1.0) -> socket.socket:
+    """A listening socket, once the machine has one to give. Raises ListenError as `listen`."""
+    problem = ""
+    while True:
+        try:
+            return listen(address)
+        except ListenError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in SHORTAGES:
+                raise
+            if str(error) != problem:
+                problem = str(error)
+                log.warning("%s; tried again", problem)
+        await anyio.sleep(wait)
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, with bounds: nobody starves the kubelet's probes by staying.
+
+    For one too many another one has to go, of the same peer or of the one that has most: one that
+    was answered before one that is still to ask its first question, as a probe is, then the oldest.
+    """
+
+    since = 0.0
+    """When the exchange under way began: the connection was made, or a request came, all that was
+    before being answered and taken."""
+
+    _last: RequestResponseCycle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        peers = Counter(each.peer for each in self._all())
+        if peers[self.peer] > MAX_PER_PEER:
+            self._make_room(self.peer)
+        elif peers.total() > MAX_CONNECTIONS:
+            self._make_room(peers.most_common(1)[0][0])
+
+    @property
+    def peer(self) -> str:
+        """The address of the other side."""
+        return self.client[0] if self.client else ""
+
+    def _all(self) -> list["_Connection"]:
+        return [each for each in self.connections if isinstance(each, _Connection)]
+
+    def _make_room(self, peer: str) -> None:
+        others = [each for each in self._all() if each.peer == peer and each is not self]
+        oldest = min(others, key=lambda each: (each.cycle is None, each.since))
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        # Once for each answer: bytes that come one by one are one request.
+        if (
+            self.cycle is not self._last
+            and self.cycle.response_complete
+            and not self.transport.get_write_buffer_size()
+        ):
+            self._last, self.since = self.cycle, self.loop.time()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        try:
+            super().handle_events()
+        except h11.ProtocolError:  # malformed, when its answer is under way already
+            self.transport.abort()
+
+    def end_if_stuck(self, seconds: float) -> None:
+        """Cuts it where an exchange takes longer; idle ones uvicorn has closed before."""
+        if self.loop.time() - self.since > seconds:
+            self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """uvicorn without signal handlers and without its ten ticks a second."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], exchange: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                interface="asgi3",
+                proxy_headers=False,
+                headers=EVERYWHERE,
+                http=_Connection,
+                backlog=ACCEPTED_AT_ONCE,
+                ws="none",
+                loop="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
+        self._exchange = exchange
+        self._stopping = anyio.Event()
+
+    def stop(self) -> None:
+        """Ends `serve_shielded`."""
+        self.should_exit = True
+        self._stopping.set()
+
+    async def serve_shielded(self, listener: socket.socket) -> None:
+        """Serves until `stop`, whatever is cancelled around it.
+
+        Raises RuntimeError where it ends before that: nothing else would notice.
+        """
+        with CancelScope(shield=True), listener:
+            await self.serve(sockets=[listener])
+            for connection in tuple(self.server_state.connections):
+                connection.transport.abort()
+        if not self._stopping.is_set():
+            raise RuntimeError("the web server ended by itself")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens. Only asyncio is to take few at once, the kernel may keep many."""
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(1024)
+
+    async def main_loop(self) -> None:
+        """Ends connections that are stuck. uvicorn's own loop has dates and signals to look at."""
+        await self.on_tick(0)
+        while not self._stopping.is_set():
+            with anyio.move_on_after(min(1, self._exchange)):
+                await self._stopping.wait()
+            for connection in tuple(self.server_state.connections):
+                if isinstance(connection, _Connection):
+                    connection.end_if_stuck(self._exchange)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the agent's."""
+        yield
