@@ -55,7 +55,11 @@ CASES = [
         ["INFO the release is longer"],
     ),
     ({"driver": Driver("1", "no", 60.0)}, {}, ["INFO driver 1 answers"]),
-    ({}, {"driver": Driver("1", "broken")}, ["ERROR no GPU can be used: broken"]),
+    (
+        {},
+        {"driver": Driver("1", "broken")},
+        ["ERROR the driver cannot be asked about all GPUs: broken"],
+    ),
     ({}, {"xids": {("gpu-0", 13): 1}}, ["INFO XID 13 (Graphics Engine Exception): counted"]),
     ({}, {"xids": {("gpu-0", 79): 1}}, ["INFO XID 79 (GPU has fallen off the bus): counted"]),
     ({}, {"xids": {("gpu-0", 74): 1}}, []),

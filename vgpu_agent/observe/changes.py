@@ -77,7 +77,10 @@ def _driver(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
         else:
             yield _info("the release is longer", until=_time(new.released_until))
     elif new.error is not None:
-        yield LogLine(logging.ERROR, f"no GPU can be used: {new.error}")
+        # Where a call for all GPUs hangs, those that answer for themselves are given on.
+        answer = any(shared.healthy for shared in after.inventory.gpus)
+        what = "the driver cannot be asked about all GPUs" if answer else "no GPU can be used"
+        yield LogLine(logging.ERROR, f"{what}: {new.error}")
     elif not old.up:
         yield _info(f"driver {new.version} answers", gpus=len(after.present))
 
