@@ -5,6 +5,7 @@ What only one command needs is imported in it: `run` stays small.
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -126,6 +127,8 @@ is 5 ms, several times in each call of the kubelet."""
 async def run(settings: Settings) -> None:
     """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 is `vgpu-agent release`."""
     sys.setswitchinterval(GIL_SWITCH_INTERVAL)
+    # What is imported stays, and need not be looked at again: garbage is found while it is little.
+    gc.freeze()
     driver = make_driver(settings)
     agent = Agent(settings, driver, make_daemon(settings, driver))
     await _until_ended(agent.run, agent.ending, agent.watch.release)

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tests.agent_process import REPOSITORY, environment
 from tests.agent_process import running as running_agent
@@ -33,7 +35,7 @@ from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapsho
 from vgpu_agent.observe import web as web_module
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.server import MAX_CONNECTIONS, MAX_PER_PEER, listen
-from vgpu_agent.observe.web import Web
+from vgpu_agent.observe.web import RENDERING, Web
 
 LOOPBACK = Address("127.0.0.1", 0)
 RULES = Rules()
@@ -84,6 +86,12 @@ class Site:
             for each in Path("/proc/self/net/tcp").read_text().splitlines()[1:]
             if each.split()[1].endswith(f":{port:04X}") and each.split()[3] == "01"
         ]
+
+    def kept(self) -> int:
+        """How many connections are in memory, lost ones too."""
+        gc.collect()
+        all_ = (each for each in gc.get_objects() if isinstance(each, H11Protocol))
+        return sum(each.server == tuple(self.web.address) for each in all_)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.web.address, timeout=5)
@@ -735,6 +743,43 @@ async def test_a_crowd_of_scrapes_is_rendered_once_more():
     assert slow.renders == 2
     refused = [b'result="refused"} 1.0' in body for body in bodies]
     assert sorted(refused) == [False] + 20 * [True]
+
+
+async def test_who_asks_and_goes_leaves_nothing_behind(own_site, monkeypatch):
+    """Neither work that waits for its turn, nor a dead connection until uvicorn's timer ends."""
+    slow = Slow("1", "example.com/vgpu", RULES)
+    monkeypatch.setattr(own_site.metrics, "render", slow.render)
+    before = len(asyncio.all_tasks())
+
+    def come_and_go(path: str, end: bytes) -> None:
+        for _ in range(50):
+            with own_site.connect() as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                reply = b""
+                while not reply.endswith(end):
+                    reply += one.recv(65536)
+
+    await off_loop(come_and_go, "/metrics", b"")
+    await off_loop(come_and_go, "/healthz", b"ok\n")
+    with anyio.fail_after(3):
+        # There may be the one that is rendered for.
+        while len(asyncio.all_tasks()) > before + 1 or own_site.kept() > 1:  # noqa: ASYNC110 - garbage tells nobody
+            await anyio.sleep(0.05)
+    slow.go_on.set()
+
+
+async def test_rendering_takes_a_share_of_the_time_at_most():
+    class Heavy(Metrics):
+        def render(self, *_: object) -> tuple[bytes, str]:
+            time.sleep(0.05)
+            return b"", "text/plain"
+
+    async with serving(metrics=some_metrics(Heavy)) as site:
+        start = time.monotonic()
+        for _ in range(4):
+            await site.get("/metrics")
+        assert time.monotonic() - start > 3 * 0.05 / RENDERING
 
 
 async def test_the_scrapes_of_many_gpus_do_not_hold_up_the_loop(own_site):

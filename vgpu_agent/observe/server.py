@@ -5,8 +5,9 @@ import errno
 import logging
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import anyio
 import h11
@@ -33,6 +34,9 @@ EXCHANGE_SECONDS = 10.0
 
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors that pass."""
+
+CANCEL = "cancel"
+"""The member of a request's state that ends the work on it, when its peer has gone."""
 
 GRACE = 1
 """Seconds that requests get to end at shutdown."""
@@ -131,6 +135,15 @@ class _Connection(H11Protocol):
             super().handle_events()
         except h11.ProtocolError:  # malformed, when its answer is under way already
             self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        # uvicorn leaves its timer after a reset, and a question that is asked for nobody: who
+        # comes and goes would leave thousands of dead connections behind.
+        self._unset_keepalive_if_required()
+        scope: Mapping[str, Any] | None = self.scope  # uvicorn's type leaves the None out
+        if scope is not None and (cancel := scope["state"].get(CANCEL)):
+            cancel()
 
     def end_if_stuck(self, seconds: float) -> None:
         """Cuts it where an exchange takes longer; idle ones uvicorn has closed before."""

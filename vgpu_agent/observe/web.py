@@ -20,6 +20,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import h11
+from anyio import CancelScope
 from anyio.abc import TaskStatus
 
 from vgpu_agent.address import Address
@@ -28,13 +29,16 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.server import EXCHANGE_SECONDS, Server
+from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
 
 log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+RENDERING = 0.25
+"""Share of the time for which metrics and reports are rendered at most."""
 
 PLAIN = "text/plain; charset=utf-8"
 
@@ -146,6 +150,7 @@ class Web:
         self._last_beat = clock()
         self._rendering = anyio.Lock()
         self._rendered: dict[str, tuple[float, Answer]] = {}
+        self._rest_until = 0.0
         self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
         self._pages |= {
             "/metrics": self._metrics_page,
@@ -188,6 +193,12 @@ class Web:
         """The ASGI application. Raises nothing: uvicorn would log a trace of each."""
         if scope["type"] != "http":
             return
+        with CancelScope() as work:
+            scope["state"][CANCEL] = work.cancel
+            await self._respond(scope, send)
+        del scope["state"][CANCEL]
+
+    async def _respond(self, scope: Mapping[str, Any], send: Send) -> None:
         try:
             answer = await self._answer(scope)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next one is answered
@@ -238,15 +249,19 @@ class Web:
     async def _render(self, name: str, render: Callable[[Snapshot], Answer]) -> Answer:
         """Renders in a worker thread, one after the other.
 
-        What was begun after this was asked is as good: a crowd costs no more than two.
+        What was begun after this was asked is as good: a crowd costs no more than two. And all of
+        it is RENDERING of a core at most, or those who never stop asking would slow the rest down.
         """
         asked = time.monotonic()
         async with self._rendering:
             begun, answer = self._rendered.get(name, (asked, None))
             if answer is None or begun <= asked:
+                await anyio.sleep(max(0, self._rest_until - time.monotonic()))
                 begun = time.monotonic()
                 answer = await anyio.to_thread.run_sync(render, self._node.snapshot)
                 self._rendered[name] = begun, answer
+                ended = time.monotonic()
+                self._rest_until = ended + (ended - begun) * (1 / RENDERING - 1)
             return answer
 
     async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
