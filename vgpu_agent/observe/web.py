@@ -40,6 +40,9 @@ Send = Callable[[Message], Awaitable[None]]
 RENDERING = 0.25
 """Share of the time for which metrics and reports are rendered at most."""
 
+BURST = 1.0
+"""Seconds of rest that may be owed: a few who ask at once do not wait for it."""
+
 PLAIN = "text/plain; charset=utf-8"
 
 
@@ -256,12 +259,13 @@ class Web:
         async with self._rendering:
             begun, answer = self._rendered.get(name, (asked, None))
             if answer is None or begun <= asked:
-                await anyio.sleep(max(0, self._rest_until - time.monotonic()))
+                await anyio.sleep(max(0, self._rest_until - time.monotonic() - BURST))
                 begun = time.monotonic()
                 answer = await anyio.to_thread.run_sync(render, self._node.snapshot)
                 self._rendered[name] = begun, answer
                 ended = time.monotonic()
-                self._rest_until = ended + (ended - begun) * (1 / RENDERING - 1)
+                rest = (ended - begun) * (1 / RENDERING - 1)
+                self._rest_until = max(ended, self._rest_until) + rest
             return answer
 
     async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
