@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.model.strategies import a_gpu, a_look
-from vgpu_agent.model.devices import Effect, Gpu, Reason
+from vgpu_agent.model.devices import Effect, Excluded, Gpu, Reason
 from vgpu_agent.model.facts import (
     DaemonLook,
     Reading,
@@ -212,6 +212,24 @@ def test_what_the_agent_before_kept_is_known_before_the_first_look(node):
     assert after.healthy == ["gpu-1"]
     assert after.snapshot.first_seen[ONE.uuid].index == 7
     assert after.snapshot.transitions == {}  # it was never healthy here
+
+
+@pytest.mark.parametrize(
+    ("undescribed", "healthy"),
+    [
+        ("", ["gpu-1"]),  # it was there, and did not say which it is
+        ("gpu-9", ["gpu-0", "gpu-1"]),  # it was away, and is initialized again
+    ],
+)
+def test_a_gpu_that_says_nothing_at_the_start_still_waits_for_its_reset(node, undescribed, healthy):
+    node.xid((ONE.uuid, RESET))
+    after = Clocked(recovery_seconds=1)
+    after.recalled({}, {ONE.uuid: node.snapshot.health[ONE.uuid]})
+    silent = Excluded(replace(ONE, uuid=undescribed), "timeout", "index 0 does not answer")
+    after.driver_looked(Driver("1", None), Scan("1", (TWO,), (silent,)), {TWO.uuid: (GOOD,)})
+    for after.now in (1, 2, 3):
+        after.looked(ONE, TWO)
+    assert after.healthy == healthy
 
 
 # The MPS daemon

@@ -126,7 +126,11 @@ class Node:
             changed["undescribed"] = scan.undescribed
             changed["first_seen"] = _first_seen(known.first_seen, scan.gpus)
             if self.rules.health.health_checks:
-                for uuid in (known.gpus.keys() | known.health.keys()) - there:
+                away = known.gpus.keys() - there
+                if all(each.gpu.uuid for each in scan.undescribed):
+                    # One that does not say which it is may be one that was known before the start.
+                    away |= known.health.keys() - there
+                for uuid in away:
                     all_events.setdefault(uuid, []).append(Away())
         health = self._advanced(all_events)
         if scan is not None:
