@@ -408,7 +408,8 @@ def test_what_hangs_at_the_end_does_not_keep_the_agent(kubelet_dir):
 
 
 @pytest.mark.slow
-def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir):
+def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir, monkeypatch):
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its file could not be opened
     with running(kubelet_dir, VGPU_REPLICAS="4") as agent:
         agent.wait_line("no kubelet at")
         pid, (soft, hard) = agent.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -22,8 +22,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 MAX_BYTES = 2**20
 
-MAX_INT = 2**63
-"""No counter, size or index of ours is larger; what follows could not be written or divided."""
+MAX_INT = 2**256
+"""No counter, size or index of ours is larger; what follows could not be divided."""
 
 
 def boot_id(file: Path = BOOT_ID) -> str:

@@ -21,7 +21,8 @@ from vgpu_agent.gpu.nvml import NvmlDriver
 
 async def scan(driver: NvmlDriver, *limits: float) -> Any:
     try:
-        return dataclasses.asdict(await driver.scan(*limits))
+        found = dataclasses.asdict(await driver.scan(*limits))
+        return found | {"returned": sorted(found["returned"])}
     except DriverError as error:
         return {"error": str(error)}
 

@@ -23,7 +23,7 @@ from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
-from vgpu_agent.kubelet._proto.v1beta1 import Empty, ListAndWatchResponse
+from vgpu_agent.kubelet._proto.v1beta1 import ListAndWatchResponse
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.model.facts import Applied, AppliedGpu, ComputeMode, DaemonLook, Reading
@@ -217,7 +217,7 @@ class Machine(RuleBasedStateMachine):
 
     async def follow(self) -> None:
         self.list: dict[str, str] = {}
-        async for encoded in self.plugin.list_and_watch(Empty()):
+        async for encoded in self.plugin._lists.follow(version=0):
             message = ListAndWatchResponse().parse(encoded)
             self.list = {device.id: device.health for device in message.devices}
 

@@ -132,7 +132,7 @@ def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
 
 def test_no_gpus_then_gpus(start, fake_nvml):
     child = start()
-    scan = {"driver_version": "570.1", "gpus": [], "undescribed": [], "silent": {}}
+    scan = {"driver_version": "570.1", "gpus": [], "undescribed": [], "silent": {}, "returned": []}
     assert child.ask("scan") == scan
     fake_nvml.set_gpus(L4)
     assert uuids(child.ask("scan")) == ["GPU-a"]
@@ -470,6 +470,10 @@ def test_a_reset_gpu_is_lost_to_its_old_handle_and_found_by_the_next_scan(start,
     child.send("events", 3)
     fake_nvml.xid("GPU-a", 13)
     assert child.answer() == [["XidEvent", "GPU-a", 13]]
+    # Between a probe and the next scan, which takes a new handle, it does not go unseen either.
+    fake_nvml.update("GPU-a", epoch=2)
+    assert child.ask("scan")["returned"] == ["GPU-a"]
+    assert child.ask("scan")["returned"] == []
 
 
 def test_a_gpu_that_was_added_is_seen_after_a_while(start, fake_nvml):

@@ -37,6 +37,7 @@ class Moody(SimulatedDriver):
 
     events_error: str | None = None
     scan_hangs = False
+    returned: frozenset[str] = frozenset()
     scans = waits = 0
 
     async def scan(self, limit: float = 3, patience: float = inf) -> Scan:
@@ -44,7 +45,7 @@ class Moody(SimulatedDriver):
         if self.scan_hangs:
             await self.release()  # the session is being opened again
             raise DriverHangsError(f"NVML did not answer within {limit:g} s")
-        return await super().scan(limit, patience)
+        return replace(await super().scan(limit, patience), returned=self.returned)
 
     async def next_events(self) -> Sequence[GpuEvent]:
         self.waits += 1
@@ -240,6 +241,22 @@ async def test_a_release_without_a_reset_ends_nothing(node, driver, twice, count
     assert said[1:2] == ["WARNING released all GPUs; reset them now"]
     assert ("INFO the release is longer" in said) is twice
     assert not any("healthy again" in line for line in said)
+
+
+async def test_a_reset_between_the_probe_and_the_scan_of_a_look_is_seen(node, driver):
+    await node.xid(ONE, RESET)
+    await node.look(after=5)
+    driver.returned = frozenset({ONE})
+    await node.look(after=5)
+    assert node.healthy == [0, 1]
+
+
+async def test_a_release_lasts_as_long_as_asked_for_after_a_look_that_takes_longer(node):
+    node.watch.release(2)
+    node.now += 6
+    await release(node, seconds=2)
+    assert node.snapshot.driver.up
+    assert any("released all GPUs" in line for line in node.logged())
 
 
 async def test_released_time_proves_nothing(node):

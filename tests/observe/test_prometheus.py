@@ -57,6 +57,7 @@ PATIENCE = 60.0
 """Seconds for what takes two or three: the machine may be busy."""
 
 NO_DATA = {
+    "vgpu_gpu_unread": "a simulated GPU says all there is",
     "vgpu_container_memory_used_bytes": "no process runs on a simulated GPU",
     "vgpu_container_processes": "no process runs on a simulated GPU",
     "vgpu_unattributed_processes": "no process runs on a simulated GPU",

@@ -65,6 +65,7 @@ class GpuWatch:
     _wake: anyio.Event = field(default_factory=anyio.Event)
     _release_changed: anyio.Event = field(default_factory=anyio.Event)
     _release_until: float | None = None
+    _release_asked: float = 0.0
     _next_release: float = 0.0
     _handles_void: bool = True
     _useless_since: float | None = None
@@ -93,7 +94,10 @@ class GpuWatch:
 
     def release(self, seconds: float | None = None) -> None:
         """Asks for NVML to be closed, so that GPUs can be reset: for so long, from now on."""
-        until = self.clock() + (self.intervals.release if seconds is None else seconds)
+        now = self.clock()
+        if self._release_until is None:
+            self._release_asked = now
+        until = now + (self.intervals.release if seconds is None else seconds)
         self._release_until = max(until, self._release_until or until)
         self._release_changed.set()
         self._wake.set()
@@ -143,6 +147,8 @@ class GpuWatch:
             problem = error
         self._handles_void = scan is None
         lost = {uuid for uuid, each in readings.items() if each.lost}
+        if scan is not None:
+            lost |= scan.returned
         if scan is not None and checks:
             there = {gpu.uuid for gpu in scan.gpus}
             readings |= await self._probe(there - (readings.keys() - lost), patience)
@@ -278,7 +284,8 @@ class GpuWatch:
         all_wait = all(any(fault.until_reset for fault in shared.faults) for shared in gpus)
         if not (gpus and all_wait and self.clock() >= self._next_release):
             return False
-        self._release_until = self.clock() + self.intervals.release
+        self._release_asked = self.clock()
+        self._release_until = self._release_asked + self.intervals.release
         return True
 
     async def _release(self) -> None:
@@ -289,6 +296,9 @@ class GpuWatch:
         """
         released = await self.driver.release()
         self._handles_void = True  # closed by us, which says nothing of a reset
+        if self._release_until is not None:
+            # A look that was under way is no part of it.
+            self._release_until += self.clock() - self._release_asked
         while released and (until := self._release_until) is not None and until > self.clock():
             left = until - self.clock()
             self.node.driver_released(self.wall_clock() + left)

@@ -42,13 +42,15 @@ class Scan:
     """All GPUs that the driver sees now. A GPU that is lost is not among them.
 
     `undescribed`: GPUs that are there and do not say what they are, with the reason. `silent`: what
-    known GPUs, by UUID, did not answer in time; they are among `gpus` as they were.
+    known GPUs, by UUID, did not answer in time; they are among `gpus` as they were. `returned`:
+    GPUs whose handle of the scan before was lost, and which were initialized since.
     """
 
     driver_version: str
     gpus: tuple[Gpu, ...]
     undescribed: tuple[Excluded, ...] = ()
     silent: Mapping[str, str] = field(default_factory=dict)
+    returned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

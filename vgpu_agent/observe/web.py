@@ -263,9 +263,8 @@ class Web:
                 begun = time.monotonic()
                 answer = await anyio.to_thread.run_sync(render, self._node.snapshot)
                 self._rendered[name] = begun, answer
-                ended = time.monotonic()
-                rest = (ended - begun) * (1 / RENDERING - 1)
-                self._rest_until = max(ended, self._rest_until) + rest
+                took = time.monotonic() - begun
+                self._rest_until = max(begun, self._rest_until) + took / RENDERING
             return answer
 
     async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002

@@ -16,10 +16,13 @@ from vgpu_agent.model.facts import GpuEvent, RecoveryActionChanged, XidEvent
 # and all, within one of them.
 SLICE_SECONDS = 0.5
 
-RETRY_MAX = 300.0
-"""Seconds; most that what failed is put off."""
+WAIT_RETRY_MAX = 5.0
+"""Seconds; most that waiting for events is put off: there are none of any GPU meanwhile."""
 
-_FIRST_RETRY = 5.0
+RETRY_MAX = 60.0
+"""Seconds; most that the registration of a GPU is put off."""
+
+_FIRST_RETRY = 1.0
 _AT_ONCE = 64
 
 
@@ -116,14 +119,14 @@ class Events:
     def not_registered(self, uuid: str, why: str, *, final: bool = False) -> None:
         """A GPU has no events for now; `final`: it never will have."""
         first = math.inf if final else _FIRST_RETRY
-        self._retries[uuid] = self._retry(self._retries.get(uuid), why, first)
+        self._retries[uuid] = self._retry(self._retries.get(uuid), why, first, RETRY_MAX)
 
     def wait_failed(self, why: str) -> None:
         """There are no events of any GPU for now."""
-        self._wait_retry = self._retry(self._wait_retry, why, SLICE_SECONDS)
+        self._wait_retry = self._retry(self._wait_retry, why, SLICE_SECONDS, WAIT_RETRY_MAX)
 
-    def _retry(self, before: _Retry | None, why: str, first: float) -> _Retry:
-        pause = first if before is None else max(first, min(2 * before.pause, RETRY_MAX))
+    def _retry(self, before: _Retry | None, why: str, first: float, most: float) -> _Retry:
+        pause = first if before is None else max(first, min(2 * before.pause, most))
         return _Retry(why, self._monotonic() + pause, pause)
 
     def _collect(self, *, seconds: float) -> None:

@@ -25,15 +25,31 @@ CLOSE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A GPU of the last scan and its handle, and why it is not known what it is, if it is not."""
+    """A GPU of the last scan and its handle, and why it is not known what it is, if it is not.
+
+    `returned`: the handle of the scan before was lost.
+    """
 
     handle: Handle
     gpu: Gpu
     problem: Excluded | None = None
+    returned: bool = False
 
 
 def _is_gone(error: Exception) -> bool:
     return isinstance(error, pynvml.NVMLError) and error.value in GONE
+
+
+STALE = GONE | {pynvml.NVML_ERROR_INVALID_ARGUMENT}
+"""What a handle of before a reset answers."""
+
+
+def _is_lost(gpu: Asked) -> bool:
+    try:
+        gpu.must(calls.memory)
+    except Exception as error:  # noqa: BLE001 - another one says nothing of the handle
+        return isinstance(error, pynvml.NVMLError) and error.value in STALE
+    return False
 
 
 Looked = Found | Excluded | None
@@ -111,6 +127,9 @@ class Session:
             return self._look(index, beat)
 
     def _look(self, index: int, beat: Beat) -> Looked:
+        # Asked here, and not only by probes, so that no initialization of it falls in between.
+        before = self._place(index)
+        returned = before is not None and _is_lost(Asked(before.handle, beat))
         try:
             beat("handle")
             handle = Handle(pynvml.nvmlDeviceGetHandleByIndex(index))
@@ -119,15 +138,16 @@ class Session:
             if not any(gpu.index == index for gpu in self._known.values()):
                 return calls.unreadable(index, "", error)
             # An odd error is not a GPU that went away: what was known of the place stays.
-            return None if _is_gone(error) else self._place(index)
+            return None if _is_gone(error) else before
         try:
-            return Found(handle, self._describe(index, uuid, Asked(handle, beat)))
+            gpu = self._describe(index, uuid, Asked(handle, beat))
+            return Found(handle, gpu, returned=returned)
         except Exception as error:  # noqa: BLE001 - whatever one GPU answers concerns no other
             if _is_gone(error) and uuid in self._known:
                 return None
             # One failing call makes no GPU vanish that was known: its probe says what is wrong.
             if uuid in self._known:
-                return Found(handle, self._known[uuid])
+                return Found(handle, self._known[uuid], returned=returned)
             unreadable = calls.unreadable(index, uuid, error)
             return Found(handle, unreadable.gpu, unreadable)
 
@@ -166,7 +186,8 @@ class Session:
         ]
         self._known |= {uuid: each.gpu for uuid, each in self._found.items() if not each.problem}
         gpus = tuple(each.gpu for each in self._found.values() if each.problem is None)
-        return Scan(version, gpus, tuple(problems), silent)
+        returned = frozenset(each.gpu.uuid for each in self._found.values() if each.returned)
+        return Scan(version, gpus, tuple(problems), silent, returned)
 
     def probe(self, uuid: str, beat: Beat = lambda _: None) -> Reading:
         """Asks a GPU of the last scan how it is; another one is lost."""
@@ -187,8 +208,7 @@ class Session:
             if used is None:
                 gpu.must(calls.uuid)  # which every GPU answers
         except pynvml.NVMLError as error:
-            # A handle from before a reset is an invalid argument.
-            if error.value in GONE or error.value == pynvml.NVML_ERROR_INVALID_ARGUMENT:
+            if error.value in STALE:
                 return Reading(lost=True)
             return Reading(error=f"nvmlDeviceGetMemoryInfo: {error}")
         missing = {}
