@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FOR ?=
+SEEDS ?= 20
+STEPS ?= 1000
+HOSTILE ?=
+RESTARTS ?=
 ARGS ?=
 IMAGE ?= vgpu-agent:dev
 BASE_IMAGE ?=
@@ -14,9 +18,9 @@ COMPILE = $(BIN)/uv pip compile -q $(ARGS) --universal --python-version 3.11 --n
 # pytest keeps the tests as it rewrote them beside them; without, every worker does it at every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run seconds test quick bench lint fmt proto lock image dist clean
+.PHONY: help run seconds test quick test-faults numbers bench lint fmt proto lock image dist clean
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 run: seconds .venv/run ## the agent with simulated GPUs and a stand-in kubelet; FOR=25 ends by itself
 	@$(BIN)/vgpu-agent dev $(if $(FOR),--for $(FOR))
@@ -30,6 +34,15 @@ test: .venv/dev ## all tests but those that take a minute, which .ci/run runs to
 
 quick: .venv/dev ## the tests that are fast enough to run on every save
 	$(BIN)/python -m pytest -n logical -m 'not slow and not ci' --hypothesis-profile=quick $(ARGS)
+
+test-faults: numbers .venv/dev ## faults at random: SEEDS=20 STEPS=1000; or HOSTILE=1000000, or RESTARTS=100
+	$(BIN)/python -m tests.faults --seeds $(SEEDS) --steps $(STEPS) \
+		$(if $(HOSTILE),--hostile $(HOSTILE)) $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
+
+# Said before a set-up, not after it.
+numbers:
+	@for each in 'SEEDS=$(SEEDS)' 'STEPS=$(STEPS)' 'HOSTILE=$(or $(HOSTILE),1)' 'RESTARTS=$(or $(RESTARTS),1)'; do \
+		case "$${each#*=}" in '' | *[!0-9]* | 0*) echo "vgpu-agent: $$each: a whole number above 0 is needed" >&2; exit 2; esac; done
 
 lint: .venv/dev ## style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests import metrics_table, policy_table, report_table, settings_files
 from tests.chart import values_table
+from tests.faults import promises
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "charts/vgpu-agent"
@@ -31,6 +32,7 @@ FILES: dict[Path, Callable[[str], str]] = {
     ROOT / "docs/metrics.md": table("metrics", metrics_table.markdown_table),
     ROOT / "docs/status.md": table("report", report_table.markdown),
     ROOT / "docs/health.md": table("policy", policy_table.markdown_table),
+    ROOT / "docs/reliability.md": table("promises", promises.markdown_table),
     CHART / "values.yaml": settings_files.values_yaml,
     CHART / "values.schema.json": settings_files.values_schema,
     CHART / "templates/_settings.tpl": settings_files.settings_template,

@@ -98,6 +98,13 @@ def test_a_wrong_number_of_seconds_is_said_before_the_set_up(checkout, seconds):
     assert not (checkout / ".venv").exists()
 
 
+@pytest.mark.parametrize("given", ["SEEDS=", "SEEDS=0", "STEPS=1e3", "HOSTILE=-1", "RESTARTS=2 3"])
+def test_a_wrong_number_for_the_faults_is_said_before_the_set_up(checkout, given):
+    words = f"vgpu-agent: {given}: a whole number above 0 is needed"
+    assert make(checkout, "test-faults", given) == (2, [words])
+    assert not (checkout / ".venv").exists()
+
+
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 def test_what_broke_off_is_said_and_done_again_and_what_is_done_is_not(checkout, call):
     """Run set, build set, the project, development set: whichever of the four breaks."""
