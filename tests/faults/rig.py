@@ -44,6 +44,9 @@ health.RELAPSE_WINDOW = -1.0
 START = 30.0
 """Seconds until the first list."""
 
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT|vgpu-agent: ")
+"""How what the agent writes begins, one line for each thing: no traceback, no text of a peer."""
+
 SAMPLE = re.compile(r"^(\w+)(?:{(.*)})? (\S+)$", re.MULTILINE)
 
 
@@ -53,6 +56,12 @@ class FaultError(AssertionError):
 
 def number_of(uuid: str) -> str:
     return f"GPU {UUIDS.index(uuid)}"
+
+
+def odd_lines(lines: list[str]) -> list[str]:
+    """What is no log line, from the line before the first of it on."""
+    odd = next((n for n, line in enumerate(lines) if not LOG_LINE.match(line)), None)
+    return [] if odd is None else lines[max(0, odd - 1) : odd + 25]
 
 
 class Rig:

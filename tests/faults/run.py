@@ -5,7 +5,6 @@ makes the same steps.
 """
 
 import dataclasses
-import re
 import time
 import traceback
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any
 
 from tests.faults.faults import Faults, NotNowError
 from tests.faults.promises import HANG_ADDS, NOT_YET, PROMISES
-from tests.faults.rig import START, FaultError
+from tests.faults.rig import START, FaultError, odd_lines
 
 MAX_LOG = 200
 """Lines in any minute."""
@@ -63,8 +62,8 @@ class Run(Faults):
             self.compare(*measured)
         if self.most_lines > MAX_LOG:
             raise FaultError(f"{self.most_lines} log lines in a minute")
-        if re.search("Traceback|ResourceWarning", self.agent.text):
-            raise FaultError("a traceback in the log")
+        if odd := odd_lines(self.agent.lines):
+            raise FaultError("\n".join(["no log lines:", *odd]))
 
     def step(self, number: int) -> None:
         """Draws until there is a fault that can be made, makes it, and waits."""
