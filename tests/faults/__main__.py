@@ -3,13 +3,13 @@
 `--seed 7` runs that one only. `--record` keeps what was measured, for docs/reliability.md.
 """
 
-import argparse
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -19,11 +19,11 @@ from tests import readme
 from tests.fake_nvml import build
 from tests.faults import hostile
 from tests.faults.promises import PROMISES, RECORD, summary
-from tests.faults.run import Result, run_seed
+from tests.faults.run import MEASURED_FROM, Result, run_seed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser = ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--seed", type=int, help="only this one")
     parser.add_argument("--steps", type=int, default=1000)
@@ -33,10 +33,16 @@ def main() -> int:
     parser.add_argument("--hostile", type=int, help="instead: so many hostile requests and frames")
     parser.add_argument("--record", action="store_true", help="keep what was measured")
     given = parser.parse_args()
-    if given.restarts:
-        return hostile.restarts(given.restarts)
-    if given.hostile:
-        return hostile.requests(given.hostile, given.seed or 1)
+    if given.restarts or given.hostile:
+        good, words = (
+            hostile.restarts(given.restarts)
+            if given.restarts
+            else hostile.requests(given.hostile, given.seed or 1)
+        )
+        print(words)
+        if given.record and good:
+            keep(**{"restarts" if given.restarts else "hostile": words})
+        return 0 if good else 1
     seeds = range(1, given.seeds + 1) if given.seed is None else [given.seed]
     began, results = time.monotonic(), []
     with (
@@ -62,7 +68,7 @@ def main() -> int:
         f" {(time.monotonic() - began) / 60:.0f} minutes"
     )
     if given.record and not failed:
-        record(seconds, results, given.jobs)
+        record(seconds, results, given)
     return 1 if failed else 0
 
 
@@ -81,18 +87,26 @@ def show(result: Result) -> None:
         )
 
 
-def record(seconds: dict[str, list[float]], results: list[Result], jobs: int) -> None:
-    """Writes what docs/reliability.md shows, and the document."""
+def record(seconds: dict[str, list[float]], results: list[Result], given: Namespace) -> None:
+    """Keeps what a run measured."""
+    patience = f", {given.patience:g} times the promised seconds allowed" * (given.patience != 1)
     where = (
-        f"Measured with {len(results)} seeds of {results[0].steps} steps, {jobs} at a time on"
-        f" {len(os.sched_getaffinity(0))} cores ({platform.machine()}, Linux"
-        f" {platform.release().partition('-')[0]}, load average {os.getloadavg()[2]:.0f});"
-        f" RSS grew by {max(r.growth for r in results)} KiB at most, the log had"
-        f" {max(r.log_lines for r in results)} lines in a minute at most."
+        f"Measured with {len(results)} seeds of {given.steps} steps, {given.jobs} at a time on"
+        f" {len(os.sched_getaffinity(0))} cores ({platform.machine()}, load average"
+        f" {os.getloadavg()[2]:.0f}{patience});"
+        f" the log had {max(r.log_lines for r in results)} lines in a minute at most"
     )
-    kept = {name: summary(seconds[name]) for name in PROMISES if seconds[name]}
-    faults = {n: [count, round(m, 3), round(w, 3)] for n, (count, m, w) in kept.items()}
-    RECORD.write_text(json.dumps({"where": where, "faults": faults}, indent=1) + "\n", "utf-8")
+    if given.steps >= MEASURED_FROM:
+        where += f", RSS grew by {max(r.growth for r in results)} KiB at most"
+    numbers = {name: summary(seconds[name]) for name in PROMISES if seconds[name]}
+    faults = {n: [count, round(m, 3), round(w, 3)] for n, (count, m, w) in numbers.items()}
+    keep(where=f"{where}.", faults=faults)
+
+
+def keep(**fields: object) -> None:
+    """Writes what docs/reliability.md shows, and the document."""
+    before = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
+    RECORD.write_text(json.dumps(before | fields, indent=1) + "\n", "utf-8")
     path = readme.ROOT / "docs/reliability.md"
     path.write_text(readme.FILES[path](path.read_text("utf-8")), "utf-8")
 

@@ -42,8 +42,8 @@ def node() -> Iterator[tuple[KubeletPeer, Agent]]:
         yield kubelet, agent
 
 
-def restarts(count: int) -> int:
-    """Restarts the kubelet so often; the exit code is 1 where one is answered late or not once."""
+def restarts(count: int) -> tuple[bool, str]:
+    """Restarts the kubelet so often; whether each is answered once and in time, and how fast."""
     took = []
     with node() as (kubelet, _):
         for number in range(1, count + 1):
@@ -55,15 +55,14 @@ def restarts(count: int) -> int:
         time.sleep(1)
         registered = len(kubelet.registrations) - 1
     took.sort()
-    print(
+    return registered == count and took[-1] < WORST_REGISTER, (
         f"{count} kubelet restarts: {registered} registrations, Register after"
-        f" {took[len(took) // 2] * 1000:.0f} ms (median), {took[-1] * 1000:.0f} ms (worst)"
+        f" {took[len(took) // 2] * 1000:.0f} ms (median), {took[-1] * 1000:.0f} ms (worst)."
     )
-    return 0 if registered == count and took[-1] < WORST_REGISTER else 1
 
 
-def requests(count: int, seed: int) -> int:
-    """Sends so many; the exit code is 1 where the agent leaks or is not well."""
+def requests(count: int, seed: int) -> tuple[bool, str]:
+    """Sends so many; whether the agent is well and leaks nothing, and what it has more."""
     draw = random.Random(seed)
     with node() as (kubelet, agent):
         devices = kubelet.devices
@@ -89,16 +88,14 @@ def requests(count: int, seed: int) -> int:
             f"{descriptors} descriptors more": descriptors > 0,
             "what is no log line": bool(odd := odd_lines(agent.lines)),
         }
-        print(
-            f"{made} hostile requests and frames (seed {seed}) in {minutes:.1f} minutes:"
-            f" RSS {rss:+} KiB, descriptors {descriptors:+}, {len(agent.lines)} log lines,"
-            f" {len(kubelet.registrations)} registrations"
+        words = (
+            f"{made:,} hostile requests and frames in {minutes:.0f} minutes: RSS {rss:+} KiB,"
+            f" descriptors {descriptors:+}."
         )
-        wrong = [words for words, so in problems.items() if so]
-        if wrong:
-            print("FAILED:", "; ".join(wrong), *odd, sep="\n")
-            print(f"repeat: .venv/bin/python -m tests.faults --hostile {count} --seed {seed}")
-        return 1 if wrong else 0
+        if wrong := [each for each, so in problems.items() if so]:
+            again = f"repeat: .venv/bin/python -m tests.faults --hostile {count} --seed {seed}"
+            words = "\n".join([words, f"FAILED: {'; '.join(wrong)}", *odd, again])
+        return not wrong, words
 
 
 def usage(agent: Agent) -> tuple[int, int]:

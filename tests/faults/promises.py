@@ -98,14 +98,6 @@ PROMISES: dict[str, Promise] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Of a run: where, and the seconds until a correct view of each fault."""
-
-    where: str
-    seconds: dict[str, list[float]]
-
-
 def summary(seconds: list[float]) -> tuple[int, float, float]:
     """Count, median and worst."""
     return len(seconds), median(seconds), max(seconds)
@@ -127,4 +119,5 @@ def markdown_table() -> str:
         lines.append(
             f"| {name} | {promise.what} | {promise.seconds:g} s | {count} | {' | '.join(numbers)} |"
         )
-    return "\n".join([*lines, "", record.get("where", "Not measured yet.")])
+    runs = [record[each] for each in ("where", "restarts", "hostile") if each in record]
+    return "\n".join([*lines, "", *(runs or ["Not measured yet."])])
