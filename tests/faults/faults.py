@@ -1,5 +1,6 @@
 """How each fault of the kubelet, of who holds what and of the process is made."""
 
+import json
 import os
 import signal
 import socket
@@ -173,7 +174,15 @@ class Faults(GpuFaults):
         self.start_agent()
         self.begin()
 
+    def not_kept(self) -> str | None:
+        waiting = {gpu.facts.uuid for gpu in self.model.gpus if gpu.waits}
+        path = self.directory / "state" / "gpus.json"
+        kept = json.loads(path.read_text("utf-8"))["faults"] if path.exists() else {}
+        missing = waiting - kept.keys()
+        return f"{path.name} has no fault of {', '.join(missing)}" if missing else None
+
     def sigkill(self) -> None:
+        self.wait(self.not_kept, "SIGKILL", 2)  # one in the moment of the fault may lose it
         self.agent.end(signal.SIGKILL)
         self.start_agent()
         self.begin()

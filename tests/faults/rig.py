@@ -190,22 +190,25 @@ class Rig:
         except (OSError, ValueError) as error:
             return f"the web side does not answer: {error}"
         healths = {gpu.facts.uuid: gpu.healthy for gpu in self.model.gpus if gpu.listed}
-        held = self.held & self.model.devices().keys()
-        told = report["allocations"] or ()
+        devices = self.model.devices().keys()
+        told = report["allocations"]
+        # Without the kubelet's word what it said last is believed for a while, by one agent.
+        known = told is not None or self.pods_up
+        held = self.held & devices if known else set()
         views = {
             "GPUs": ({g["uuid"]: g["healthy"] for g in report["gpus"]}, healths),
             "vGPUs": (report["vgpus"]["total"], REPLICAS * len(healths)),
             "kubelet": (report["kubelet"]["connected"], True),
             "pod resources": (report["podresources"]["up"], self.pods_up),
-            "largest free": (report["largest_free"], self.largest_free()),
-            "holders": ({f"{a['gpu_uuid']}::{n}" for a in told for n in a["numbers"]}, held),
+            "largest free": (report["largest_free"], self.largest_free() if known else None),
+            "holders": ({f"{a['gpu_uuid']}::{n}" for a in told or () for n in a["numbers"]}, held),
             "podresources_up": (samples(metrics, "podresources_up"), {None: self.pods_up}),
             "kubelet_connected": (samples(metrics, "kubelet_connected"), {None: 1}),
             "nvml_up": (samples(metrics, "nvml_up"), {None: report["driver"]["up"]}),
             "gpu_healthy": (samples(metrics, "gpu_healthy", "gpu_uuid"), healths),
             "device_allocated": (
                 samples(metrics, "device_allocated", "device_id"),
-                {each: each in held for each in self.model.devices()},
+                {each: each in held for each in devices if known},
             ),
         }
         wrong = [f"{n}: {seen} instead of {right}" for n, (seen, right) in views.items() if seen != right]  # fmt: skip # noqa: E501
