@@ -114,10 +114,11 @@ def markdown_table() -> str:
     for name, promise in PROMISES.items():
         count, middle, worst = seen.get(name, (0, None, None))
         numbers = ["-" if n is None else f"{n:.3f} s" for n in (middle, worst)]
-        if name in NOT_YET:
-            count, numbers = "not kept yet", ["-", "-"]
         lines.append(
             f"| {name} | {promise.what} | {promise.seconds:g} s | {count} | {' | '.join(numbers)} |"
         )
     runs = [record[each] for each in ("where", "restarts", "hostile") if each in record]
+    lines += ["", f"While a call to another GPU hangs: {HANG_ADDS:g} s more."]
+    if NOT_YET:
+        lines.append(f"Not kept yet, and left out: {', '.join(sorted(NOT_YET))}.")
     return "\n".join([*lines, "", *(runs or ["Not measured yet."])])
