@@ -27,7 +27,7 @@ AT_ONCE = 50
 """Requests or frames of a connection."""
 WORST_REGISTER = 0.5
 """Seconds from the new socket to Register."""
-METHODS = ("GetDevicePluginOptions", "Allocate", "GetPreferredAllocation", "PreStartContainer")
+METHODS = ("Allocate", "GetPreferredAllocation", "PreStartContainer")
 
 
 @contextmanager
@@ -84,6 +84,7 @@ def requests(count: int, seed: int) -> tuple[bool, str]:
             "the agent ended": agent.process.poll() is not None,
             "/healthz does not answer": agent.get("/healthz")[0] != 200,
             "the kubelet's list is wrong": kubelet.devices != devices,
+            "it registered again": len(kubelet.registrations) > 1,
             f"RSS grew by {rss} KiB": rss >= 1024,
             f"{descriptors} descriptors more": descriptors > 0,
             "what is no log line": bool(odd := odd_lines(agent.lines)),
@@ -146,11 +147,13 @@ def frames(draw: random.Random) -> bytes:
     client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     client.initiate_connection()
     sent = [client.data_to_send()]
+    # Who asks for both is a kubelet to the agent, and its end one of a registration.
+    methods = (*METHODS, draw.choice(("GetDevicePluginOptions", "ListAndWatch")))
     for stream in range(1, AT_ONCE, 2):
         headers = [
             (":method", "POST"),
             (":scheme", "http"),
-            (":path", f"/v1beta1.DevicePlugin/{draw.choice(METHODS)}"),
+            (":path", f"/v1beta1.DevicePlugin/{draw.choice(methods)}"),
             (":authority", "localhost"),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
