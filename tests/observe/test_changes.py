@@ -171,6 +171,7 @@ def test_a_line_carries_fields(caplog):
     assert record.levelname == "WARNING"
 
 
+@pytest.mark.slow
 async def test_a_flood_of_xids_is_a_line_for_each_gpu_and_xid_and_then_their_number(caplog):
     """Any tenant can cause some 50 a second."""
     caplog.set_level(logging.INFO)

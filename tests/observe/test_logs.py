@@ -122,6 +122,7 @@ def test_a_name_is_never_more_than_text_of_one_line(capsys, name, text, where):
     assert written.isprintable() or where == "exception"
 
 
+@pytest.mark.slow
 async def test_what_comes_often_is_logged_at_once_and_then_by_number(caplog):
     repeats = logs.Repeats(logging.getLogger("test"), period=0.2)
     for n in range(500):

@@ -463,6 +463,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 async def test_an_agent_without_a_sign_of_life_is_not_healthy_until_the_next_one():
     clock = Clock()
     async with serving(clock=clock, beat=0.5, alive=10) as site:
@@ -724,6 +725,7 @@ async def test_other_pages_are_answered_while_metrics_are_rendered():
         slow.go_on.set()
 
 
+@pytest.mark.slow
 async def test_a_crowd_of_scrapes_is_rendered_once_more():
     slow = some_metrics(Slow)
     bodies = []
@@ -769,6 +771,7 @@ async def test_who_asks_and_goes_leaves_nothing_behind(own_site, monkeypatch):
     slow.go_on.set()
 
 
+@pytest.mark.slow
 async def test_rendering_takes_a_share_of_the_time_at_most():
     class Heavy(Metrics):
         def render(self, *_: object) -> tuple[bytes, str]:
