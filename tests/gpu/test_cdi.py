@@ -1,4 +1,10 @@
+import errno
 import json
+import tempfile
+from pathlib import Path
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tests.test_store import damage
 from vgpu_agent.gpu.cdi import CdiSpecs
@@ -50,6 +56,40 @@ def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, c
     (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu", "devices": [{"name": "x"}]}')
     assert specs.names() == {"x"}
     assert caplog.text.count("cannot be read") == 11
+
+
+laughter = "".join(f"a{n}: &a{n} [{', '.join(8 * [f'*a{n - 1}'])}]\n" for n in range(1, 12))
+BOMB = f"kind: nvidia.com/gpu\na0: &a0 [ha]\n{laughter}devices: [{{name: *a11}}]\n"
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(ONE),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["kind", "devices", "name", "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+specs = st.fixed_dictionaries({"kind": st.just("nvidia.com/gpu"), "devices": values})
+
+
+@given(st.binary() | st.text().map(str.encode) | (values | specs).map(json.dumps).map(str.encode))
+@example(BOMB.encode())
+@settings(max_examples=100, deadline=None)
+def test_whatever_a_spec_is_names_are_texts(content):
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "a.yaml").write_bytes(content)
+        names = CdiSpecs("nvidia.com/gpu", (Path(directory),)).names()
+    assert all(isinstance(name, str) and len(name) <= len(content) for name in names)
+
+
+def test_where_nothing_can_be_looked_at_now_names_are_as_they_were(tmp_path, monkeypatch):
+    (tmp_path / "nvidia.yaml").write_text(SPEC)
+    found = CdiSpecs("nvidia.com/gpu", (tmp_path,))
+    before = found.names()
+    for code in (errno.EMFILE, errno.EIO, errno.ELOOP):
+        error = OSError(code, "odd")
+        monkeypatch.setattr(Path, "glob", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert found.names() == before
 
 
 def test_what_the_specs_name_now_counts(tmp_path):

@@ -1,9 +1,12 @@
 import json
+import tempfile
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.gpu.watched import Watched
 from tests.test_store import NOT_JSON, NOT_REGULAR, damage
@@ -217,6 +220,49 @@ async def test_a_file_of_wrong_types_is_no_memory_and_said_so(machine, caplog, n
     assert node.healthy == [0, 1]
     assert "are unknown" in caplog.text
     assert str(machine.file) in caplog.text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+faults = st.fixed_dictionaries(
+    {name: json_values | st.just(value) for name, value in FAULT.items()}
+)
+files = st.fixed_dictionaries(
+    {
+        "boot_id": st.just("first"),
+        "first_seen": json_values
+        | st.dictionaries(
+            st.just(ONE),
+            st.fixed_dictionaries(
+                {
+                    "index": json_values | st.integers(0, 9),
+                    "memory_bytes": json_values | st.just(2**34),
+                    "reserved_bytes": json_values | st.just(0),
+                }
+            ),
+        ),
+        "faults": json_values | st.dictionaries(st.just(ONE), st.lists(faults | json_values)),
+        "counters": json_values
+        | st.dictionaries(
+            st.just(ONE), st.fixed_dictionaries({"energy": json_values, "ecc": json_values})
+        ),
+    }
+)
+
+
+@pytest.mark.slow
+@given(files)
+@settings(max_examples=150, deadline=None)
+def test_whatever_the_file_holds_the_next_agent_starts(content):
+    with tempfile.TemporaryDirectory() as directory:
+        machine = Machine(Path(directory))
+        machine.directory.mkdir()
+        machine.file.write_text(json.dumps(content))
+        node = anyio.run(recalled, machine)
+        assert len(node.snapshot.inventory.gpus) == 2
 
 
 @pytest.mark.parametrize("how", NOT_JSON + [each for each in NOT_REGULAR if each != "directory"])

@@ -6,6 +6,7 @@ specification); JSON is YAML too.
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -31,9 +32,15 @@ class CdiSpecs:
         self._read: dict[Path, tuple[Identity, frozenset[str]]] = {}
 
     def names(self) -> frozenset[str]:
-        """The names of all devices of the kind. Blocks. A spec that cannot be read has none."""
-        paths = [path for each in self._directories for path in sorted(each.glob("*"))]
-        self._read = {path: self._of(path) for path in paths if path.suffix in (".yaml", ".json")}
+        """The names of all devices of the kind. Blocks. A spec that cannot be read has none.
+
+        Where no directory can be looked at now (out of descriptors) they are as they were.
+        """
+        with suppress(OSError):
+            paths = [path for each in self._directories for path in sorted(each.glob("*"))]
+            self._read = {
+                path: self._of(path) for path in paths if path.suffix in (".yaml", ".json")
+            }
         return frozenset().union(*(names for _, names in self._read.values()))
 
     def _of(self, path: Path) -> tuple[Identity, frozenset[str]]:
@@ -71,4 +78,7 @@ def _devices_of(path: Path, kind: str) -> set[str]:
     spec = yaml.safe_load(store.read_bytes(path, MAX_BYTES) or b"")
     if spec["kind"] != kind:
         return set()
-    return {str(device["name"]) for device in spec["devices"]}
+    names = [device["name"] for device in spec["devices"]]
+    if not all(isinstance(name, str | int) for name in names):
+        raise TypeError("a device has a name that is no text")  # YAML can nest without end
+    return set(map(str, names))
