@@ -8,7 +8,7 @@ import pytest
 from tests.gpu.watched import WALL, Watched
 from vgpu_agent.errors import DriverError, DriverHangsError, DriverLibraryError
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
-from vgpu_agent.model.devices import Effect, Fault, Reason
+from vgpu_agent.model.devices import Effect, Excluded, Fault, Gpu, Reason
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan
 from vgpu_agent.model.policy import judge_xid
 from vgpu_agent.model.rules import HealthRules
@@ -38,6 +38,7 @@ class Moody(SimulatedDriver):
     events_error: str | None = None
     scan_hangs = False
     returned: frozenset[str] = frozenset()
+    undescribed: tuple[Excluded, ...] = ()
     scans = waits = 0
 
     async def scan(self, limit: float = 3, patience: float = inf) -> Scan:
@@ -45,7 +46,8 @@ class Moody(SimulatedDriver):
         if self.scan_hangs:
             await self.release()  # the session is being opened again
             raise DriverHangsError(f"NVML did not answer within {limit:g} s")
-        return replace(await super().scan(limit, patience), returned=self.returned)
+        found = await super().scan(limit, patience)
+        return replace(found, returned=self.returned, undescribed=self.undescribed)
 
     async def next_events(self) -> Sequence[GpuEvent]:
         self.waits += 1
@@ -480,6 +482,21 @@ async def test_a_node_without_gpus_is_no_reason_to_end():
     node = Watched(SimulatedDriver(()), health=HealthRules(driver_wait=90))
     for _ in range(4):
         await node.look(after=60)
+
+
+async def test_what_is_late_at_the_start_is_looked_at_at_once_and_then_no_more_often(driver):
+    silent = Excluded(Gpu("", 2, "unknown", None, "unknown"), "timeout", "it does not answer")
+    driver.undescribed = (silent,)
+    node = Watched(driver, health=HealthRules(health_interval=3600))
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(node.watch.run)
+        assert [each.reason for each in node.snapshot.excluded] == ["timeout"]
+        assert node.healthy == [0, 1]
+        while driver.scans < 2:  # noqa: ASYNC110 - a counter
+            await anyio.sleep(0.01)
+        await anyio.sleep(0.2)
+        assert driver.scans == 2
+        tasks.cancel_scope.cancel()
 
 
 async def test_an_unexpected_error_of_the_driver_ends_the_watch(driver):

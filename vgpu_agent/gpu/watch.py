@@ -166,9 +166,10 @@ class GpuWatch:
             self._events(scan, problem, readings, lost) if checks else {},
             cdi_names=names,
         )
-        if any(each.reason == "timeout" for each in (scan.undescribed if scan else ())):
-            self._wake.set()
-        if patience == math.inf or problem is not None:
+        if patience < math.inf and scan is not None:
+            if any(each.reason == "timeout" for each in scan.undescribed):
+                self._wake.set()
+        else:
             await self._judge_driver(scan, problem, readings)
 
     def _events(
