@@ -129,7 +129,9 @@ class GpuFaults(Rig):
         self.show()
 
     def back(self) -> None:
-        gpu = self.choose([gpu for gpu in self.model.gpus if gpu.condition is not None])
+        # NVML lists the GPUs of its start, and cannot be opened again under a call that hangs.
+        hidden = {None, "not listed"} if self.there("call hangs") else {None}
+        gpu = self.choose([gpu for gpu in self.model.gpus if gpu.condition not in hidden])
         self.detail += f" {gpu.condition}"
         if gpu.condition == "not listed":
             self.model.reopened()
