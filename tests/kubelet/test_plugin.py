@@ -1,4 +1,5 @@
 import logging
+import threading
 
 import anyio
 import grpc
@@ -30,7 +31,7 @@ from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.model.devices import Inventory, SharedGpu
 from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading
-from vgpu_agent.model.placement import Placement
+from vgpu_agent.model.placement import Placement, prefer
 from vgpu_agent.model.rules import MpsLimits
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -238,6 +239,21 @@ async def test_unknown_and_unhealthy_ids_are_passed_over_and_told(kubelet_dir, c
         assert caplog.messages[-1].endswith(" and 4980 more")
         assert unchanging(rig.node.snapshot) == before
         assert rig.observer.calls[-4:] == [("GetPreferredAllocation", "OK")] * 4
+
+
+async def test_a_large_choice_is_made_off_the_loop(kubelet_dir, monkeypatch):
+    made = []
+
+    def noted(*arguments):
+        made.append(threading.current_thread() is threading.main_thread())
+        return prefer(*arguments)
+
+    monkeypatch.setattr(plugin_module, "prefer", noted)
+    async with registered(kubelet_dir, gpus=2) as (kubelet, rig):
+        unknown = [f"GPU-gone::{n}" for n in range(plugin_module.LARGE)]
+        for available in (rig.ids(0, 1), rig.ids(0, 1) + unknown):
+            assert await off_loop(kubelet.preferred, available, [], 1) == rig.ids(0, 1)
+    assert made == [True, False]
 
 
 # PreStartContainer

@@ -46,6 +46,9 @@ from vgpu_agent.model.placement import prefer
 
 log = logging.getLogger(__name__)
 
+LARGE = 2000
+"""So many free vGPUs are chosen from off the event loop, where that takes more than some ms."""
+
 MAX_NAMED = 20
 """Most vGPUs that a log line names."""
 
@@ -149,13 +152,16 @@ class DevicePlugin(DevicePluginBase):
                 raise InvalidRequestError(
                     f"allocation_size is {request.allocation_size}; it must be 0 or more"
                 )
-            preference = prefer(
+            ask = partial(
+                prefer,
                 self._node.snapshot.inventory,
                 request.available_device_i_ds,
                 request.must_include_device_i_ds,
                 request.allocation_size,
                 self._node.rules.sharing.placement,
             )
+            large = len(request.available_device_i_ds) > LARGE
+            preference = await anyio.to_thread.run_sync(ask) if large else ask()
             if preference.passed_over:
                 log.info(
                     "GetPreferredAllocation: passed over as unknown or unhealthy: %s",
