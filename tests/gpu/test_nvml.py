@@ -473,6 +473,9 @@ def test_a_reset_gpu_is_lost_to_its_old_handle_and_found_by_the_next_scan(start,
     # Between a probe and the next scan, which takes a new handle, it does not go unseen either.
     fake_nvml.update("GPU-a", epoch=2)
     assert child.ask("scan")["returned"] == ["GPU-a"]
+    fake_nvml.update("GPU-a", handle_error=999)  # it stays as it was, and has not returned again
+    assert child.ask("scan")["returned"] == []
+    fake_nvml.update("GPU-a", handle_error=0)
     assert child.ask("scan")["returned"] == []
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -153,7 +153,8 @@ class Session:
 
     def _place(self, index: int) -> Found | None:
         """What the last scan found at that index."""
-        return next((each for each in self._found.values() if each.gpu.index == index), None)
+        found = (each for each in self._found.values() if each.gpu.index == index)
+        return next((replace(each, returned=False) for each in found), None)
 
     def index_of(self, uuid: str) -> int | None:
         """The index of a GPU of the last scan."""
