@@ -16,7 +16,7 @@ from vgpu_agent.model.facts import GpuEvent, RecoveryActionChanged, XidEvent
 # and all, within one of them.
 SLICE_SECONDS = 0.5
 
-WAIT_RETRY_MAX = 5.0
+WAIT_RETRY_MAX = 1.0
 """Seconds; most that waiting for events is put off: there are none of any GPU meanwhile."""
 
 RETRY_MAX = 60.0
