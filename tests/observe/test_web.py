@@ -767,7 +767,7 @@ async def test_who_asks_and_goes_leaves_nothing_behind(own_site, monkeypatch):
     with anyio.fail_after(3):
         # There may be the one that is rendered for.
         while len(asyncio.all_tasks()) > before + 1 or own_site.kept() > 1:  # noqa: ASYNC110 - garbage tells nobody
-            await anyio.sleep(0.05)
+            await anyio.sleep(0.25)
     slow.go_on.set()
 
 
