@@ -202,7 +202,7 @@ DESCRIBING = {
 def test_a_gpu_that_hangs_hides_no_other_whichever_call_it_is(start, fake_nvml, call):
     third = FakeGpu("GPU-c", bus="00000000:C0:00.0")
     child = start()
-    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=5, call=call), third)
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=30, call=call), third)
     for _ in range(2):
         scan = child.ask("scan", 0.1)
         assert uuids(scan) == ["GPU-a", "GPU-c"]
@@ -213,7 +213,7 @@ def test_a_gpu_that_hangs_hides_no_other_whichever_call_it_is(start, fake_nvml, 
     fake_nvml.update("GPU-b", hang=0)
     assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b", "GPU-c"]
     # One that is known stays, and says so; a lost one beside it is lost.
-    fake_nvml.update("GPU-b", hang=5)
+    fake_nvml.update("GPU-b", hang=30)
     fake_nvml.update("GPU-c", lost=True)
     scan = child.ask("scan", 0.1)
     assert (uuids(scan), scan["silent"]) == (["GPU-a", "GPU-b"], {"GPU-b": DESCRIBING[call]})
@@ -309,7 +309,7 @@ def test_events_are_asked_for_again_unless_there_are_none(start, fake_nvml, call
 
 def test_events_of_other_gpus_come_while_a_registration_hangs(start, fake_nvml):
     child = start()
-    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=5, call="DeviceRegisterEvents"))
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=30, call="DeviceRegisterEvents"))
     child.ask("scan")
     fake_nvml.xid("GPU-a", 79)
     assert child.ask("events", 9) == [["XidEvent", "GPU-a", 79]]
@@ -552,7 +552,7 @@ def test_leaving_while_a_thread_waits_is_orderly(start, fake_nvml):
 
 def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(start, fake_nvml):
     child = start(L4, SECOND)
-    fake_nvml.update("GPU-a", hang=5)
+    fake_nvml.update("GPU-a", hang=60)
     found = child.ask("hang", "GPU-a", 0.1, 4)
     assert found["timeouts"] == 4
     assert found["ticks"] > 10
@@ -631,7 +631,7 @@ def test_asking_for_processes_does_not_open_what_was_let_go_of(start, fake_nvml)
 def test_a_list_of_processes_that_hangs_costs_one_thread_and_holds_up_no_probe(start, fake_nvml):
     child = start(L4, SECOND)
     child.ask("probe", "GPU-a")  # which leaves an idle thread
-    fake_nvml.update("GPU-a", list_hang=5)
+    fake_nvml.update("GPU-a", list_hang=60)
     found = child.ask("hang", "GPU-a", 0.1, 4, "processes")
     assert found["timeouts"] == 4
     assert found["ticks"] > 10
