@@ -229,12 +229,12 @@ def test_gpus_that_are_slow_do_not_hang_and_are_not_waited_for_at_first(start, f
     slow = [FakeGpu(f"GPU-{n}", bus=f"00000000:{n + 1:02X}:00.0", hang=0.1) for n in range(16)]
     child = start()
     fake_nvml.set_gpus(L4, *slow)
-    scan = child.ask("scan", 0.5, 0.3)
+    scan = child.ask("scan", 1.0, 0.5)
     assert uuids(scan) == ["GPU-a"]
     assert {each["reason"] for each in scan["undescribed"]} == {"timeout"}
     # All its calls together take longer than one may.
-    assert len(uuids(child.ask("scan", 0.5))) == 17
-    assert child.ask("probe", "GPU-3", 0.5)["error"] is None
+    assert len(uuids(child.ask("scan", 1.0))) == 17
+    assert child.ask("probe", "GPU-3", 1.0)["error"] is None
 
 
 @pytest.mark.parametrize(
