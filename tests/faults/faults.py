@@ -178,11 +178,11 @@ class Faults(GpuFaults):
         waiting = {gpu.facts.uuid for gpu in self.model.gpus if gpu.waits}
         path = self.directory / "state" / "gpus.json"
         kept = json.loads(path.read_text("utf-8"))["faults"] if path.exists() else {}
-        missing = waiting - kept.keys()
-        return f"{path.name} has no fault of {', '.join(missing)}" if missing else None
+        other = waiting ^ kept.keys()
+        return f"{path.name} has other faults of {', '.join(other)}" if other else None
 
     def sigkill(self) -> None:
-        self.wait(self.not_kept, "SIGKILL", 2)  # one in the moment of the fault may lose it
+        self.wait(self.not_kept, "SIGKILL", 2)  # what happened in its moment may be lost
         self.agent.end(signal.SIGKILL)
         self.start_agent()
         self.begin()
@@ -200,6 +200,7 @@ class Faults(GpuFaults):
             if gpu.condition is not None:
                 gpu.back()
         self.settled_calm()
+        self.wait_after_xid()
         for gpu in self.model.gpus:
             gpu.initialized(epoch=gpu.facts.epoch + 1, **CLEAN)
         self.settled_calm()

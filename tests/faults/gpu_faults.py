@@ -145,11 +145,14 @@ class GpuFaults(Rig):
 
     def reset(self) -> None:
         gpu = self.choose([gpu for gpu in self.model.gpus if gpu.waits and not gpu.condition])
-        # Nobody resets a GPU in the moment of its XID; what is newer than a reset stays.
-        time.sleep(max(0.0, self.last_xid + 2 - time.monotonic()))
+        self.wait_after_xid()
         self.begin()
         gpu.initialized(epoch=gpu.facts.epoch + 1, **CLEAN)
         self.show()
+
+    def wait_after_xid(self) -> None:
+        """Nobody resets a GPU in the moment of its XID; what is newer than a reset stays."""
+        time.sleep(max(0.0, self.last_xid + 2 - time.monotonic()))
 
     def event_waits_fail(self) -> None:
         self.waits_fail = not self.waits_fail

@@ -29,6 +29,7 @@ SETTINGS = {
     "VGPU_RECOVERY_SECONDS": "1",
     "VGPU_DRIVER_WAIT": "10",
     "VGPU_PODRESOURCES_INTERVAL": "1",
+    "MALLOC_ARENA_MAX": "2",  # as in the image
 }
 # The only things of the process that are not as they are on a node: a wall clock that jumps, the
 # driver's folder, and that relapses do not make it wait for longer and longer.
