@@ -1,6 +1,9 @@
-"""What only a real GPU shows: `python -m tests.on_gpu FOLDER`, never collected by pytest.
+"""What only a real GPU shows, in two commands of at most nine minutes each. No tests for pytest.
 
-It leaves the GPU's settings alone, starts an MPS daemon of its own in a private directory, and
-starts CUDA clients with exactly the environment and mounts that the agent's Allocate returned. The
-folder gets `report.md` and `transcript.json`. docs/measurements.md says what is measured and why.
+    python -m tests.on_gpu wheels FOLDER VENV    checks the wheels that were carried along
+    python -m tests.on_gpu reach OUT             what clients of MPS reach, see and are refused
+    python -m tests.on_gpu load OUT              throughput, latency, faults and kills
+
+The settings of the GPU are left alone. docs/measurements.md says what is measured and why;
+`tests/test_on_gpu.py` runs all of it with stand-ins, without a GPU.
 """

@@ -1,53 +1,69 @@
-"""`python -m tests.on_gpu FOLDER [--sections abcde] [--seconds 5]`."""
+"""`python -m tests.on_gpu`: see `__init__`."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
-import pynvml
-
-from tests.on_gpu.client import cuda_problem
-from tests.on_gpu.record import Record
-from tests.on_gpu.sections import SECTIONS
-from vgpu_agent.mps.control import BINARY
+LIMIT = 540.0
 
 
-def missing() -> str | None:
-    """Why nothing can be measured on this machine, in one sentence."""
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError as error:
-        return f"there is no NVIDIA GPU to measure on: NVML does not start ({error})."
-    if count == 0:
-        return "there is no NVIDIA GPU to measure on: NVML lists none."
-    if shutil.which(BINARY) is None:
-        return f"{BINARY} is not on PATH: install the NVIDIA driver's compute programs."
-    return cuda_problem()
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.on_gpu")
+    commands = parser.add_subparsers(dest="command", required=True)
+    wheels = commands.add_parser("wheels", help="check a folder of wheels, and install them")
+    wheels.add_argument("folder", type=Path)
+    wheels.add_argument("venv", type=Path, nargs="?", help="made, for this Python")
+    wheels.add_argument("--python", default="3.12", help="of the machine with the GPU")
+    for name, what in (("reach", "what clients reach"), ("load", "load and accidents")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("folder", type=Path, help="for report.md and transcript.json")
+        command.add_argument("--limit", type=float, default=LIMIT, help="seconds, for all of it")
+        command.add_argument("--load", type=float, default=5.0, help="seconds of each load")
+        command.add_argument("--sections", help="some of them, with commas")
+        command.add_argument("--control", help="the nvidia-cuda-mps-control to use")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.on_gpu", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where report.md and transcript.json go")
-    parser.add_argument("--sections", default="".join(SECTIONS), help="which of them, as letters")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each load in (c)")
-    options = parser.parse_args()
-    unknown = set(options.sections) - set(SECTIONS)
-    if unknown:
-        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    problem = missing()
-    if problem is not None:
-        sys.stderr.write(f"tests.on_gpu: {problem}\n")
+    options = arguments()
+    if options.command == "wheels":
+        from tests.on_gpu import wheels
+
+        own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        if not wheels.check(options.folder, own if options.venv else options.python):
+            return 1
+        if options.venv:
+            wheels.install(options.folder, options.venv)
+            print(f"{options.venv / 'bin/python'} -m tests.on_gpu reach OUT")
+        return 0
+    # Only now: these need what the wheels bring.
+    try:
+        from tests.on_gpu import load, reach, runner
+    except ImportError as error:
+        print(f"{error}: see `python -m tests.on_gpu wheels`", file=sys.stderr)
+        return 2
+
+    sections = reach.SECTIONS if options.command == "reach" else load.SECTIONS
+    if options.sections:
+        names = options.sections.split(",")
+        if unknown := set(names) - {each.name for each in sections}:
+            print(f"no section {', '.join(sorted(unknown))}", file=sys.stderr)
+            return 2
+        sections = tuple(each for each in sections if each.name in names)
+    if (options.folder / "report.md").exists():
+        print(f"{options.folder} has a report already: name another folder", file=sys.stderr)
         return 2
     options.folder.mkdir(parents=True, exist_ok=True)
-    record = Record(options.folder)
-    for letter in options.sections:
-        title, section = SECTIONS[letter]
-        with record.section(f"({letter}) {title}"):
-            section(record, options.seconds)
-    sys.stdout.write(f"{options.folder / 'report.md'}\n")
-    return 1 if record.failed else 0
+    good = runner.run(
+        f"Measured on a GPU: {options.command}",
+        sections,
+        options.folder,
+        limit=options.limit,
+        load=options.load,
+        program=options.control,
+    )
+    print(options.folder / "report.md")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
