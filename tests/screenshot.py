@@ -97,7 +97,7 @@ class ShownNode(Node):
     def daemon(self, problem: str | None = None) -> None:
         """MPS serves these GPUs, or has this problem."""
         replicas = dict.fromkeys((gpu.uuid for gpu in self.gpus), self.rules.sharing.replicas)
-        self.set_daemon(a_look(problem=problem, **replicas))
+        self.set_mps(a_look(problem=problem, **replicas))
 
     def hold(self, *holders: tuple[int, Holder, range]) -> None:
         """These and no others hold vGPUs of the GPUs of that index."""

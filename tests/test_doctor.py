@@ -19,12 +19,12 @@ from tests.agent_process import environment, running
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer, off_loop
 from tests.model.strategies import a_look
-from tests.test_status import FAULT, MPS, controlled, gpu, report, shown
+from tests.test_status import DAEMON, FAULT, MPS, controlled, gpu, report, shown
 from tests.web_peer import answering, http
 from vgpu_agent import control, store
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address
-from vgpu_agent.agent import make_daemon, make_driver, make_watch
+from vgpu_agent.agent import make_daemons, make_driver, make_watch
 from vgpu_agent.commands import judge
 from vgpu_agent.commands.doctor import (
     Timeouts,
@@ -42,7 +42,7 @@ from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Effect, Fault, Reason
-from vgpu_agent.model.facts import ComputeMode, DaemonLook, Reading
+from vgpu_agent.model.facts import ComputeMode, MpsLook, Reading
 from vgpu_agent.model.health import Counters
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
@@ -104,34 +104,36 @@ def settings_in(kubelet_dir: Path, **changes: object) -> EmbeddedSettings:
     return EmbeddedSettings.model_validate(values | changes)
 
 
-class FakeDaemon:
+class FakeDaemons:
     """Looks as it is told; None hangs."""
 
-    def __init__(self, look: DaemonLook | Exception | None) -> None:
+    def __init__(self, look: MpsLook | Exception | None) -> None:
         self._look = look
 
-    async def look(self) -> DaemonLook:
+    async def look(self) -> MpsLook:
         if self._look is None:
             await anyio.sleep_forever()
         if isinstance(self._look, Exception):
             raise self._look
         return self._look
 
-    def generation(self) -> str | None:
-        raise NotImplementedError
-
 
 async def examined(settings: Settings | SettingsError, **changes):
     options = {
         "environment": {},
         "make_driver": make_driver,
-        "make_daemon": lambda _: FakeDaemon(WELL),
+        "make_daemons": lambda _: FakeDaemons(WELL),
         "make_watch": make_watch,
     }
     return await examine(settings, **(options | changes))
 
 
-WELL = replace(a_look(**dict.fromkeys((gpu.uuid for gpu in GPUS), 10)), clients={UUID: 3})
+WELL = a_look(**dict.fromkeys((gpu.uuid for gpu in GPUS), 10))
+
+
+def one(**changes: object) -> MpsLook:
+    """All is well but for the daemon of the first GPU."""
+    return replace(WELL, daemons={**WELL.daemons, UUID: replace(WELL.daemons[UUID], **changes)})
 
 
 # The whole
@@ -178,7 +180,7 @@ async def test_a_check_that_stumbles_is_a_failed_check_and_the_others_go_on(
 
     monkeypatch.setattr(preflight, "check_kubelet", stumble)
     found = await examined(
-        settings_in(kubelet_dir), make_driver=stumble, make_daemon=lambda _: stumble()
+        settings_in(kubelet_dir), make_driver=stumble, make_daemons=lambda _: stumble()
     )
     for name in ("kubelet", "driver", "mps"):
         expect(found, name, FAIL, "RuntimeError: stumbled")
@@ -197,7 +199,7 @@ async def test_what_hangs_does_not_hold_up_the_rest(kubelet_dir, monkeypatch):
         found = await examined(
             settings,
             make_driver=lambda _: driver,
-            make_daemon=lambda _: FakeDaemon(None),
+            make_daemons=lambda _: FakeDaemons(None),
             timeouts=SOON,
         )
     took = time.monotonic() - start
@@ -293,6 +295,11 @@ async def test_two_agents_for_one_resource_fail(kubelet_dir):
 # A report
 
 
+def daemons(**changes: object) -> MpsReport:
+    """All is well but for the MPS daemon of a GPU."""
+    return replace(MPS, daemons={**MPS.daemons, UUID: replace(DAEMON, **changes)})
+
+
 def judged(**changes: object) -> list[Check]:
     return judge.of_report(report(**changes))
 
@@ -355,9 +362,13 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
         ({"mps": None}, "sharing", OK, "by time-slicing"),
         ({"orphaned": ("GPU-x::3",)}, "orphaned", WARN, "GPU-x::3"),
         ({"problems": ("cannot write /x",)}, "agent", WARN, "cannot write /x"),
-        ({"mps": MPS}, "mps", OK, "3 clients"),
-        ({"mps": MpsReport(False, False, "nobody", None, {}, 0)}, "mps", FAIL, "given: nobody"),
-        ({"mps": replace(MPS, limits_in_effect=False)}, "mps", FAIL, "not in effect"),
+        ({"mps": MPS}, "mps", OK, "with 3 clients"),
+        ({"mps": replace(MPS, problem="nobody")}, "mps", FAIL, "given: nobody"),
+        ({"mps": daemons(problem="not in effect")}, "mps daemon", FAIL, "not in effect"),
+        ({"mps": daemons(busy="held by 7")}, "mps busy", WARN, "held by 7"),
+        ({"mps": daemons(failing="again")}, "mps servers", FAIL, "again"),
+        ({"mps": replace(MPS, unwatched="nobody looks")}, "mps watch", WARN, "nobody looks"),
+        ({"mps": replace(MPS, split_containers=2)}, "mps containers", FAIL, "2 containers"),
         ({"mps": replace(MPS, replacement="5 instead of 10")}, "mps settings", WARN, "5 instead"),
         ({"mps": replace(MPS, waiting_clients=2)}, "mps clients", WARN, "as one user"),
     ],
@@ -455,7 +466,7 @@ from vgpu_agent.commands.doctor import examine, render_json
 async def main():
     checks = await examine(
         settings.load(), environment=os.environ, make_driver=make_driver,
-        make_daemon=lambda _: None, make_watch=make_watch,
+        make_daemons=lambda _: None, make_watch=make_watch,
     )
     sys.stdout.write(render_json(checks))
     sys.stdout.flush()
@@ -549,7 +560,7 @@ def test_a_gpu_that_hangs_the_driver_is_said_in_time(kubelet_dir, fake_nvml):
 async def looked(driver: SimulatedDriver, kubelet_dir: Path, look=WELL, **changes: object):
     """What one look says; where `look` is None, with the daemon of such settings."""
     settings = settings_in(kubelet_dir, **changes)
-    daemon = make_daemon(settings, driver) if look is None else FakeDaemon(look)
+    daemon = make_daemons(settings, driver) if look is None else FakeDaemons(look)
     return await look_once(settings, lambda _: driver, lambda _: daemon, make_watch, SOON)
 
 
@@ -596,9 +607,11 @@ async def test_no_gpu_at_all_and_a_driver_that_fails_are_said(kubelet_dir):
 @pytest.mark.parametrize(
     ("look", "name", "verdict", "words"),
     [
-        (WELL, "mps", OK, "in effect, and it has 3 clients"),
-        (replace(WELL, error="nobody answers"), "mps", FAIL, "nobody answers"),
-        (replace(WELL, faulty=(7,)), "GPU 1 health", FAIL, "MPS server 7"),
+        (one(clients={UUID: 3}), "mps", OK, "2 of 2 GPUs are served, with 3 clients"),
+        (MpsLook("nobody has applied"), "mps", FAIL, "no vGPU can be given: nobody has applied"),
+        (one(down="it is gone"), "mps daemon", FAIL, f"no vGPU of {UUID} can be given: it is gone"),
+        (one(fault="FAULT of MPS server 7"), "GPU 0 health", FAIL, "MPS server 7"),
+        (one(busy="process 7 holds it"), "mps busy", WARN, "process 7"),
         (a_look(**{UUID: 5, GPUS[1].uuid: 10}), "mps settings", WARN, "5 vGPUs instead of 10"),
         (RuntimeError("odd"), "mps", FAIL, "RuntimeError: odd"),
     ],
@@ -642,13 +655,6 @@ async def test_gpus_that_wait_for_a_reset_are_shown_as_the_next_agent_will(kubel
 # MPS on the node
 
 
-def test_the_control_program_is_looked_for_on_the_path(tmp_path):
-    path, program = {"PATH": str(tmp_path)}, tmp_path / preflight.BINARY
-    expect([preflight.check_binary(path)], "mps binary", FAIL, "is not on PATH")
-    program.touch(mode=0o755)
-    expect([preflight.check_binary(path)], "mps binary", OK, str(program))
-
-
 def test_another_mps_on_the_node_is_warned_about(kubelet_dir):
     path = kubelet_dir / "nvidia-mps"
 
@@ -663,25 +669,16 @@ def test_another_mps_on_the_node_is_warned_about(kubelet_dir):
 
 
 def test_the_daemons_directories_must_be_there_and_open(tmp_path, monkeypatch):
-    root, shm = tmp_path / "mps", tmp_path / "shm"
-    pipe, log = root / "pipe", root / "log"
+    root = tmp_path / "mps"
+    pipe = root / "GPU-1" / "pipe"
 
-    def check(name: str, verdict: Verdict, words: str = "", shm: Path | None = shm) -> None:
-        expect(preflight.check_mps_directories(root, shm), f"mps {name}", verdict, words)
+    def check(name: str, verdict: Verdict, words: str = "") -> None:
+        expect(preflight.check_mps_directories(root), f"mps {name}", verdict, words)
 
-    for name in ("pipe", "log", "shm"):
-        check(name, FAIL)
+    check("directory", FAIL)
     pipe.mkdir(parents=True, mode=0o755)
-    for name in ("log", "shm"):
-        check(name, OK, "is not mounted here")
-    log.mkdir(mode=0o700)
-    shm.mkdir()
-    shm.chmod(0o1777)
-    assert worst(preflight.check_mps_directories(root, shm)) is OK
-    check("shm", OK, "mode 1777, writable")
-    check("shm", OK, "(owner ")
-    assert len(tuple(preflight.check_mps_directories(root, None))) == 2
-
+    assert worst(preflight.check_mps_directories(root)) is OK
+    check("pipe", OK, "(owner ")
     pipe.chmod(0o700)
     check("pipe", WARN, "`chmod 705 ")
     pipe.chmod(0o755)
@@ -689,9 +686,9 @@ def test_the_daemons_directories_must_be_there_and_open(tmp_path, monkeypatch):
         label = f"system_u:object_r:{kind}:s0\0".encode()
         monkeypatch.setattr(os, "getxattr", lambda *_, label=label: label)
         check("pipe", verdict, kind)
-    log.rmdir()
-    log.touch()
-    check("log", FAIL, "is not a directory")
+    pipe.rmdir()
+    pipe.touch()
+    check("pipe", FAIL, "is not a directory")
 
 
 async def test_mps_is_checked_for_real_gpus_only(kubelet_dir, tmp_path):
@@ -703,7 +700,7 @@ async def test_mps_is_checked_for_real_gpus_only(kubelet_dir, tmp_path):
         )
         return {each.name for each in found if "mps" in each.name}
 
-    every = {"mps binary", "mps pipe", "mps log", "mps shm", "other mps", "mps"}
+    every = {"mps directory", "other mps", "mps"}
     assert await names(gpu_driver="nvml", sharing="mps") == every
     assert await names(gpu_driver="nvml", sharing="time-slicing") == {"other mps"}
     assert await names(gpu_driver="simulated", sharing="mps") == {"mps"}

@@ -15,6 +15,7 @@ from vgpu_agent.errors import SettingsError
 from vgpu_agent.model.rules import (
     DeviceList,
     HealthRules,
+    MpsDaemons,
     MpsLimits,
     Placement,
     SharingRules,
@@ -109,8 +110,12 @@ TABLE = {
         "host:port or [IPv6]:port",
     ),
     "mps_compute_mode": one_of(MpsComputeMode.EXCLUSIVE, "|default"),
+    "mps_daemons": one_of(MpsDaemons.GPU, "|both"),
     "mps_directory": Row(
-        Path("/run/vgpu-agent/mps"), {"/run/mps": Path("/run/mps")}, "|mps", "an absolute path"
+        Path("/run/vgpu-agent/mps"),
+        {"/run/mps": Path("/run/mps"), "/" + 41 * "m": Path("/" + 41 * "m")},
+        "|mps",
+        "an absolute path",
     ),
     "mps_limits": one_of(MpsLimits.CLIENT, "|daemon"),
     "mps_max_clients": Row(
@@ -119,7 +124,7 @@ TABLE = {
     "mps_multiuser": Row(False, SWITCH, "|true", "`on` or `off`"),
     "mps_shm": Row(True, SWITCH, "|true|1|ON|yes", "`on` or `off`"),
     "mps_shm_directory": Row(
-        Path("/dev/shm/vgpu-mps"), {"/dev/shm/x": Path("/dev/shm/x")}, "|shm", "an absolute path"
+        Path("/dev/shm/vgpu-agent"), {"/dev/shm/x": Path("/dev/shm/x")}, "|shm", "an absolute path"
     ),
     "mps_threads": Row(
         Threads.SHARE,
@@ -278,10 +283,10 @@ TIME_SLICING = {"VGPU_SHARING": "time-slicing"}
     [
         {"VGPU_REPLICAS": "48"},
         {"VGPU_REPLICAS": "60", "VGPU_MPS_MAX_CLIENTS": "60"},
-        TIME_SLICING | {"VGPU_REPLICAS": "49"},
+        TIME_SLICING | {"VGPU_REPLICAS": "61"},
         TIME_SLICING | {"VGPU_REPLICAS": "1024"},
         TIME_SLICING | {"VGPU_REPLICAS": "9", "VGPU_MPS_MAX_CLIENTS": "8"},
-        TIME_SLICING | {"VGPU_REPLICAS_BY_GPU": '{"0": 49}'},
+        TIME_SLICING | {"VGPU_REPLICAS_BY_GPU": '{"0": 61}'},
         EXAMPLE | {"VGPU_KUBELET_DIR": KUBELET_DIR},
         EXAMPLE | {"VGPU_KUBELET_DIR": KUBELET_DIR.replace("dd", "é")},
         {"VGPU_RESOURCE_NAME": f"example.com/{'x' * 63}", "VGPU_KUBELET_DIR": "/k"},
@@ -304,10 +309,10 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
 @pytest.mark.parametrize(
     ("name", "value", "words", "others"),
     [
-        ("VGPU_REPLICAS", "49", CLIENTS, {}),
+        ("VGPU_REPLICAS", "61", CLIENTS, {}),
         ("VGPU_REPLICAS", "61", CLIENTS, {"VGPU_MPS_MAX_CLIENTS": "60"}),
         ("VGPU_REPLICAS", "9", CLIENTS, {"VGPU_MPS_MAX_CLIENTS": "8"}),
-        ("VGPU_REPLICAS_BY_GPU", '{"0": 49}', CLIENTS, {}),
+        ("VGPU_REPLICAS_BY_GPU", '{"0": 61}', CLIENTS, {}),
         ("VGPU_KUBELET_DIR", f"{KUBELET_DIR}d", "107 bytes", EXAMPLE),
         ("VGPU_DEVICE_PLUGIN_DIR", f"{KUBELET_DIR}d/device-plugins", "107 bytes", EXAMPLE),
         (
@@ -317,12 +322,13 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
             {"VGPU_RESOURCE_NAME": f"{'x' * 60}.com/vgpu"},
         ),
         ("VGPU_CRITICAL_XIDS", "13", "that VGPU_IGNORED_XIDS has", {"VGPU_IGNORED_XIDS": "79,13"}),
+        ("VGPU_MPS_DIRECTORY", "/" + 42 * "m", "at most 42 bytes", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/dev/shm", "not /dev/shm itself", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/run", "a directory of its own", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/var", "a directory of its own", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/k", "a directory of", {"VGPU_DEVICE_PLUGIN_DIR": "/k/p"}),
         ("VGPU_MPS_SHM_DIRECTORY", "/mps/shm", "a directory", {"VGPU_MPS_DIRECTORY": "/mps"}),
-        ("VGPU_STATE_DIRECTORY", "/dev/shm/vgpu-mps/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
+        ("VGPU_STATE_DIRECTORY", "/dev/shm/vgpu-agent/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
     ],
 )
 def test_values_that_do_not_go_together_are_reported_at_one_of_them(
@@ -376,7 +382,7 @@ def test_gpus_are_shared_and_their_health_is_judged_as_the_settings_say(monkeypa
     assert load().sharing_rules() == SharingRules(
         mps=False,
         replicas=60,
-        mps_pipe_directory="/mps/pipe",
+        mps_directory="/mps",
         mps_shm_directory=None,
         mps_threads=1.5,
         mps_exclusive=False,
@@ -414,7 +420,7 @@ def test_embedded_settings_are_deaf_to_the_environment_and_checked_all_the_same(
     expected = DEFAULTS | {"gpu_driver": GpuDriverKind.SIMULATED, "replicas": 3}
     assert {name: getattr(settings, name) for name in DEFAULTS} == expected
     with pytest.raises(pydantic.ValidationError):
-        EmbeddedSettings(replicas=49)
+        EmbeddedSettings(replicas=61)
 
 
 # Unknown variables

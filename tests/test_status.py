@@ -53,6 +53,7 @@ from vgpu_agent.observe.report import (
     GpuReport,
     Identity,
     KubeletReport,
+    MpsDaemonReport,
     MpsReport,
     PodResourcesReport,
     Report,
@@ -103,7 +104,10 @@ def allocation(number: int, **changes: Any) -> AllocationReport:
     return replace(held, **changes)
 
 
-MPS = MpsReport(True, True, None, None, {UUIDS[0]: 2, UUIDS[1]: 1}, 0)
+DAEMON = MpsDaemonReport(True, True, None, None, None, (812,), 0, 2, 0)
+MPS = MpsReport(
+    True, True, None, None, None, {UUIDS[0]: 2, UUIDS[1]: 1}, 0, dict.fromkeys(UUIDS, DAEMON), 0
+)
 FAULT = FaultReport(
     "xid", "2026-03-04T05:00:00+00:00", "XID 79: fallen off the bus", True, "reset the GPU"
 )
@@ -173,7 +177,7 @@ def test_a_node_where_all_is_well_is_shown_with_gpus_and_holders():
         ["version", "0.9, report of 2026-03-04T05:06:07.89+00:00"],
         ["vGPUs", "20: 4 held, 16 free; largest free block: 10 (GPU 1)"],
         ["driver", "version 550.54"],
-        ["mps", "its limits are in effect, and it has 3 clients"],
+        ["mps", "2 of 2 GPUs are served, with 3 clients"],
         ["kubelet", "registered, and it follows the list"],
         ["podresources", "the kubelet says who holds which vGPU"],
     ]

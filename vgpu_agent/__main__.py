@@ -10,6 +10,8 @@ from vgpu_agent import signals
 
 if sys.argv[1:2] in (["run"], ["dev"]):
     signals.install()  # before all else, which takes some tenths of a second
+elif "--at-end" in sys.argv:
+    signals.block()
 
 import logging
 import os

@@ -32,8 +32,8 @@ from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.model.snapshot import Rules, Snapshot
-from vgpu_agent.mps.daemon import Daemon, RealDaemon, SimulatedDaemon
-from vgpu_agent.mps.guard import MpsGuard
+from vgpu_agent.mps.daemon import Daemons, MpsGuard, RealDaemons, SimulatedDaemons
+from vgpu_agent.mps.directories import Directories
 from vgpu_agent.observe import changes, report
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
@@ -64,19 +64,16 @@ def make_driver(settings: Settings) -> GpuDriver:
     return NvmlDriver()
 
 
-def make_daemon(settings: Settings, driver: GpuDriver) -> Daemon | None:
-    """The MPS daemon that the settings name; None where GPUs are not shared by MPS."""
+def make_daemons(settings: Settings, driver: GpuDriver) -> Daemons | None:
+    """The MPS daemons that the settings name; None where GPUs are not shared by MPS."""
     rules = settings.sharing_rules()
     if not rules.mps:
         return None
     if isinstance(driver, SimulatedDriver):
         divided = {gpu.uuid: divide(gpu, rules) for gpu in driver.gpus}
         known = {uuid: each.replicas for uuid, each in divided.items() if isinstance(each, Divided)}
-        return SimulatedDaemon(known, rules.mps_limits)
-    from vgpu_agent.mps.control import Control  # as above
-    from vgpu_agent.mps.directories import Directories
-
-    return RealDaemon(Control(Directories(settings.mps_directory)))
+        return SimulatedDaemons(known, rules)
+    return RealDaemons(Directories(settings.mps_directory))
 
 
 def make_node(settings: Settings) -> Node:
@@ -118,10 +115,10 @@ async def endless(run: Callable[..., Awaitable[object]], *args: object, **status
 class Agent:
     """The running agent: its parts, made from the settings, and what it can be asked."""
 
-    def __init__(self, settings: Settings, driver: GpuDriver, daemon: Daemon | None) -> None:
+    def __init__(self, settings: Settings, driver: GpuDriver, daemons: Daemons | None) -> None:
         self._settings = settings
         self._driver = driver
-        self._daemon = daemon
+        self._daemons = daemons
         self.node = make_node(settings)
         self.watch = make_watch(settings, driver, self.node)
         self._identity = report.Identity(
@@ -176,8 +173,8 @@ class Agent:
             await tasks.start(endless, web.run)
             log.info("metrics at http://%s/metrics", web.address)
             tasks.start_soon(endless, control.serve, settings.state_directory, self._control)
-            if self._daemon is not None:
-                await tasks.start(endless, MpsGuard(self._daemon, node).run)
+            if self._daemons is not None:
+                await tasks.start(endless, MpsGuard(self._daemons, node).run)
             await keeper.recall()
             tasks.start_soon(endless, keeper.run)
             if watch_gpus:

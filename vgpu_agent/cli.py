@@ -20,7 +20,7 @@ import anyio
 from vgpu_agent import __version__, control, signals
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address, parse_address
-from vgpu_agent.agent import Agent, make_daemon, make_driver, make_watch
+from vgpu_agent.agent import Agent, make_daemons, make_driver, make_watch
 from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
 from vgpu_agent.observe import logs
 from vgpu_agent.observe.logs import LogFormat, LogLevel, Repeats
@@ -77,10 +77,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     mps = commands.add_parser("mps", help="set up and watch MPS, in the MPS pod of a node")
     steps = mps.add_subparsers(dest="step", required=True)
-    steps.add_parser("prepare", help="make the node ready for the MPS daemon")
-    steps.add_parser("daemon", help="become the MPS daemon, in the foreground")
-    steps.add_parser("watch", help="set the limits of the daemon and watch them")
-    steps.add_parser("restore", help="set the compute modes back that prepare has changed")
+    steps.add_parser("prepare", help="make the node ready for MPS daemons")
+    steps.add_parser("daemon", help="run the MPS daemons, in the foreground")
+    steps.add_parser("watch", help="set the limits of the daemons and watch them")
+    restart = steps.add_parser(
+        "restart", help="end the MPS daemon of one GPU in order; it is started again"
+    )
+    restart.add_argument(
+        "gpu", metavar="GPU", help="UUID of the GPU, or the name of the daemon's directory"
+    )
+    restore = steps.add_parser(
+        "restore", help="leave the node as it was before MPS: compute modes, directories"
+    )
+    restore.add_argument(
+        "--at-end", action="store_true", help="after SIGTERM, when the daemons have ended"
+    )
     doctor = commands.add_parser(
         "doctor",
         help="check all that the agent needs; exit code 1 if something would stop it",
@@ -130,7 +141,7 @@ async def run(settings: Settings) -> None:
     # What is imported stays, and need not be looked at again: garbage is found while it is little.
     gc.freeze()
     driver = make_driver(settings)
-    agent = Agent(settings, driver, make_daemon(settings, driver))
+    agent = Agent(settings, driver, make_daemons(settings, driver))
     await _until_ended(agent.run, agent.ending, agent.watch.release)
 
 
@@ -170,7 +181,7 @@ async def doctor(*, as_json: bool) -> int:
         settings,
         environment=os.environ,
         make_driver=make_driver,
-        make_daemon=lambda chosen: make_daemon(chosen, make_driver(chosen)),
+        make_daemons=lambda chosen: make_daemons(chosen, make_driver(chosen)),
         make_watch=make_watch,
     )
     sys.stdout.write(render_json(checks) if as_json else render_text(checks))
@@ -268,20 +279,21 @@ def execute(arguments: Sequence[str]) -> int:
     for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)
     if options.command == "mps":
-        from vgpu_agent.commands.mps import mps_daemon, mps_prepare, mps_restore, mps_watch
+        from vgpu_agent.commands import mps
 
         if settings.sharing is not SharingKind.MPS and options.step != "restore":
             raise MpsSetupError(
                 f"VGPU_SHARING={settings.sharing}: without MPS `vgpu-agent mps {options.step}` has"
                 " nothing to do"
             )
-        steps = {
-            "prepare": mps_prepare,
-            "daemon": mps_daemon,
-            "watch": mps_watch,
-            "restore": mps_restore,
+        steps: dict[str, Callable[[], None]] = {
+            "prepare": partial(mps.mps_prepare, settings),
+            "daemon": partial(mps.mps_daemon, settings),
+            "watch": partial(mps.mps_watch, settings),
+            "restart": lambda: mps.mps_restart(settings, options.gpu),
+            "restore": lambda: mps.mps_restore(settings, at_end=options.at_end),
         }
-        steps[options.step](settings)
+        steps[options.step]()
         return 0
     anyio.run(run, settings)
     return 0

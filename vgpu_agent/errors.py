@@ -60,6 +60,10 @@ class MpsDownError(MpsError):
     """No daemon answers in the pipe directory."""
 
 
+class MpsBusyError(MpsError):
+    """Somebody else has the one control connection of the daemon, which may be in order."""
+
+
 class MpsHungError(MpsError):
     """The daemon does not answer in time."""
 

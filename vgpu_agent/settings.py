@@ -18,11 +18,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from vgpu_agent import settings_kinds as kinds
 from vgpu_agent.errors import SettingsError
 from vgpu_agent.model.rules import (
+    MAX_DAEMON_NAME,
     MIB,
+    MPS_CONTEXTS,
     MPS_MAX_CLIENTS,
     MPS_SERVER_MARGIN,
     DeviceList,
     HealthRules,
+    MpsDaemons,
     MpsLimits,
     Placement,
     SharingRules,
@@ -67,6 +70,7 @@ def setting(default: str, chart: str, what: str, also: str = "") -> Any:
 # What is allowed by a rule over several settings, and what is meant.
 _AT_MOST = "under MPS at most VGPU_MPS_MAX_CLIENTS"
 _SHORT = f"the socket {{}}vgpu-RESOURCE.sock in it at most {MAX_PATH} bytes long"
+_MAX_MPS_DIRECTORY = MAX_PATH - len("//pipe/control_privileged") - MAX_DAEMON_NAME
 _RESERVED = f"{MPS_SERVER_MARGIN // MIB}Mi under MPS, otherwise 0"
 
 
@@ -90,7 +94,8 @@ class Settings(BaseSettings):
         "Where GPUs come from; `simulated` to try it without GPUs.")
     sharing: SharingKind = setting("mps", "sharing", "How containers share a GPU.")
     mps_max_clients: kinds.MaxClients = setting("auto", "mps.maxClients",
-        f"Most vGPUs of a GPU under MPS: CUDA contexts that it serves. `auto`: {MPS_MAX_CLIENTS}.")
+        "Most vGPUs of a GPU under MPS: CUDA contexts that it serves. `auto`:"
+        f" {MPS_MAX_CLIENTS} from CUDA 13.1 on, {MPS_CONTEXTS} before.")
     replicas: kinds.Replicas = setting("10", "replicas?", "vGPUs of each GPU.", _AT_MOST)
     replicas_by_gpu: kinds.ReplicasByGpu = setting("", "replicasByGpu",
         "vGPUs of single GPUs: 1 is a whole GPU, 0 excludes the GPU.", _AT_MOST)
@@ -119,14 +124,18 @@ class Settings(BaseSettings):
         "Whether shared GPUs are put into compute mode EXCLUSIVE_PROCESS: only MPS can use them.")
     mps_threads: kinds.ThreadLimit = setting("share", "mps.threads",
         "Thread percentage of a container: its share, no limit, or its share times a factor.")
+    mps_daemons: MpsDaemons = setting("gpu", "mps.daemons",
+        "One MPS daemon for each GPU, or one for the node: then faults and other users reach all"
+        " GPUs, and a container may have vGPUs of several.")
     mps_directory: AbsolutePath = setting("/run/vgpu-agent/mps", "mps.directory",
-        "Holds the MPS daemon's pipes, logs and state, on the host and in containers.")
+        "Holds the MPS daemons' pipes, logs and state, on the host and in containers.",
+        f"at most {_MAX_MPS_DIRECTORY} bytes long")
     mps_multiuser: Switch = setting("off", "mps.multiuser",
         "Whether users of different UIDs are served at the same time, where the daemon can.")
     mps_shm: Switch = setting("on", "mps.shm",
         "Whether MPS containers share a directory of the host as their /dev/shm.")
-    mps_shm_directory: AbsolutePath = setting("/dev/shm/vgpu-mps", "mps.shmDirectory",  # noqa: S108
-        "That directory. It is emptied, and everybody on the node can read and write it.",
+    mps_shm_directory: AbsolutePath = setting("/dev/shm/vgpu-agent", "mps.shmDirectory",  # noqa: S108
+        "Holds that directory. It is emptied, and everybody on the node can read and write it.",
         "a directory of its own, not /dev/shm itself")
     memory_reserved: kinds.Reserved = setting("auto", "memoryReserved",
         f"Memory of each GPU kept out of the shares, for the MPS server. `auto`: {_RESERVED}.")
@@ -198,7 +207,7 @@ class Settings(BaseSettings):
             **self._named_as_in(SharingRules)
             | {
                 "mps": self.sharing is SharingKind.MPS,
-                "mps_pipe_directory": str(self.mps_directory / "pipe"),
+                "mps_directory": str(self.mps_directory),
                 "mps_shm_directory": str(self.mps_shm_directory) if self.mps_shm else None,
                 "mps_exclusive": self.mps_compute_mode is MpsComputeMode.EXCLUSIVE,
             }
@@ -268,6 +277,7 @@ _RULES: dict[str, Callable[[Any, Others], bool]] = {
     "kubelet_dir": lambda path, others: _socket_path_fits(
         None if others.get("device_plugin_dir") else path / "device-plugins", others
     ),
+    "mps_directory": lambda path, _others: len(bytes(path)) <= _MAX_MPS_DIRECTORY,
     "mps_shm_directory": _directory_of_its_own,
     "state_directory": lambda path, others: _outside(path, others.get("mps_shm_directory")),
     "critical_xids": lambda xids, others: not xids & others.get("ignored_xids", frozenset()),

@@ -33,6 +33,11 @@ def install() -> None:
         signal.signal(each, lambda number, _: _receiver(signal.Signals(number)))
 
 
+def block() -> None:
+    """Keeps the signals for whoever waits for them, also in processes that this one starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
 @contextmanager
 def received(receiver: Receiver) -> Iterator[None]:
     """Hands signals to this, in the main thread between any two steps; after it they are over."""

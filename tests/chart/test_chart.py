@@ -20,7 +20,8 @@ from vgpu_agent import settings as configuration
 from vgpu_agent.address import parse_address
 from vgpu_agent.gpu import cdi
 from vgpu_agent.model.container import DEVICES_DIRECTORY
-from vgpu_agent.model.rules import MPS_MAX_CLIENTS
+from vgpu_agent.model.rules import MPS_MAX_CLIENTS, SHARED
+from vgpu_agent.mps import prepare, serve
 from vgpu_agent.settings import EmbeddedSettings, Settings
 from vgpu_agent.usage.containers import LINKS
 
@@ -209,7 +210,9 @@ def test_the_schema_is_closed_at_every_level() -> None:
         ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),
         ({"metrics": {"port": 0}}, ["metrics.port", "greater than or equal to 1024"]),
         ({"updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, ["maxSurge"]),
-        ({"resources": {"daemon": {"requests": {"cpu": 1}}}}, ["requests is not allowed"]),
+        ({"resources": {"watch": {"requests": {"cpu": 1}}}}, ["requests is not allowed"]),
+        ({"mps": {"endOrphans": True}}, ["mps: Additional property endOrphans"]),
+        ({"mps": {"daemons": "each"}}, ["mps.daemons", '"gpu", "node"']),
         ({"pools": [{"name": "a", "repicas": 4}]}, ["pools.0", "repicas is not allowed"]),
         ({"pools": [{"name": "a", "image": {}}]}, ["pools.0", "image is not allowed"]),
         ({"pools": [{"replicas": 4}]}, ["name is required"]),
@@ -239,13 +242,13 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ),
         (
             {"replicas": MPS_MAX_CLIENTS + 1},
-            ["replicas: 49", f"at most mps.maxClients ({MPS_MAX_CLIENTS})"],
+            ["replicas: 61", f"at most mps.maxClients ({MPS_MAX_CLIENTS})"],
         ),
         (
             {"replicas": 31, "mps": {"maxClients": 30}},
             ["replicas: 31", "at most mps.maxClients (30)"],
         ),
-        ({"replicasByGpu": {"NVIDIA L4": 64}}, ["replicasByGpu.NVIDIA L4: 64", "(48)"]),
+        ({"replicasByGpu": {"NVIDIA L4": 64}}, ["replicasByGpu.NVIDIA L4: 64", "(60)"]),
         (
             {"health": {"ignoredXids": [13, 31], "criticalXids": [31]}},
             ["health.criticalXids: 31", "ignoredXids"],
@@ -258,6 +261,7 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ({"mps": {"shmDirectory": "/dev/shm"}}, ["mps.shmDirectory: /dev/shm"]),
         ({"mps": {"shmDirectory": "/run"}}, ["mps.shmDirectory: /run", "/run/vgpu-agent/mps"]),
         ({"mps": {"shmDirectory": "/run/vgpu-agent/mps/shm"}}, ["is in mps.directory"]),
+        ({"mps": {"directory": "/" + "d" * 42}}, ["mps.directory: /ddd", "43 characters, and 42"]),
         ({"pools": [{"name": "a"}, {"name": "a"}]}, ['name "a" is there twice']),
         (
             {"pools": [{"name": "a"}, {"name": "b", "nodeSelector": {"kind": "b"}}]},
@@ -294,6 +298,7 @@ def test_rules_over_several_keys_are_told_in_words(values: Object, words: list[s
             ]
         },
         {"pools": [{"name": "a"}, {"name": "b", "affinity": {"nodeAffinity": {}}}]},
+        {"mps": {"directory": "/" + "d" * 41}},
         {"kubeletDir": "/" + "d" * 58},
         {"kubeletDir": "/" + "d" * 59, "devicePluginDir": "/p"},
         {"global": {"anything": 1}},
@@ -325,22 +330,24 @@ def test_no_pod_has_more_than_it_needs(objects: list[Object]) -> None:
 
 
 NOTHING = {"drop": ["ALL"]}
-ORPHANS = ["DAC_READ_SEARCH", "SYS_PTRACE", "KILL"]
+FILES = ["DAC_OVERRIDE", "FOWNER"]
 
 
 def test_each_container_has_its_own_capabilities(objects: list[Object]) -> None:
     for _, name, container, variables in every_container(objects):
         exclusive = variables.get("VGPU_MPS_COMPUTE_MODE") == "exclusive"
+        node = {**NOTHING, "add": [*FILES, "SYS_ADMIN"] if exclusive else FILES}
         expected = {
             "agent": NOTHING,
             "watch": NOTHING,
             "daemon": None,
-            # The values that set everything end orphans too, and keep the compute mode.
-            "prepare": {**NOTHING, "add": ["SYS_ADMIN"] if exclusive else ORPHANS},
+            "prepare": node,
+            "restore": node,
         }
         context = container["securityContext"]
         assert context.get("capabilities") == expected[name], name
-        assert context["allowPrivilegeEscalation"] is (name == "prepare" and exclusive), name
+        escalates = exclusive and name in {"prepare", "restore"}
+        assert context["allowPrivilegeEscalation"] is escalates, name
 
 
 def test_only_who_must_tell_processes_sees_those_of_the_host(objects: list[Object]) -> None:
@@ -466,30 +473,61 @@ def test_there_is_an_mps_pod_for_each_pool_of_real_gpus_shared_by_mps() -> None:
     assert names["everything"] == ["our-vgpus-real", "our-vgpus-none", "our-vgpus-mps-real"]
 
 
-def test_an_mps_pod_is_guaranteed_and_ended_by_nothing_but_an_administrator(
-    objects: list[Object],
-) -> None:
+ARGUMENTS = {
+    "prepare": ["mps", "prepare"],
+    "daemon": ["mps", "daemon"],
+    "watch": ["mps", "watch"],
+    "restore": ["mps", "restore", "--at-end"],
+}
+
+
+def test_an_mps_pod_is_ended_by_nothing_but_an_administrator(objects: list[Object]) -> None:
     for workload in mps_pods(objects):
         assert workload["spec"]["updateStrategy"] == {"type": "OnDelete"}
         assert [each["name"] for each in pod(workload)["initContainers"]] == ["prepare"]
-        assert [each["name"] for each in pod(workload)["containers"]] == ["daemon", "watch"]
+        assert [each["name"] for each in pod(workload)["containers"]] == list(ARGUMENTS)[1:]
         for name, container in containers(workload).items():
-            assert container["args"] == ["mps", name]
+            assert container["args"] == ARGUMENTS[name]
             assert not {"livenessProbe", "readinessProbe", "startupProbe", "ports"} & set(container)
             resources = container["resources"]
-            assert resources["requests"] == resources["limits"]
-            assert set(resources["limits"]) == {"cpu", "memory"}
+            if name == "daemon":
+                assert {"cpu", "memory"} <= set(resources["requests"])
+                assert "memory" in resources["limits"]
+            else:
+                assert resources["requests"] == resources["limits"]
+                assert set(resources["limits"]) == {"cpu", "memory"}
 
 
-def test_the_daemon_sees_the_shared_memory_of_its_clients_as_its_own(objects: list[Object]) -> None:
+def test_daemons_are_not_short_of_cpu_unless_somebody_says_so() -> None:
+    (default,) = mps_pods(rendered("default"))
+    assert set(containers(default)["daemon"]["resources"]["limits"]) == {"memory"}
+    (everything,) = mps_pods(rendered("everything"))
+    assert containers(everything)["daemon"]["resources"]["limits"] == {"cpu": 2, "memory": "4Gi"}
+
+
+def test_a_pod_that_ends_has_time_for_daemons_and_for_what_was_before(
+    objects: list[Object],
+) -> None:
+    for workload in mps_pods(objects):
+        seconds = pod(workload)["terminationGracePeriodSeconds"]
+        assert serve.QUIT_SECONDS + serve.BUSY_SECONDS + 2 * serve.KILL_SECONDS + 5 <= 35
+        assert prepare.END_SECONDS >= 35 + 5
+        assert seconds >= prepare.END_SECONDS + prepare.REMOVE_SECONDS + 10
+
+
+def test_the_daemons_see_the_shared_memory_of_their_clients_as_their_own(
+    objects: list[Object],
+) -> None:
     for workload in mps_pods(objects):
         variables = environment(containers(workload)["daemon"])
         directory, shm = variables["VGPU_MPS_DIRECTORY"], variables["VGPU_MPS_SHM_DIRECTORY"]
         shared = variables["VGPU_MPS_SHM"] == "on"
+        whole = {directory: directory} | ({shm: shm} if shared else {})
         expected = {
-            "prepare": {directory: directory} | ({shm: shm} if shared else {}),
-            "daemon": {directory: directory} | ({"/dev/shm": shm} if shared else {}),
+            "prepare": whole,
+            "daemon": {directory: directory} | ({"/dev/shm": f"{shm}/{SHARED}"} if shared else {}),
             "watch": {directory: directory},
+            "restore": whole,
         }
         for name, paths in expected.items():
             found = mounts(workload, name)
@@ -500,6 +538,8 @@ def test_the_daemon_sees_the_shared_memory_of_its_clients_as_its_own(objects: li
         for each in pod(workload)["containers"]:
             for mount in each["volumeMounts"]:
                 assert mount.get("mountPropagation", "None") == "None"
+                # It stays what it was at the first start of the pod.
+                assert "subPath" not in mount
 
 
 # Pools

@@ -22,9 +22,8 @@ from tests.chart import helm
 from tests.chart.helm import CI, Object, containers, environment, of_kind, pod
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer
-from tests.mps.fixtures import FakeMps, eventually, fake_mps
-
-__all__ = ["fake_mps"]
+from tests.mps import node as nodes
+from tests.mps.fixtures import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -166,40 +165,55 @@ def test_gpus_are_shared_in_turns(
         assert not [name for name in container.envs if "MPS" in name]
 
 
-def test_the_mps_pod_and_the_agent_agree(
-    kubelet_dir: Path, tmp_path: Path, port: int, fake_nvml: FakeNvml, fake_mps: FakeMps
+def test_the_mps_pod_and_the_agent_agree_and_it_leaves_nothing(
+    kubelet_dir: Path, tmp_path: Path, port: int, fake_nvml: FakeNvml
 ) -> None:
     fake_nvml.set_gpus(*GPUS)
-    directories = fake_mps.directories
-    mps = {"directory": str(directories.root), "shmDirectory": str(directories.shm)}
-    workloads = rendered("default", kubelet_dir, port, mps=mps)
-    (agent,) = containers(workloads["r-vgpu-agent"]).values()
-    steps = containers(workloads["r-vgpu-agent-mps"])
-    others = {**fake_nvml.environment(), "PATH": fake_mps.path}
-    with KubeletPeer(kubelet_dir) as kubelet, started(agent, tmp_path / "agent", **others):
-        kubelet.wait_list(lambda devices: len(devices) == 20, timeout=20)
-        assert healthy(kubelet) == 0
-        prepared = subprocess.run(
-            [sys.executable, "-m", "vgpu_agent", *steps["prepare"]["args"]],
-            env={**environment(steps["prepare"]), **others},
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        assert prepared.returncode == 0, prepared.stderr
-        with (
-            started(steps["daemon"], tmp_path / "daemon", **others),
-            started(steps["watch"], tmp_path / "watch", **others),
-        ):
-            kubelet.wait_list(
-                lambda devices: all(each.health == "Healthy" for each in devices), timeout=30
+    with nodes.made() as node, KubeletPeer(kubelet_dir) as kubelet:
+        directories = node.directories
+        mps = {"directory": str(directories.root), "shmDirectory": str(directories.shm)}
+        workloads = rendered("default", kubelet_dir, port, mps=mps)
+        (agent,) = containers(workloads["r-vgpu-agent"]).values()
+        steps = containers(workloads["r-vgpu-agent-mps"])
+        others = {**fake_nvml.environment(), "PATH": node.programs.path}
+        with started(agent, tmp_path / "agent", **others):
+            kubelet.wait_list(lambda devices: len(devices) == 20, timeout=20)
+            assert healthy(kubelet) == 0
+            prepared = subprocess.run(
+                [sys.executable, "-m", "vgpu_agent", *steps["prepare"]["args"]],
+                env={**environment(steps["prepare"]), **others},
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
             )
-            (container,) = kubelet.allocate([f"{UUIDS[0]}::0"]).container_responses
-            assert container.envs["CUDA_MPS_PIPE_DIRECTORY"] == str(directories.pipe)
-            mounts = {each.container_path: each.host_path for each in container.mounts}
-            assert mounts == {
-                str(directories.pipe): str(directories.pipe),
-                "/dev/shm": str(directories.shm),
-            }
+            assert prepared.returncode == 0, prepared.stderr
+            with (
+                started(steps["restore"], tmp_path / "restore", **others) as restore,
+                started(steps["daemon"], tmp_path / "daemon", **others) as daemon,
+                started(steps["watch"], tmp_path / "watch", **others) as watch,
+            ):
+                kubelet.wait_list(
+                    lambda devices: all(each.health == "Healthy" for each in devices), timeout=30
+                )
+                (container,) = kubelet.allocate([f"{UUIDS[0]}::0"]).container_responses
+                pipe = str(node.pipe(UUIDS[0]))
+                assert container.envs["CUDA_MPS_PIPE_DIRECTORY"] == pipe
+                mounts = {each.container_path: each.host_path for each in container.mounts}
+                assert mounts == {pipe: pipe, "/dev/shm": str(directories.shared)}
+                assert all(Path(host).is_dir() for host in mounts.values())
+                # As the kubelet ends a pod: all at once.
+                for process in (restore, daemon, watch):
+                    process.terminate()
+                seconds = pod(workloads["r-vgpu-agent-mps"])["terminationGracePeriodSeconds"]
+                assert restore.wait(seconds) == daemon.wait(1) == watch.wait(1) == 0
+            kubelet.wait_list(
+                lambda devices: not any(each.health == "Healthy" for each in devices), timeout=30
+            )
+        assert fake_nvml.log.read_text().splitlines() == [
+            *(f"compute_mode {uuid} 3" for uuid in UUIDS),
+            *(f"compute_mode {uuid} 0" for uuid in UUIDS),
+        ]
+        assert not directories.root.exists()
+        assert not directories.shm.exists()

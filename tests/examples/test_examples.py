@@ -80,9 +80,9 @@ def merge(spec: Mapping[str, Any], container: Mapping[str, Any], given: Grant) -
     return Started({**given.environment, **own}, mounts)
 
 
-PIPE, SHM = "/run/vgpu-agent/mps/pipe", "/dev/shm/vgpu-mps"
 GPU = Gpu("GPU-5d2ef1a4-0a3c-4b9e-8f6c-2f7f5c1b9e10", 0, "NVIDIA L4", 24576 * MIB, "0:1:0.0")
-MPS = SharingRules(mps_pipe_directory=PIPE, mps_shm_directory=SHM, memory_reserved=512 * MIB)
+MPS = SharingRules(memory_reserved=512 * MIB)
+PIPE, SHM = f"{MPS.mps_directory}/{GPU.uuid}/pipe", f"{MPS.mps_shm_directory}/shared"
 
 
 def node_of(gpus: Iterable[Gpu], rules: SharingRules) -> Inventory:

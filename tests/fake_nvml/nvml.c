@@ -553,6 +553,20 @@ const char *nvmlErrorString(nvmlReturn_t result)
     }
 }
 
+nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *version)
+{
+    nvmlReturn_t result = UNINITIALIZED;
+
+    LOCK_SYSTEM();
+    if (references > 0) {
+        refresh();
+        *version = atoi(control.driver) >= 590 ? 13010 : 13000;
+        result = SUCCESS;
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
 nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
 {
     nvmlReturn_t result = UNINITIALIZED;

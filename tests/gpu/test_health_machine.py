@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.gpu.watched import Watched
+from tests.model.strategies import a_look
 from vgpu_agent import store
 from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu import memory
@@ -26,8 +27,8 @@ from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.kubelet._proto.v1beta1 import ListAndWatchResponse
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
-from vgpu_agent.model.facts import Applied, AppliedGpu, ComputeMode, DaemonLook, Reading
-from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.facts import ComputeMode, Reading
+from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.observe.report import Identity, make_report
 
 REPLICAS, RECOVERY, INTERVAL, LOST_SECONDS = 3, 60.0, 5.0, 1800.0
@@ -407,13 +408,13 @@ class Machine(RuleBasedStateMachine):
     @rule(state=st.sampled_from(["up", "down", "faulty", "down and faulty", "partly"]), of=uuids)
     def the_mps_daemon_is_looked_at(self, state: str, of: str) -> None:
         self.stranger = of if state == "partly" else None
-        gpus = [AppliedGpu(uuid, 0, REPLICAS, None) for uuid in GPUS if uuid != self.stranger]
-        applied = Applied("1", MpsLimits.CLIENT, None, tuple(gpus), None, "1")
-        error = "no daemon" if "down" in state else None
-        faulty = (7,) if "faulty" in state else ()
-        self.agent.node.set_daemon(DaemonLook(error, "1", applied, faulty=faulty))
-        self.mps = {"mps"} if error else set()
-        self.mps |= {"mps-fault"} if faulty else set()
+        look = a_look(**{uuid: REPLICAS for uuid in GPUS if uuid != self.stranger})
+        down = "no daemon" if "down" in state else None
+        fault = "status FAULT" if "faulty" in state else None
+        daemons = {n: replace(d, down=down, fault=fault) for n, d in look.daemons.items()}
+        self.agent.node.set_mps(replace(look, daemons=daemons))
+        self.mps = {"mps"} if down else set()
+        self.mps |= {"mps-fault"} if fault else set()
 
     @precondition(lambda self: not any(gpu.hangs for gpu in self.model.values()))
     @rule(resets=st.sets(uuids, max_size=2), reboot=st.sampled_from([False, False, True]))

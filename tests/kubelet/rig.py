@@ -136,7 +136,7 @@ async def agent(
     """An agent that keeps itself registered in `kubelet_dir`; its failure ends the block."""
     node = new_node(
         gpus_of(gpus) if isinstance(gpus, int) else gpus,
-        replace(sharing, replicas=replicas, placement=placement),
+        replace(sharing, replicas=replicas, placement=placement, mps_max_clients=replicas),
         HealthRules(recovery_seconds=0),
     )
     observer, encoder, plugins = RpcRecord(), ListEncoder(), []

@@ -69,7 +69,7 @@ def check_allocate(call, size):
         for uuid in UUIDS
         if uuid in held
     ]
-    usable = 16 * GIB - GIB // 2
+    usable, first = 16 * GIB - GIB // 2, next(uuid for uuid in UUIDS if uuid in held)
     smallest = usable * min(on_gpus) // 10
     limits = [f"{n}={usable * count // 10 // 2**20}M" for n, count in enumerate(on_gpus)]
     assert answer.envs == {
@@ -78,7 +78,7 @@ def check_allocate(call, size):
         "VGPU_SHARE": ",".join(f"{count}/10" for count in on_gpus),
         "VGPU_MEMORY_BYTES": str(smallest),
         "VGPU_MEMORY_FRACTION": f"{smallest * 10_000 // (16 * GIB) / 10_000:.4f}",
-        "CUDA_MPS_PIPE_DIRECTORY": "/run/vgpu-agent/mps/pipe",
+        "CUDA_MPS_PIPE_DIRECTORY": f"/run/vgpu-agent/mps/{first}/pipe",
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": ",".join(limits),
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(10 * min(on_gpus)),
     }

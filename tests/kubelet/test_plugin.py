@@ -22,7 +22,7 @@ from tests.kubelet.rig import (
     unchanging,
 )
 from tests.kubelet_peer import LIST_AND_WATCH, Device, StalledPeer, off_loop
-from tests.model.strategies import tried
+from tests.model.strategies import a_look, tried
 from tests.nodes import found
 from tests.wire import dp
 from vgpu_agent.kubelet import codec
@@ -30,7 +30,7 @@ from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.model.devices import Inventory, SharedGpu
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook, Reading
+from vgpu_agent.model.facts import Reading
 from vgpu_agent.model.placement import Placement, prefer
 from vgpu_agent.model.rules import MpsLimits
 
@@ -164,36 +164,34 @@ async def test_a_container_is_told_its_share(kubelet_dir):
         ids = rig.ids(1, 0, 1)
         answer = await off_loop(kubelet.allocate, ids[::-1])  # a kubelet's order is random
         (one,) = answer.container_responses
+        pipe = f"/run/vgpu-agent/mps/{rig.gpus[1].gpu.uuid}/pipe"
         assert one.envs == {
             "NVIDIA_VISIBLE_DEVICES": rig.gpus[1].gpu.uuid,
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "VGPU_SHARE": "2/10",
             "VGPU_MEMORY_BYTES": str((16 * GIB - GIB // 2) * 2 // 10),
             "VGPU_MEMORY_FRACTION": "0.1937",
-            "CUDA_MPS_PIPE_DIRECTORY": "/run/vgpu-agent/mps/pipe",
+            "CUDA_MPS_PIPE_DIRECTORY": pipe,
             "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=3174M",
             "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "20",
         }
         assert list(one.mounts) == [
-            dp.Mount(
-                container_path="/run/vgpu-agent/mps/pipe", host_path="/run/vgpu-agent/mps/pipe"
-            ),
-            dp.Mount(container_path="/dev/shm", host_path="/dev/shm/vgpu-mps"),
+            dp.Mount(container_path=pipe, host_path=pipe),
+            dp.Mount(container_path="/dev/shm", host_path="/dev/shm/vgpu-agent/shared"),
         ]
         assert (one.devices, one.annotations, one.cdi_devices) == ([], {}, [])
         assert await off_loop(kubelet.allocate, ids) == answer
 
 
 def serving(limits, rig):
-    """A daemon that was set up with these limits."""
-    gpus = tuple(AppliedGpu(shared.gpu.uuid, n, 10, None) for n, shared in enumerate(rig.gpus))
-    return DaemonLook(generation="1", applied=Applied("1", limits, None, gpus, None, "1"))
+    """Daemons that were set up with these limits."""
+    return a_look(limits, **{shared.gpu.uuid: 10 for shared in rig.gpus})
 
 
 async def test_allocations_are_for_the_daemon_as_it_was_set_up(kubelet_dir):
     """With limits of its own a client gets those of one vGPU, whatever the settings say now."""
     async with registered(kubelet_dir) as (_, rig):
-        rig.node.set_daemon(serving(MpsLimits.SERVER, rig))
+        rig.node.set_mps(serving(MpsLimits.SERVER, rig))
         two = await rig.call("Allocate", allocation(rig.ids(1, 0, 1)))
         assert two.code is INVALID
         assert "VGPU_MPS_LIMITS=server" in two.details

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from vgpu_agent.model.devices import Effect, Fault, Gpu, Inventory, Reason, SharedGpu, device_id
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
 from vgpu_agent.model.rules import MpsLimits
 
 MOST_GPUS = 8
@@ -56,11 +56,13 @@ def a_shared_gpu(
 
 def a_look(
     limits: MpsLimits = MpsLimits.CLIENT, problem: str | None = None, **replicas: int
-) -> DaemonLook:
-    """An MPS daemon that was set up for so many vGPUs of these GPUs."""
-    gpus = (AppliedGpu(uuid, n, count, None) for n, (uuid, count) in enumerate(replicas.items()))
-    applied = Applied("1", limits, None, tuple(gpus), problem, "1")
-    return DaemonLook(generation="1", applied=applied)
+) -> MpsLook:
+    """A daemon for each of these GPUs, set up for so many vGPUs of it."""
+    daemons = {
+        uuid: DaemonLook("1", (AppliedGpu(uuid, 0, count, None),), problem=problem)
+        for uuid, count in replicas.items()
+    }
+    return MpsLook(None, limits, daemons)
 
 
 def ids(uuid: str, *numbers: int) -> list[str]:

@@ -1,4 +1,5 @@
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,16 @@ from tests.model.strategies import a_gpu, a_shared_gpu, ids, inventories, tried
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.container import Mount, check_devices, check_start, grant
 from vgpu_agent.model.devices import Fault, Inventory, Reason, SharedGpu
-from vgpu_agent.model.rules import MIB, DeviceList, MpsLimits, SharingRules, Threads
+from vgpu_agent.model.rules import MIB, DeviceList, MpsDaemons, MpsLimits, SharingRules, Threads
 
-PIPE = "/run/vgpu-agent/mps/pipe"
-SHM = "/dev/shm/vgpu-mps"
+SHM = "/dev/shm/vgpu-agent"
+
+
+def pipe(name: str) -> str:
+    """Of the daemon of that name."""
+    return f"/run/vgpu-agent/mps/{name}/pipe"
+
+
 MPS = SharingRules()
 TIME_SLICING = SharingRules(mps=False)
 
@@ -46,13 +53,13 @@ def test_under_mps_a_container_is_told_its_share(vgpus, share, memory, fraction,
         "VGPU_SHARE": share,
         "VGPU_MEMORY_BYTES": memory,
         "VGPU_MEMORY_FRACTION": fraction,
-        "CUDA_MPS_PIPE_DIRECTORY": PIPE,
+        "CUDA_MPS_PIPE_DIRECTORY": pipe(L4),
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": limit,
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage,
     }
     assert got.mounts == (
-        Mount(PIPE, PIPE, read_only=False),
-        Mount(SHM, "/dev/shm", read_only=False),
+        Mount(pipe(L4), pipe(L4), read_only=False),
+        Mount(f"{SHM}/shared", "/dev/shm", read_only=False),
     )
 
 
@@ -69,7 +76,7 @@ def test_under_time_slicing_nothing_of_mps_is_given():
 
 
 def test_without_shared_memory_directory_the_container_keeps_its_own():
-    assert grant(ONE_GPU, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(PIPE, PIPE),)
+    assert grant(ONE_GPU, ids(L4, 0), by_mps(shm=None)).mounts == (Mount(pipe(L4), pipe(L4)),)
 
 
 def test_a_share_of_memory_that_is_not_known_is_not_told():
@@ -95,7 +102,7 @@ def test_several_gpus_are_told_in_pci_order_and_so_are_their_limits():
         "VGPU_SHARE": "1/4,3/10",
         "VGPU_MEMORY_BYTES": str(250 * MIB),
         "VGPU_MEMORY_FRACTION": "0.2500",
-        "CUDA_MPS_PIPE_DIRECTORY": PIPE,
+        "CUDA_MPS_PIPE_DIRECTORY": pipe("small"),
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=250M,1=1200M",
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25",
     }
@@ -225,7 +232,7 @@ def test_checked_devices_come_with_their_gpus_in_the_order_of_the_request():
 
 
 def test_a_container_starts_again_with_a_vgpu_that_is_no_longer_made():
-    check_start(NODE, ["large::0", "large::99"])
+    check_start(NODE, ["large::0", "large::99"], SharingRules())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +258,35 @@ def test_a_container_starts_again_with_a_vgpu_that_is_no_longer_made():
 )
 def test_a_container_does_not_start_without_its_gpus(vgpus, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        check_start(NODE, vgpus)
+        check_start(NODE, vgpus, SharingRules())
+
+
+@pytest.mark.parametrize(
+    ("vgpus", "rules", "starts"),
+    [
+        (["large::0", "large::5"], {}, True),
+        (["large::0", "small::1"], {}, False),  # the kubelet gave what no process can use
+        (["large::0", "small::1"], {"mps_daemons": MpsDaemons.NODE}, True),
+        (["large::0", "small::1"], {"mps": False}, True),
+    ],
+)
+def test_a_container_of_several_mps_daemons_does_not_start(vgpus, rules, starts):
+    with nullcontext() if starts else pytest.raises(UnavailableDeviceError, match="DAEMONS=node"):
+        check_start(THREE_GPUS, vgpus, SharingRules(**rules))
+
+
+@pytest.mark.parametrize(
+    ("uuid", "name"),
+    [
+        (L4, L4),
+        ("GPU-../../etc", "GPU-______etc"),
+        ("GPU-\ufffd\n", "GPU-__"),
+        ("G" * 99, "G" * 40),
+    ],
+)
+def test_the_name_of_a_daemon_is_one_of_a_directory(uuid, name):
+    assert SharingRules().daemon_of(uuid) == name
+    assert SharingRules(mps_daemons=MpsDaemons.NODE).daemon_of(uuid) == "node"
 
 
 # Same request, same answer
@@ -312,7 +347,7 @@ def test_limits_of_all_containers_of_a_gpu_stay_within_what_is_usable(inventory,
 def test_with_limits_in_the_daemon_a_client_is_told_none_and_a_container_has_one_vgpu():
     sharing = SharingRules(mps_limits=MpsLimits.SERVER)
     environment = grant(ONE_GPU, ids(L4, 3), sharing).environment
-    assert environment["CUDA_MPS_PIPE_DIRECTORY"] == PIPE
+    assert environment["CUDA_MPS_PIPE_DIRECTORY"] == pipe(L4)
     assert not [name for name in environment if "LIMIT" in name or "PERCENTAGE" in name]
     assert environment["VGPU_SHARE"] == "1/10"
     with pytest.raises(InvalidRequestError, match=r"2 vGPUs .* VGPU_MPS_LIMITS=server"):

@@ -133,8 +133,8 @@ def test_only_the_settings_and_the_command_line_touch_the_environment():
             isinstance(node, ast.Attribute) and f"os.{node.attr}" in words for node in nodes(name)
         )
     }
-    # The control program is started with this process's environment and the daemon's directory.
-    assert touching == {"settings", "cli", "mps.control"}
+    # The programs of MPS get this environment and the directories of their daemon.
+    assert touching == {"settings", "cli", "mps.control", "mps.serve"}
 
 
 @pytest.mark.slow

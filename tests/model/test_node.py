@@ -8,7 +8,7 @@ import pytest
 from tests.model.strategies import a_gpu, a_look
 from vgpu_agent.model.devices import Effect, Excluded, Gpu, Reason
 from vgpu_agent.model.facts import (
-    DaemonLook,
+    MpsLook,
     Reading,
     RecoveryActionChanged,
     Scan,
@@ -238,18 +238,20 @@ def test_a_gpu_that_says_nothing_at_the_start_still_waits_for_its_reset(node, un
 def test_a_fault_of_the_mps_daemon_that_goes_on_keeps_its_time_and_ends_at_once():
     node = Clocked(mps=True)
     node.looked(ONE, TWO)
-    for node.now, look in ((5, DaemonLook(error="gone")), (9, DaemonLook(error="no answer"))):
-        node.set_daemon(look)
+    for node.now, look in ((5, MpsLook("gone")), (9, MpsLook("no answer"))):
+        node.set_mps(look)
     (fault,) = node.snapshot.inventory.gpus[0].faults
     assert (fault.reason, fault.since, fault.detail) == (Reason.MPS, 1005, "no answer")
     assert fault.effect is Effect.UNTIL_BACK
     for node.now in range(10, 200, 5):
         node.looked(ONE, TWO)  # passed probes prove nothing of the daemon
     assert node.healthy == []
-    node.set_daemon(replace(WELL, faulty=(7, 8)))
+    faulty = replace(WELL.daemons[ONE.uuid], fault="status FAULT")
+    node.set_mps(replace(WELL, daemons={**WELL.daemons, ONE.uuid: faulty}))
     (fault,) = node.snapshot.inventory.gpus[0].faults
-    assert (fault.reason, fault.detail) == (Reason.MPS_FAULT, "status FAULT of MPS server 7, 8")
-    node.set_daemon(WELL)
+    assert (fault.reason, fault.detail) == (Reason.MPS_FAULT, "status FAULT")
+    assert node.healthy == ["gpu-1"]
+    node.set_mps(WELL)
     assert node.healthy == ["gpu-0", "gpu-1"]
 
 

@@ -99,6 +99,16 @@ PLAIN = SharingRules(mps=False)
 ALL = 24 * GIB
 
 
+SIXTY = Divided(
+    60, ALL, note="a vGPU of it has only 409 MiB, of which a CUDA context takes hundreds"
+)
+
+
+def test_mps_of_cuda_13_1_serves_more_clients():
+    newer = replace(GPU, mps_contexts=60)
+    assert divide(newer, SharingRules(replicas=60, memory_reserved=0)) == SIXTY
+
+
 def by(replicas_by_gpu, **rules) -> SharingRules:
     return replace(PLAIN, replicas_by_gpu=replicas_by_gpu, **rules)
 
@@ -121,6 +131,12 @@ def by(replicas_by_gpu, **rules) -> SharingRules:
             SharingRules(device_memory=2 * GIB, memory_reserved=0, mps_max_clients=5),
             Divided(5, ALL, 2 * GIB, "12 vGPUs of that size fit; MPS serves 5 clients of a GPU"),
         ),
+        (
+            SharingRules(replicas=60, memory_reserved=0),
+            Divided(48, ALL, note="48 vGPUs instead of 60: MPS serves 48 clients of a GPU"),
+        ),
+        (SharingRules(replicas=60, memory_reserved=0, mps_max_clients=60), SIXTY),
+        (replace(PLAIN, replicas=60), Divided(60, ALL)),
         *((by({name: 4, "other": 7}), Divided(4, ALL)) for name in NAMES),
         *((by({name: 1}, device_memory=GIB), Divided(1, ALL)) for name in NAMES),
         (by({"NVIDIA L4": 2, "3": 3, "GPU-a": 4}), Divided(4, ALL)),

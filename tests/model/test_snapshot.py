@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 from tests.model.strategies import a_gpu, a_look, fault_sets, ids, tried
 from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
 from vgpu_agent.model.holders import Assignment, Holder, Holders
-from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
-from vgpu_agent.model.snapshot import FirstSeen, Inputs, Rules, Snapshot, compose, flips
+from vgpu_agent.model.rules import MIB, HealthRules, MpsDaemons, MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import (
+    FirstSeen,
+    Inputs,
+    Rules,
+    Snapshot,
+    compose,
+    flips,
+    split_containers,
+)
 from vgpu_agent.observe.report import Identity, from_json, make_report, to_json
 
 GIB = 2**30
@@ -96,9 +104,10 @@ def test_the_same_request_has_the_same_answer_whatever_the_mps_server_takes(serv
     """Fault 4: the measured server changed every share (2406M, then 2454M, 2455M in the metric)."""
     rules = sharing(mps=True, mps_limits=limits)
     look = a_look(limits, **{"gpu-0": 4})
-    measured = replace(look.applied, gpus=(replace(look.applied.gpus[0], server_bytes=server),))
+    gpu = replace(look.applied_to("gpu-0"), server_bytes=server)
+    measured = replace(look, daemons={"gpu-0": replace(look.daemons["gpu-0"], gpus=(gpu,))})
     before = compose(inputs(a_gpu(0)), rules)
-    after = compose(inputs(a_gpu(0), daemon=replace(look, applied=measured)), rules)
+    after = compose(inputs(a_gpu(0), mps_look=measured), rules)
     got = [grant(each.inventory, ids("gpu-0", 0, 1), rules.sharing) for each in (before, after)]
     assert got[0] == got[1]
     # What the report shows is what the container was given.
@@ -132,7 +141,7 @@ def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
     look, rules, expected, words
 ):
     """And its vGPUs fit, where they are of a size of now."""
-    snapshot = compose(inputs(a_gpu(0), daemon=look), sharing(mps=True, **rules))
+    snapshot = compose(inputs(a_gpu(0), mps_look=look), sharing(mps=True, **rules))
     (shared,) = snapshot.inventory.gpus
     assert shared.replicas == expected
     assert shared.share_bytes(expected) <= shared.usable_bytes
@@ -140,23 +149,50 @@ def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
     assert said is None if words is None else words in said
 
 
+BOTH = {"gpu-0": 4, "gpu-1": 4}
+OTHER = AppliedGpu("gpu-1", 1, 4, None)
+
+
 @pytest.mark.parametrize(
-    ("look", "faults", "mps", "expected"),
+    ("look", "faults", "rules", "expected"),
     [
-        (a_look(**{"gpu-0": 4}), (), True, ["gpu-1"]),  # the daemon does not know it
-        (a_look(**{"gpu-0": 4, "gpu-1": 4}), (), True, []),
-        (a_look(**{"gpu-0": 4}), (DOWN,), True, ["gpu-0", "gpu-1"]),
-        (DaemonLook(error="no daemon"), (DOWN,), True, ["gpu-0", "gpu-1"]),
-        (a_look(**{"gpu-0": 4}), (DOWN,), False, []),
+        (a_look(**{"gpu-0": 4}), {}, {}, ["gpu-1"]),  # it has no daemon
+        (a_look(**BOTH), {}, {}, []),
+        (a_look(**BOTH), {"gpu-0": (DOWN,)}, {}, ["gpu-0"]),
+        (MpsLook("no state"), {}, {}, ["gpu-0", "gpu-1"]),
+        (a_look(**{"gpu-0": 4}), {"gpu-0": (DOWN,)}, {"mps": False}, []),
+        (
+            MpsLook(daemons={"node": DaemonLook("1", (AppliedGpu("gpu-0", 0, 4, None), OTHER))}),
+            {"node": (DOWN,)},
+            {"mps_daemons": MpsDaemons.NODE},
+            ["gpu-0", "gpu-1"],
+        ),
     ],
 )
-def test_the_state_of_the_mps_daemon_is_a_fault_of_the_gpus_that_it_concerns(
-    look, faults, mps, expected
+def test_the_state_of_an_mps_daemon_is_a_fault_of_the_gpus_that_it_serves(
+    look, faults, rules, expected
 ):
-    known = inputs(a_gpu(0), a_gpu(1), daemon=look, daemon_faults=faults, not_applied=STRANGER)
-    gpus = compose(known, sharing(mps=mps)).inventory.gpus
+    known = inputs(a_gpu(0), a_gpu(1), mps_look=look, mps_faults={"": (STRANGER,), **faults})
+    gpus = compose(known, sharing(**{"mps": True, **rules})).inventory.gpus
     assert [shared.gpu.uuid for shared in gpus if not shared.healthy] == expected
     assert all(len(shared.faults) <= 1 for shared in gpus)
+
+
+@pytest.mark.parametrize(
+    ("held", "rules", "split"),
+    [
+        (["gpu-0::0", "gpu-0::1"], {}, False),
+        (["gpu-0::0", "gpu-1::1"], {}, True),
+        (["gpu-0::0", "gpu-1::1"], {"mps_daemons": MpsDaemons.NODE}, False),
+        (["gpu-0::0", "gpu-1::1"], {"mps": False}, False),
+        (["gpu-0::0", "gone::1"], {}, False),
+    ],
+)
+def test_a_container_with_vgpus_of_several_daemons_is_split(held, rules, split):
+    rules = sharing(**{"mps": True, **rules})
+    holders = Holders(None, (Assignment(Holder("ns", "pod", "c"), tuple(held)),))
+    known = inputs(a_gpu(0), a_gpu(1), mps_look=a_look(**BOTH), holders=holders)
+    assert bool(split_containers(compose(known, rules), rules.sharing)) is split
 
 
 def test_a_gpu_whose_health_changes_is_one_flip_by_what_did_it_or_what_ended():
@@ -198,11 +234,9 @@ healths = st.builds(
     fault_sets,
     st.booleans(),
 )
-applied = st.builds(
-    Applied,
-    st.sampled_from(["1", "2"]),
-    st.sampled_from(MpsLimits),
-    st.none(),
+daemons = st.builds(
+    DaemonLook,
+    st.sampled_from([None, "1"]),
     st.lists(
         st.builds(
             AppliedGpu,
@@ -215,15 +249,18 @@ applied = st.builds(
         max_size=4,
         unique_by=lambda gpu: gpu.uuid,
     ).map(tuple),
-    st.sampled_from([None, "not yet"]),
-    st.just("1"),
+    down=st.sampled_from([None, "no daemon"]),
+    problem=st.sampled_from([None, "not yet"]),
+    fault=st.sampled_from([None, "a fault"]),
+    busy=st.sampled_from([None, "held"]),
+    clients=st.dictionaries(st.sampled_from(UUIDS), st.integers(0, 5)),
 )
 looks = st.none() | st.builds(
-    DaemonLook,
-    st.sampled_from([None, "no daemon"]),
-    st.just("1"),
-    st.none() | applied,
-    clients=st.dictionaries(st.sampled_from(UUIDS), st.integers(0, 5)),
+    MpsLook,
+    st.sampled_from([None, "no state"]),
+    st.none() | st.sampled_from(MpsLimits),
+    st.dictionaries(st.sampled_from(["node", *UUIDS]), daemons, max_size=4),
+    st.sampled_from([None, "nobody looks"]),
 )
 rules_of_any_kind = st.builds(
     SharingRules,
@@ -234,6 +271,7 @@ rules_of_any_kind = st.builds(
     memory_reserved=st.none() | st.integers(0, 2**35),
     mps_limits=st.sampled_from(MpsLimits),
     mps_max_clients=st.none() | st.integers(1, 60),
+    mps_daemons=st.sampled_from(MpsDaemons),
 ).map(lambda rules: Rules(rules, HealthRules()))
 
 
@@ -262,9 +300,8 @@ def any_inputs(draw) -> Inputs:
             )
         ),
         health=MappingProxyType(draw(st.dictionaries(st.sampled_from(UUIDS), healths))),
-        daemon=draw(looks),
-        daemon_faults=draw(faults),
-        not_applied=draw(st.sampled_from([None, STRANGER])),
+        mps_look=draw(looks),
+        mps_faults=draw(st.dictionaries(st.sampled_from(["", "node", *UUIDS]), faults)),
         holders=draw(st.just(Holders()) | st.builds(Holders, st.none(), assignments)),
     )
 

@@ -1,5 +1,5 @@
 """What the tests of MPS share."""
 
-from tests.mps.fixtures import fake_mps
+from tests.mps.fixtures import any_mps, every_mps, fake_mps
 
-__all__ = ["fake_mps"]
+__all__ = ["any_mps", "every_mps", "fake_mps"]

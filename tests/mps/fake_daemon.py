@@ -1,192 +1,302 @@
-"""A stand-in for `nvidia-cuda-mps-control` and `nvidia-cuda-mps-server`. See README.md beside it.
+"""A stand-in for `nvidia-cuda-mps-control`, as 555.58 answers. See README.md beside it.
 
-    -f              a control daemon in the foreground; -d: in the background
+    -f, -d          a control daemon in the foreground or the background
     (no option)     passes commands, one a line on standard input, to the daemon
-    --server UID    an MPS server, as the daemon starts it
 
-FAKE_MPS_BEHAVIOUR names a JSON object that is read for every command; `FakeMps` writes it:
+Its server is the `nvidia-cuda-mps-server` on PATH. FAKE_MPS_BEHAVIOUR names a JSON object that is
+read for every command; `FakeMps` writes it:
 
     hang            the daemon takes commands and never answers
     die             the daemon ends at once, without a word, and leaves its socket
+    busy            exit code and sentence of a caller that meets another one
     refuse          object of command word to what is said with exit code 1
     answers         object of command line to the whole answer, whatever is true
     status          status of every server (ACTIVE)
     clients         text of get_device_client_list
-    servers         PIDs that are listed beside our own servers
-    whole_gib       limits of memory are read back in whole GiB, rounded down
-    stubborn        servers that start take no SIGTERM
+    servers         PIDs that are listed beside our own server
+    stubborn        a server that starts takes no SIGTERM
+
+With FAKE_MPS_TURNS set callers take turns, where the real daemon sends all but the first away.
+FAKE_MPS_USER is the UID of a caller.
 """
 
+import fcntl
 import json
 import os
+import re
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
-MIB, GIB = 2**20, 2**30
+PIPE = Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
+LOG = Path(os.environ["CUDA_MPS_LOG_DIRECTORY"])
+PID_FILE = PIPE / "nvidia-cuda-mps-control.pid"
+ORDINALS = [str(n) for n in range(32)]
+
+NOT_FOUND = "Cannot find MPS control daemon process"
+BUSY = "Cannot send command to MPS control daemon process"
+REFUSED = "Insufficient privileges for UID {}. "
+REFUSED_SETTING = (
+    REFUSED + "Control deamon settings can only be modified by the user started it or by the root"
+    " user."
+)
+REFUSED_SERVER = REFUSED + "Only the root user may shutdown another user's server."
 
 
 def behaviour(name: str) -> object:
-    return json.loads(Path(os.environ["FAKE_MPS_BEHAVIOUR"]).read_text()).get(name)
+    try:
+        return json.loads(Path(os.environ["FAKE_MPS_BEHAVIOUR"]).read_text()).get(name)
+    except FileNotFoundError:
+        return None
 
 
-def control_socket() -> str:
-    return os.environ["CUDA_MPS_PIPE_DIRECTORY"] + "/control"
+def mib(limit: str) -> int:
+    """What is no G is taken as M, and what is no number as nothing."""
+    number, gib = re.match(r"(\d*)([gG]?)", limit).groups()  # type: ignore[union-attr]
+    return int(number or 0) * (1024 if gib else 1)
 
 
 class Daemon:
-    def __init__(self) -> None:
-        self.servers: list[subprocess.Popen[bytes]] = []
-        self.threads = 100
-        self.limits: dict[str, str] = {}
-        self.log_path = Path(os.environ["CUDA_MPS_LOG_DIRECTORY"]) / "control.log"
+    def __init__(self, log_file: TextIO) -> None:
+        self.log_file = log_file
+        self.server: subprocess.Popen[bytes] | None = None
+        self.threads = 100.0
+        self.limits = dict.fromkeys(ORDINALS, 0)
 
     def run(self) -> None:
-        path = Path(control_socket())
-        if path.exists():
-            with socket.socket(socket.AF_UNIX) as other:
-                if other.connect_ex(str(path)) == 0:
-                    print("An instance of this daemon is already running")
-                    sys.exit(1)
-            path.unlink()
-        signal.signal(signal.SIGTERM, lambda *_: self.quit())
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            path.chmod(0o666)
-            listener.listen(16)
-            self.log("Starting control daemon using socket " + str(path))
-            threading.Thread(target=self.mortal, daemon=True).start()
-            while True:
-                connection, _ = listener.accept()
-                with connection:
-                    self.serve(connection)
+        (PIPE / "log").unlink(missing_ok=True)
+        os.mkfifo(PIPE / "log")
+        (PIPE / "log").chmod(0o777)
+        privileged = self.listen("control_privileged", 0o755)
+        listener = self.listen("control", 0o666)
+        PID_FILE.write_text(str(os.getpid()))
+        PID_FILE.chmod(0o666)
+        self.log(f"Starting control daemon using socket {PIPE}/control")
+        self.log(
+            f"To connect CUDA applications to this daemon, set env CUDA_MPS_PIPE_DIRECTORY={PIPE}"
+        )
+        with privileged, listener:
+            self.accept(listener)
 
-    def mortal(self) -> None:
-        while not behaviour("die"):
-            time.sleep(0.02)
-        os._exit(1)
+    def listen(self, name: str, mode: int) -> socket.socket:
+        path = PIPE / name
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        path.chmod(mode)
+        listener.listen(16)
+        return listener
 
-    def serve(self, connection: socket.socket) -> None:
-        line = connection.makefile().readline().strip()
-        while behaviour("hang"):
-            time.sleep(0.02)
-        code, text = self.answer(line)
+    def accept(self, listener: socket.socket) -> None:
+        turns = "FAKE_MPS_TURNS" in os.environ
+        caller: socket.socket | None = None
+        while True:
+            wanted = [caller or listener] if turns else [listener, *filter(None, [caller])]
+            ready, _, _ = select.select(wanted, [], [], 0.02)
+            while behaviour("hang") and not behaviour("die"):
+                time.sleep(0.02)
+            if behaviour("die"):
+                os._exit(1)
+            self.reap()
+            if caller in ready:  # first: it may have ended, so that the next is served
+                assert caller is not None
+                if not self.serve(caller):
+                    caller.close()
+                    caller = None
+                    self.log("UI closed")
+            elif listener in ready:
+                new, _ = listener.accept()
+                self.log("Accepting connection...")
+                if caller is None:
+                    caller = new
+                    self.log("NEW UI")
+                else:
+                    new.close()
+
+    def serve(self, caller: socket.socket) -> bool:
+        """Answers a command; whether there was one."""
         try:
-            connection.sendall(f"{code}\n{text}".encode())
+            data = caller.recv(65536)
         except OSError:
-            return  # nobody waits for it any more
-        if line == "quit":
-            connection.close()
-            self.quit()
+            return False
+        if not data:
+            return False
+        line = data.decode().strip()
+        self.log(f"Cmd:{line}")
+        peer = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", peer)
+        code, text = self.answer(line, uid)
+        for each in text.splitlines():
+            self.log(each)
+        with suppress(OSError):  # nobody waits for it any more
+            caller.sendall(json.dumps([code, text]).encode() + b"\n")
+        if line.startswith("quit") and not text:
+            self.log("Exit with status 0")
+            (PIPE / "log").unlink()
+            PID_FILE.unlink()
+            sys.exit(0)
+        return True
 
-    def answer(self, line: str) -> tuple[int, str]:
-        word, *arguments = line.split()
+    def answer(self, line: str, uid: int) -> tuple[int, str]:
+        word, *arguments = line.split() or [""]
         refusals, answers = behaviour("refuse") or {}, behaviour("answers") or {}
         if word in refusals:
             return 1, refusals[word]
         if line in answers:
             return 0, answers[line]
+        return 0, self.say(word, arguments, privileged=uid in {0, os.getuid()}, uid=uid)
+
+    def say(self, word: str, arguments: list[str], *, privileged: bool, uid: int) -> str:
+        own = [self.server.pid] if self.server else []
+        pids = [str(pid) for pid in [*(behaviour("servers") or []), *own]]
         match word, arguments:
-            case "get_server_list", []:
-                own = [server.pid for server in self.servers if server.poll() is None]
-                return 0, "\n".join(map(str, [*(behaviour("servers") or []), *own]))
+            case "get_server_list", _:
+                return "\n".join(pids)
+            case "get_server_status" | "get_device_client_list" | "shutdown_server", [pid] if (
+                pid not in pids
+            ):
+                return f"Server {pid} not found"
             case "get_server_status", [_]:
-                return 0, str(behaviour("status") or "ACTIVE")
+                return str(behaviour("status") or "ACTIVE")
             case "get_device_client_list", _:
-                return 0, str(behaviour("clients") or "")
+                return str(behaviour("clients") or "")
+            case "shutdown_server", [_]:
+                return "" if privileged else REFUSED_SERVER.format(uid)
+            case (
+                "set_default_active_thread_percentage" | "set_default_device_pinned_mem_limit",
+                _,
+            ) if not privileged:
+                return REFUSED_SETTING.format(uid)
             case "set_default_active_thread_percentage", [percentage]:
-                self.threads = int(percentage)
-                return 0, f"{self.threads}.0"
-            case "get_default_active_thread_percentage", []:
-                return 0, f"{self.threads}.0"
+                with suppress(ValueError):
+                    if 0 < float(percentage) <= 100:
+                        self.threads = float(percentage)
+                return f"{self.threads:.1f}"
+            case "get_default_active_thread_percentage", _:
+                return f"{self.threads:.1f}"
             case "set_default_device_pinned_mem_limit", [device, limit]:
-                self.limits[device] = limit
-                return 0, ""
+                if device in self.limits:
+                    self.limits[device] = mib(limit)
+                elif not device.isdecimal():  # a UUID is not what it takes, but 0
+                    self.limits["0"] = 0
+                return ""
             case "get_default_device_pinned_mem_limit", [device]:
-                limit = self.limits.get(device, "0G")
-                if behaviour("whole_gib") and limit.endswith("M"):
-                    limit = f"{int(limit[:-1]) * MIB // GIB}G"
-                return 0, limit
-            case "start_server", ["-uid", uid]:
-                self.start_server(uid)
-                return 0, ""
-            case "quit", []:
-                return 0, ""
-        return 1, f"Unknown command {line!r}"
+                limit = self.limits.get(device, 0)
+                return f"{limit // 1024}G" if limit >= 1024 else f"{limit}M" if limit else ""
+            case "start_server", ["-uid", of]:
+                if self.server is None:
+                    self.start_server(int(of))
+                return ""
+            case "quit", _:
+                if not privileged:
+                    return "Not enough privilege to execute quit command"
+                self.end_server(arguments)
+                return ""
+        return f'Unknown command "{word}"'
 
-    def start_server(self, uid: str) -> None:
-        program = str(Path(os.environ["FAKE_MPS_BIN"]) / "nvidia-cuda-mps-server")
-        server = subprocess.Popen(
-            [program, "-S", "-s", __file__, "--server", uid],
-            executable=sys.executable,
-            # Python looks for its library beside its name, which is not its own here.
-            env={**os.environ, "PYTHONHOME": sys.base_prefix},
+    def start_server(self, uid: int) -> None:
+        def child() -> None:
+            if behaviour("stubborn"):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+        self.server = subprocess.Popen(
+            ["nvidia-cuda-mps-server"],
+            user=uid if os.getuid() == 0 else None,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=child,  # noqa: PLW1509 - there are no threads
         )
-        assert server.stdout is not None
-        server.stdout.readline()  # it is ready
-        server.stdout.close()
-        self.servers.append(server)
-        self.log(f"Starting new server {server.pid} for user {uid}")
-        self.log(f"NEW SERVER {server.pid}: Ready")
+        self.log(f"Starting new server {self.server.pid} for user {uid}")
 
-    def quit(self) -> None:
-        for server in self.servers:
-            server.terminate()
-        os._exit(0)
+    def reap(self) -> None:
+        if self.server is not None and self.server.poll() is not None:
+            code = max(0, self.server.returncode)
+            self.log(f"Server {self.server.pid} exited with status {code}")
+            self.server = None
+
+    def end_server(self, arguments: list[str]) -> None:
+        """Waits until it has ended, or for so many seconds before it is killed."""
+        if self.server is None:
+            return
+        try:
+            self.server.wait(float(arguments[1]) if arguments[:1] == ["-t"] else None)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+            self.server.wait()
 
     def log(self, text: str) -> None:
-        with self.log_path.open("a") as file:
-            file.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}.000 Control {os.getpid()}] {text}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"[{now}.000 Control {os.getpid():5}] {text}", file=self.log_file, flush=True)
+
+
+def control(*, background: bool) -> int:
+    for directory in PIPE, LOG:
+        directory.mkdir(exist_ok=True)
+    log_file = sys.stdout
+    # Opened once: where a process closes such a file, it has no lock on it any more.
+    with (PIPE / "control_lock").open("a") as lock:
+        Path(lock.name).chmod(0o666)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("An instance of this daemon is already running")
+            return 1
+        if background:
+            if os.fork():
+                return 0
+            os.setsid()
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # its parent has it until it ends
+            (LOG / "server.log").touch()
+            log_file = (LOG / "control.log").open("a")
+            for number in range(3):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        Daemon(log_file).run()
+    return 0
 
 
 def pass_commands() -> int:
     code = 0
-    for line in sys.stdin:
-        with socket.socket(socket.AF_UNIX) as connection:
+    with socket.socket(socket.AF_UNIX) as connection:
+        os.seteuid(int(os.environ.get("FAKE_MPS_USER", os.geteuid())))
+        try:
+            connection.connect(str(PIPE / "control"))
+        except OSError:
+            print(NOT_FOUND, file=sys.stderr)
+            return 1
+        answers = connection.makefile()
+        for line in sys.stdin:
             try:
-                connection.connect(control_socket())
+                connection.sendall(line.encode())
+                answer = answers.readline()
             except OSError:
-                print("Cannot find MPS control daemon process")
-                return 1
-            connection.sendall(line.encode())
-            said, _, text = connection.makefile().read().partition("\n")
-        code = int(said or 1)
-        if text:
-            print(text)
+                answer = ""
+            if not answer:
+                code, sentence = behaviour("busy") or (1, BUSY)
+                if sentence:
+                    print(sentence, file=sys.stderr)
+                return code
+            code, text = json.loads(answer)
+            if text:
+                print(text)
     return code
-
-
-def serve() -> None:
-    if behaviour("stubborn"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("ready", flush=True)
-    while True:
-        time.sleep(60)
 
 
 def main(arguments: list[str]) -> int:
     match arguments:
-        case ["--server", _]:
-            serve()
-        case ["-f"]:
-            Daemon().run()
-        case ["-d"]:
-            if os.fork() == 0:
-                os.setsid()
-                Daemon().run()
+        case ["-f" | "-d" as option, *options] if set(options) <= {"-multiuser-server"}:
+            return control(background=option == "-d")
         case []:
             return pass_commands()
-        case _:
-            print("usage: nvidia-cuda-mps-control [-d | -f]", file=sys.stderr)
-            return 2
-    return 0
+    print("usage: nvidia-cuda-mps-control [-d | -f] [-multiuser-server]")
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+"""How a daemon is asked: one session of the control program, and what may go wrong with it."""
+
+import fcntl
 import os
 import resource
 import time
@@ -8,20 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vgpu_agent.errors import MpsBinaryError, MpsDownError, MpsHungError, MpsRefusedError
+from vgpu_agent.errors import (
+    MpsBinaryError,
+    MpsBusyError,
+    MpsDownError,
+    MpsHungError,
+    MpsRefusedError,
+)
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps.answers import (
     GIB,
+    UNTOLD,
     parse_clients,
-    parse_fault,
     parse_memory,
     parse_percentage,
     parse_pids,
+    parse_status,
     same_limit,
-    waiting_clients,
 )
-from vgpu_agent.mps.control import Control, Defaults
-from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.control import Control
+from vgpu_agent.mps.directories import DaemonDirectories
 
 pytestmark = pytest.mark.slow
 
@@ -34,132 +43,141 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-# The daemon
+def control(tmp_path: Path, script: str, timeout: float = 10) -> Control:
+    """Whose program is this shell script."""
+    program = tmp_path / "nvidia-cuda-mps-control"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return Control(DaemonDirectories("one", tmp_path), binary=str(program), timeout=timeout)
 
 
-async def test_a_daemon_is_asked_and_set_up(fake_mps):
-    fake_mps.start()
-    control = fake_mps.control()
-    assert await control.servers() == ()
-    assert await control.defaults([0, 1]) == Defaults(100, {0: None, 1: None})
-    await control.set_defaults(Defaults(10, {0: 2300 * MIB + 17, 1: None}))
-    assert await control.defaults([0, 1]) == Defaults(10, {0: 2300 * MIB, 1: None})
-    pid = fake_mps.start_server()
-    assert await control.servers() == (pid,)
-    assert not await control.server_failed(pid)
-    fake_mps.behave(status="FAULT", clients=f"GPU-a {pid + 1}\n")
-    assert await control.server_failed(pid)
-    assert await control.clients() == ("GPU-a",)
+ECHO = """while read -r line; do case $line in
+=*) echo "Unknown command \\"$line\\"" ;;
+nothing) ;;
+*) echo "$line is said" ;; esac; done"""
 
 
-async def test_questions_at_the_same_time_take_turns(fake_mps):
-    fake_mps.start()
-    control = fake_mps.control()
-    most, left = 0, 3
-
-    async def ask() -> None:
-        nonlocal left
-        await control.servers()
-        left -= 1
-
-    async with anyio.create_task_group() as tasks:
-        for _ in range(left):
-            tasks.start_soon(ask)
-        while left:
-            most = max(most, len(children()))
-            await anyio.sleep(0.005)
-    assert most <= 2  # the daemon, and one question
+async def test_the_answers_of_a_session_are_told_apart(tmp_path):
+    asked = control(tmp_path, ECHO)
+    assert await asked.ask("one", "nothing", "a b") == ["one is said", "", "a b is said"]
+    assert await asked.ask() == []
 
 
-async def test_without_a_daemon_it_is_down_also_where_a_killed_one_left_its_socket(fake_mps):
-    fake_mps.make_directories()
-    with pytest.raises(MpsDownError, match="no MPS daemon answers"):
-        await fake_mps.control().servers()
-    fake_mps.start()
-    fake_mps.kill()
-    assert (fake_mps.directories.pipe / "control").exists()
-    with pytest.raises(MpsDownError):
-        await fake_mps.control().servers()
+@pytest.mark.parametrize(
+    ("script", "error", "words"),
+    [
+        (
+            "echo 'Cannot find MPS control daemon process' >&2; exit 1",
+            MpsDownError,
+            "no MPS daemon",
+        ),
+        ("echo 'Cannot find MPS control daemon process'; exit 1", MpsDownError, "no MPS daemon"),
+        ("echo 'Cannot send command to MPS control daemon process'; exit 1", MpsBusyError, "busy"),
+        ("exit 1", MpsBusyError, "busy"),
+        ("exit 0", MpsBusyError, "busy"),
+        ("cat >/dev/null; exit 0", MpsBusyError, "busy"),
+        (f"head -n 1 | {{ {ECHO}; }}", MpsBusyError, "busy"),  # it went away in the middle
+    ],
+)
+async def test_a_daemon_that_is_away_is_told_from_one_that_is_busy(tmp_path, script, error, words):
+    for _ in range(3):
+        with pytest.raises(error, match=words):
+            await control(tmp_path, script).ask("one", "two")
+
+
+async def test_whoever_asks_while_another_of_ours_does_waits_and_then_finds_it_busy(tmp_path):
+    asked = control(tmp_path, ECHO, timeout=0.3)
+    with asked.directories.lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(MpsBusyError, match="is locked"):
+            await asked.ask("one")
+    assert await asked.ask("one") == ["one is said"]
 
 
 async def test_a_daemon_that_hangs_is_reported_in_time_and_a_question_to_it_leaves_nothing(
-    fake_mps,
+    tmp_path,
 ):
-    fake_mps.start()
-    control = fake_mps.control()
-    await control.servers()
+    asked = control(tmp_path, "exec sleep 60", timeout=0.3)
     before, files = children(), open_files()
-    fake_mps.behave(hang=True)
     start = time.monotonic()
-    with pytest.raises(MpsHungError, match=r"does not answer `get_server_list` within 1\.5 s"):
-        await control.servers()
-    assert time.monotonic() - start < 2
-    assert (children(), open_files()) == (before, files)
-    with anyio.move_on_after(0.2) as scope:
-        await control.servers()
+    with pytest.raises(MpsHungError, match=r"does not answer within 0\.3 s"):
+        await asked.ask("one")
+    assert time.monotonic() - start < 1
+    with anyio.move_on_after(0.1) as scope:
+        await asked.ask("one")
     assert scope.cancelled_caught
     assert (children(), open_files()) == (before, files)
-    fake_mps.behave()
-    assert await control.servers() == ()
 
 
-async def test_a_refusal_is_reported_with_its_words(fake_mps):
-    fake_mps.start()
-    fake_mps.behave(refuse={"get_server_list": "Not today"})
-    with pytest.raises(MpsRefusedError, match=r"refused `get_server_list` .*Not today"):
-        await fake_mps.control().servers()
+async def test_a_program_that_cannot_be_ended_holds_nobody_up_and_is_not_started_again(
+    tmp_path, monkeypatch
+):
+    """As in a call to the driver that does not return: a signal does not reach it."""
+    asked = control(tmp_path, "echo $$ >>pids; exec sleep 3", timeout=0.3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vgpu_agent.mps.control.Popen.kill", lambda _: None)
+    start = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(MpsHungError):
+            await asked.ask("one")
+    assert time.monotonic() - start < 2
+    assert len((tmp_path / "pids").read_text().split()) == 1
+    await anyio.sleep(2.2)  # the call returns
+    with pytest.raises(MpsHungError):
+        await asked.ask("one")
+    assert len((tmp_path / "pids").read_text().split()) == 2
+    assert asked._stuck is not None
+    asked._stuck.wait(10)
 
 
 @pytest.mark.parametrize("where", ["", " >&2"])
 @pytest.mark.parametrize("word", ["yes", "trap '' PIPE; yes", "cat /dev/zero"])
 async def test_an_endless_answer_is_refused_in_bounded_memory(tmp_path, word, where):
-    program = tmp_path / "program"
-    program.write_text(f"#!/bin/sh\n({word}){where}\n")
-    program.chmod(0o755)
     before, files = children(), open_files()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(MpsRefusedError, match="`get_server_list` with more than 1048576 bytes"):
-        await Control(Directories(tmp_path), binary=str(program), timeout=10).servers()
+    with pytest.raises(MpsRefusedError, match="answers with more than 1048576 bytes"):
+        await control(tmp_path, f"({word}){where}").ask("one")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 32 * 1024  # KiB
     await anyio.sleep(0.1)
     assert (children(), open_files()) == (before, files)
 
 
-async def test_a_process_that_is_out_of_descriptors_says_so(fake_mps):
-    fake_mps.start()
-    control = fake_mps.control()
+async def test_a_process_that_is_out_of_descriptors_says_so(tmp_path):
+    asked = control(tmp_path, ECHO)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files(), hard))
     try:
-        with pytest.raises(MpsHungError, match=r"cannot be asked now: .*Too many open files"):
-            await control.servers()
+        with pytest.raises((MpsBusyError, MpsDownError), match="Too many open files"):
+            await asked.ask("one")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert await control.servers() == ()
+    assert await asked.ask("one") == ["one is said"]
 
 
 async def test_a_program_that_is_missing_or_may_not_be_run_is_reported(tmp_path):
-    program = tmp_path / "program"
-    control = Control(Directories(tmp_path), binary=str(program))
-    with pytest.raises(MpsBinaryError, match="install the driver"):
-        await control.servers()
-    program.write_text("#!/bin/sh\n")
+    asked = control(tmp_path, ECHO)
+    program = tmp_path / "nvidia-cuda-mps-control"
+    program.chmod(0o644)
     with pytest.raises(MpsBinaryError, match="Permission denied"):
-        await control.servers()
+        await asked.ask("one")
+    program.unlink()
+    with pytest.raises(MpsBinaryError, match="install the driver"):
+        await asked.ask("one")
 
 
 # Its answers
 
 
 @given(st.lists(st.integers(0, 2**22)))
-def test_pids_are_read_back(pids):
-    assert parse_pids("\n".join(map(str, pids)) + "\n") == tuple(pids)
+def test_pids_are_read_back_one_or_several_a_line(pids):
+    for between in "\n", " ":
+        assert parse_pids(between.join(map(str, pids)) + "\n") == tuple(pids)
 
 
 @pytest.mark.parametrize(
     ("parse", "texts"),
     [
-        (parse_pids, ["12 13", "-1", "no servers", "12\nServer 13"]),
+        (parse_pids, ["-1", "no servers", "12\nServer 13", "1" * 11]),
         (parse_percentage, ["", "all", "101", "-5", "5 5"]),
         (parse_memory, ["unlimited", "-1G", "1.5G", "8G 8G"]),
     ],
@@ -172,19 +190,19 @@ def test_what_makes_no_sense_is_refused(parse, texts):
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "status"),
     [
-        ("ACTIVE", False),
-        ("Server 12 status: Initializing", False),
-        ("FAULT\n", True),
-        ("Server 12 status: fault", True),
-        ("ACTIVE, was FAULT", True),
-        ("DEFAULT", False),
-        ("", False),
+        ("ACTIVE", "ACTIVE"),
+        ("initializing\n", "INITIALIZING"),
+        ("FAULT", "FAULT"),
+        ("Server 12 not found", None),
+        ('Unknown command "get_server_status"', UNTOLD),
+        ("Server 12 is <busy>", "Server 12 is <busy>"),
+        ("", ""),
     ],
 )
-def test_a_fault_is_a_word_of_the_status(text, fault):
-    assert parse_fault(text) is fault
+def test_a_status_is_one_word_and_a_server_that_is_gone_has_none(text, status):
+    assert parse_status(text) == status
 
 
 @given(st.integers(0, 100), st.sampled_from(["", ".0", ".25", "%", ".0 %"]))
@@ -240,44 +258,4 @@ def test_clients_are_read_in_every_form_that_may_be(text, clients):
 @given(st.text(max_size=300))
 def test_no_text_breaks_a_parser_that_does_not_refuse(text):
     parse_clients(text)
-    parse_fault(text)
-    waiting_clients(text)
-
-
-# The log
-
-
-def line(text: str) -> str:
-    return f"[2026-05-31 23:48:21.671 Control 11107] {text}\n"
-
-
-OWN = (
-    line("NEW CLIENT 71 from user 1000: Server is not ready, push client to pending list")
-    + line("Starting new server 60 for user 1000")
-    + line("NEW SERVER 60: Ready")
-)
-FOREIGN = line("NEW CLIENT 72 from user 0: Server is not ready, push client to pending list")
-
-
-def test_clients_of_another_user_wait_until_their_server_is_ready():
-    assert waiting_clients(OWN) == set()
-    assert waiting_clients(OWN + FOREIGN) == {(72, 0)}
-    after = line("Server 60 exited with status 0") + line("Starting new server 61 for user 0")
-    assert waiting_clients(OWN + FOREIGN + after) == set()
-    assert waiting_clients(OWN + FOREIGN + after + line("NEW SERVER 61: Ready")) == set()
-
-
-def test_a_log_whose_beginning_is_lost_shows_the_user_by_its_clients():
-    served = line("NEW CLIENT 71 from user 1000: Server already exists")
-    assert waiting_clients(served + FOREIGN) == {(72, 0)}
-    assert waiting_clients(FOREIGN) == set()
-
-
-async def test_a_program_that_ends_without_reading_is_a_daemon_that_is_down(tmp_path):
-    program = tmp_path / "nvidia-cuda-mps-control"
-    program.write_text("#!/bin/sh\necho 'Cannot find MPS control daemon process'; exit 1\n")
-    program.chmod(0o755)
-    control = Control(Directories(tmp_path), binary=str(program))
-    for _ in range(5):
-        with pytest.raises(MpsDownError):
-            await control.servers()
+    parse_status(text)

@@ -1,4 +1,5 @@
-import json
+"""`mps watch` beside daemons, real ones and one that does what a test wants."""
+
 import os
 import signal
 import time
@@ -11,24 +12,37 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.mps.fixtures import FakeMps, eventually
+from tests.mps.fixtures import USER, FakeMps, Mps, eventually
 from vgpu_agent.commands.mps import watch_plan
 from vgpu_agent.errors import MpsSetupError, StoreError
 from vgpu_agent.model.devices import Excluded, Gpu
-from vgpu_agent.model.facts import Applied, AppliedGpu, Scan
-from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules, Threads
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
+from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
-from vgpu_agent.mps.applied import generation_of, read
-from vgpu_agent.mps.control import Control
+from vgpu_agent.mps import state
+from vgpu_agent.mps.answers import UNTOLD
+from vgpu_agent.mps.daemon import RealDaemons
+from vgpu_agent.mps.look import fault_of
+from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
 
 pytestmark = pytest.mark.slow
 
 LIMIT = 2300 * MIB
-GPUS = (AppliedGpu("GPU-a", 0, 10, LIMIT), AppliedGpu("GPU-b", 1, 10, LIMIT))
-OPEN_GPUS = tuple(replace(gpu, memory_limit_bytes=None) for gpu in GPUS)
-SERVER = Applied("", MpsLimits.SERVER, 10, GPUS, None, "1.2")
-CLIENT = Applied("", MpsLimits.CLIENT, None, OPEN_GPUS, None, "1.2")
+A, B = "GPU-a", "GPU-b"
+
+
+def a_plan(limits: MpsLimits, *names: str, threads: int = 10) -> State:
+    """Each daemon has one GPU, with ten vGPUs."""
+    server = limits is MpsLimits.SERVER
+    look = DaemonLook(thread_percentage=threads if server else None)
+    gpus = {name: AppliedGpu(name, 0, 10, LIMIT if server else None) for name in names}
+    daemons = {name: Watched(replace(look, gpus=(gpu,))) for name, gpu in gpus.items()}
+    return State("1.2", limits, 0.0, daemons)
+
+
+SERVER, CLIENT = (a_plan(limits, A) for limits in (MpsLimits.SERVER, MpsLimits.CLIENT))
+BOTH = a_plan(MpsLimits.CLIENT, A, B)
 
 WATCH = """
 from vgpu_agent import settings
@@ -40,16 +54,11 @@ mps_watch(configured)
 """
 
 
-def state(mps: FakeMps) -> Applied | None:
-    return read(mps.directories.state)
-
-
 @asynccontextmanager
-async def watching(
-    mps: FakeMps, plan: Applied, control: Control | None = None
-) -> AsyncIterator[None]:
+async def watching(mps: Mps, plan: State, **pace: float) -> AsyncIterator[None]:
     async def run() -> None:
-        await watch(plan, control or mps.control(), poll_seconds=0.05, look_seconds=0.2)
+        seconds = {"poll_seconds": 0.05, "look_seconds": 0.2, **pace}
+        await watch(plan, mps.directories, binary=mps.program, **seconds)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
@@ -57,167 +66,282 @@ async def watching(
         tasks.cancel_scope.cancel()
 
 
-async def becomes(check: Callable[[], object], seconds: float = 5) -> None:
-    with anyio.fail_after(seconds):
-        while not check():  # noqa: ASYNC110 - files and logs tell nobody
+async def look_at(mps: Mps) -> MpsLook:
+    """What the agent sees."""
+    return await RealDaemons(mps.directories).look()
+
+
+async def becomes(
+    mps: Mps, holds: Callable[[DaemonLook], object], name: str = A, seconds: float = 8
+) -> DaemonLook:
+    """Waits until the agent sees that of a daemon."""
+    found = None
+    with anyio.move_on_after(seconds):
+        while True:
+            found = (await look_at(mps)).daemons.get(name)
+            if found is not None and holds(found):
+                return found
             await anyio.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {found}")
 
 
-def problem(mps: FakeMps) -> str:
-    found = state(mps)
-    return (found.problem if found else None) or ""
+def well(look: DaemonLook) -> bool:
+    return look.generation is not None and not (look.down or look.problem or look.fault)
 
 
-def in_effect(mps: FakeMps) -> bool:
-    found = state(mps)
-    return (
-        found is not None
-        and found.problem is None
-        and found.generation == generation_of(mps.directories.pipe)
-    )
+# Limits
 
 
-# What is applied and published
-
-
-@pytest.mark.parametrize(("whole_gib", "said"), [(False, "2300M"), (True, "2G")])
-async def test_limits_are_applied_read_back_and_published(fake_mps, caplog, whole_gib, said):
+@pytest.mark.parametrize("limits", MpsLimits)
+async def test_limits_are_applied_read_back_and_told(any_mps, caplog, limits):
     caplog.set_level("INFO")
-    fake_mps.behave(whole_gib=whole_gib)
-    fake_mps.start()
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: in_effect(fake_mps))
-    generation = generation_of(fake_mps.directories.pipe)
-    assert state(fake_mps) == Applied(generation, MpsLimits.SERVER, 10, GPUS, None, "1.2")
-    assert fake_mps.ask("get_default_active_thread_percentage").stdout == "10.0\n"
-    assert fake_mps.ask("get_default_device_pinned_mem_limit 1").stdout == f"{said}\n"
-    assert caplog.messages == [
-        "limits are in effect: server, 10 % of the threads, 2300 MiB on GPU 0, 2300 MiB on GPU 1"
+    any_mps.start()
+    plan = a_plan(limits, A)
+    async with watching(any_mps, plan):
+        found = await becomes(any_mps, well)
+    assert replace(found, generation=None) == plan.daemons[A].look
+    assert (await look_at(any_mps)).limits is limits
+    percentage, memory = ("10.0", "2G") if limits is MpsLimits.SERVER else ("100.0", "")
+    get = "get_default_device_pinned_mem_limit 0"
+    said = any_mps.ask("get_default_active_thread_percentage", get).stdout.split()
+    assert said == [percentage, *memory.split()]
+    assert [each for each in caplog.messages if "in effect" in each] == [
+        f"{A}: limits are in effect: server, 10 % of the threads, 2300 MiB on GPU 0"
+        if limits is MpsLimits.SERVER
+        else f"{A}: limits are in effect: {limits}, 100 % of the threads, no limit on GPU 0"
     ]
 
 
-@pytest.mark.parametrize("limits", [MpsLimits.CLIENT, MpsLimits.NONE])
-async def test_open_defaults_are_read_back_and_published(fake_mps, limits):
-    fake_mps.start()
-    async with watching(fake_mps, replace(CLIENT, limits=limits)):
-        await becomes(lambda: in_effect(fake_mps))
-    found = state(fake_mps)
-    assert (found.limits, found.thread_percentage, found.gpus) == (limits, None, OPEN_GPUS)
+async def test_what_somebody_changes_is_set_again(any_mps):
+    any_mps.start()
+    async with watching(any_mps, SERVER):
+        await becomes(any_mps, well)
+        eventually(lambda: any_mps.ask("set_default_active_thread_percentage 50").returncode == 0)
+        with anyio.fail_after(8):
+            while "10.0" not in any_mps.ask("get_default_active_thread_percentage").stdout:  # noqa: ASYNC110
+                await anyio.sleep(0.1)
+        await becomes(any_mps, well)
 
 
-async def test_a_limit_that_is_set_where_it_should_be_open_is_a_problem(fake_mps):
-    fake_mps.start()
-    fake_mps.ask("set_default_active_thread_percentage 25")
-    fake_mps.ask("set_default_device_pinned_mem_limit 1 512M")
-    async with watching(fake_mps, CLIENT):
-        await becomes(lambda: "(25 % of the threads, 512 MiB on GPU 1)" in problem(fake_mps))
-        found = state(fake_mps)
-        assert (found.thread_percentage, found.gpus[1].memory_limit_bytes) == (25, 512 * MIB)
-        fake_mps.ask("set_default_active_thread_percentage 100")
-        fake_mps.ask("set_default_device_pinned_mem_limit 1 0G")
-        await becomes(lambda: in_effect(fake_mps))
+async def test_a_limit_where_there_should_be_none_is_a_problem(any_mps):
+    any_mps.start()
+    any_mps.ask(
+        "set_default_active_thread_percentage 25", "set_default_device_pinned_mem_limit 0 512M"
+    )
+    async with watching(any_mps, CLIENT):
+        found = await becomes(any_mps, lambda look: look.problem)
+    assert "(25 % of the threads, 512 MiB on GPU 0)" in found.problem
+    any_mps.ask(
+        "set_default_active_thread_percentage 100", "set_default_device_pinned_mem_limit 0 0M"
+    )
+    async with watching(any_mps, CLIENT):
+        await becomes(any_mps, well)
 
 
 @pytest.mark.parametrize(
     ("behaviour", "words"),
     [
-        (
-            {"answers": {"get_default_device_pinned_mem_limit 0": "1G"}},
-            "2300 MiB on GPU 1 and says 1024 MiB on GPU 0: see its control.log",
-        ),
-        ({"refuse": {"set_default_device_pinned_mem_limit": "No such device"}}, "No such device"),
-        ({"servers": [0]}, "hostPID: true"),
+        ({"answers": {"get_default_device_pinned_mem_limit 0": "1G"}}, "and says 1024 MiB on GPU"),
+        ({"answers": {"get_default_active_thread_percentage": "all"}}, "no thread percentage"),
+        ({"answers": {"get_server_list": "No servers"}}, "lists no PIDs"),
+        ({"servers": [2**22 - 1]}, "hostPID: true"),
     ],
-    ids=["another limit is read back", "it refuses", "/proc does not know its server"],
+    ids=["another limit is read back", "no number", "no PIDs", "/proc does not know its server"],
 )
 async def test_a_daemon_has_a_problem_as_long_as(fake_mps, behaviour, words):
     fake_mps.start()
     fake_mps.behave(**behaviour)
     async with watching(fake_mps, SERVER):
-        await becomes(lambda: words in problem(fake_mps))
+        await becomes(fake_mps, lambda look: words in (look.problem or ""))
         fake_mps.behave()
-        await becomes(lambda: in_effect(fake_mps))
-
-
-async def test_a_damaged_state_is_replaced(fake_mps):
-    fake_mps.start()
-    fake_mps.directories.state.write_text("{")
-    with pytest.raises(StoreError):
-        state(fake_mps)
-
-    def whole() -> bool:
-        try:
-            return in_effect(fake_mps)
-        except StoreError:
-            return False
-
-    async with watching(fake_mps, CLIENT):
-        await becomes(whole)
+        await becomes(fake_mps, well)
 
 
 # Servers
 
 
-async def test_a_server_that_is_older_than_the_limits_is_a_problem_until_it_ends(fake_mps):
-    fake_mps.start()
-    server = fake_mps.start_server()
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: f"MPS server {server} is older than the limits" in problem(fake_mps))
+async def test_a_server_that_is_older_than_the_limits_is_a_problem_until_it_ends(any_mps):
+    any_mps.start()
+    server = any_mps.start_server()
+    words = f"MPS server {server} is older than the limits"
+    async with watching(any_mps, SERVER):
+        await becomes(any_mps, lambda look: words in (look.problem or ""))
     # A watcher that comes back knows it still.
-    async with watching(fake_mps, SERVER):
-        await anyio.sleep(0.3)
-        assert f"MPS server {server} is older" in problem(fake_mps)
-        assert fake_mps.server_pids() == [server]  # never ended
-        os.kill(server, 9)
-        await becomes(lambda: in_effect(fake_mps))
+    async with watching(any_mps, SERVER):
+        await anyio.sleep(0.5)
+        await becomes(any_mps, lambda look: words in (look.problem or ""))
+        assert any_mps.server_pids() == [server]  # never ended
+        os.kill(server, signal.SIGKILL)
+        await becomes(any_mps, well)
 
 
-async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(fake_mps):
+async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(any_mps):
+    any_mps.start()
+    async with watching(any_mps, SERVER):
+        await becomes(any_mps, well)
+    await anyio.sleep(0.05)
+    server = any_mps.start_server()
+    async with watching(any_mps, SERVER):
+        await becomes(any_mps, lambda look: well(look) and look.servers == (server,))
+    # Other limits than those that it was started with: it is old.
+    async with watching(any_mps, a_plan(MpsLimits.SERVER, A, threads=20)):
+        await becomes(any_mps, lambda look: "is older than" in (look.problem or ""))
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({"get_active_thread_percentage {}": "50.0"}, "was given 50.0"),
+        ({"get_active_thread_percentage {}": "10.0"}, None),
+        ({"get_active_thread_percentage {}": "Server {} not found"}, None),
+        ({"get_device_pinned_mem_limit {} 0": "3G"}, "was given 3G"),
+        ({"get_device_pinned_mem_limit {} 0": "2G"}, None),
+        ({"get_device_pinned_mem_limit {} 0": ""}, None),  # not told
+    ],
+)
+async def test_what_a_server_was_given_beyond_the_limits_is_a_problem(fake_mps, answers, words):
     fake_mps.start()
     async with watching(fake_mps, SERVER):
-        await becomes(lambda: in_effect(fake_mps))
-    await anyio.sleep(0.05)
-    fake_mps.start_server()
-    fake_mps.directories.state.unlink()
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: state(fake_mps))
-        assert problem(fake_mps) == ""
-    # Other limits than those that it was started with: it is old.
-    async with watching(fake_mps, replace(SERVER, thread_percentage=20)):
-        await becomes(lambda: "is older than the limits" in problem(fake_mps))
+        await becomes(fake_mps, well)
+        pid = fake_mps.start_server()
+        said = {line.format(pid): text.format(pid) for line, text in answers.items()}
+        fake_mps.behave(answers=said)
+        found = await becomes(fake_mps, lambda look: look.servers and (look.problem or not words))
+    assert words in found.problem if words else well(found)
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "words"),
+    [
+        ("ACTIVE", 1e6, None),
+        (UNTOLD, 1e6, None),
+        ("INITIALIZING", 59, None),
+        ("INITIALIZING", 61, "is INITIALIZING for over 60 s"),
+        ("FAULT", 0, "has the status FAULT"),
+        ("UNKNOWN", 0, "has the status UNKNOWN"),
+        ("SOMETHING NEW", 0, "has the status SOMETHING NEW"),
+    ],
+)
+def test_a_server_serves_while_it_is_active_or_starts(status, seconds, words):
+    found = fault_of({7: status}, {7: 0.0}, seconds)
+    assert (found is None) is (words is None)
+    assert (words or "") in (found or "")
+
+
+async def test_a_fault_of_a_server_and_its_clients_are_told(fake_mps):
+    fake_mps.start()
+    pid = fake_mps.start_server()
+    async with watching(fake_mps, CLIENT):
+        fake_mps.behave(status="FAULT", clients="GPU-a 71\n0 72\n")
+        found = await becomes(fake_mps, lambda look: look.fault)
+        assert found.fault == f"MPS server {pid} has the status FAULT"
+        assert (found.servers, found.clients) == ((pid,), {A: 2})
+        fake_mps.behave()
+        await becomes(fake_mps, lambda look: well(look) and not look.clients)
+
+
+async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, caplog):
+    caplog.set_level("INFO")
+    any_mps.start()
+    any_mps.servers_do("exit 1")
+    async with watching(any_mps, CLIENT):
+        for _ in range(3):
+            any_mps.ask(f"start_server -uid {USER}")
+            await anyio.sleep(0.3)
+        found = await becomes(any_mps, lambda look: look.failing)
+    assert found.crashes >= 3
+    assert "end by an error soon after their start" in found.failing
+    assert well(found)
+    assert "exited with status 1" in caplog.text
+
+
+# Who asks
+
+
+async def test_a_tenant_who_keeps_the_connection_makes_no_vgpu_unhealthy(any_mps, caplog):
+    """Reproduced with the daemon that was asked by agent and watch: all vGPUs of the node."""
+    any_mps.start()
+    async with watching(any_mps, CLIENT):
+        before = await becomes(any_mps, well)
+        with any_mps.held() as holder:
+            found = await becomes(any_mps, lambda look: look.busy, seconds=15)
+            if not isinstance(any_mps, FakeMps):  # its name is Python's
+                assert f": process {holder.pid} of user {os.getuid()}" in found.busy
+            for _ in range(8):
+                await anyio.sleep(0.5)
+                assert well(await becomes(any_mps, lambda _: True))
+        after = await becomes(any_mps, lambda look: not look.busy, seconds=15)
+    assert after == before
+    assert caplog.text.count("somebody else has it") == 1
+
+
+@pytest.mark.parametrize(("plan", "healthy"), [(CLIENT, True), (SERVER, False)])
+async def test_a_daemon_that_is_busy_from_its_start_serves_where_nothing_is_to_be_set(
+    any_mps, plan, healthy
+):
+    any_mps.start()
+    with any_mps.held():
+        async with watching(any_mps, plan):
+            found = await becomes(any_mps, lambda look: look.busy, seconds=15)
+            assert well(found) is healthy
+
+
+@pytest.mark.parametrize("busy", [[1, ""], [0, ""], [0, "Cannot send command"]])
+async def test_a_question_that_meets_another_one_is_put_again(fake_mps, busy):
+    fake_mps.start()
+    fake_mps.behave(busy=busy)
+    async with watching(fake_mps, CLIENT):
+        await becomes(fake_mps, well)
+        with fake_mps.held():
+            await anyio.sleep(1)
+        found = await becomes(fake_mps, lambda look: not look.busy)
+    assert well(found)
 
 
 # Daemons that come and go
 
 
-async def test_a_new_daemon_gets_its_limits_within_two_seconds(fake_mps):
-    fake_mps.start()
-
-    async def run() -> None:
-        await watch(SERVER, fake_mps.control())  # at its own pace
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        await becomes(lambda: in_effect(fake_mps))
-        fake_mps.kill()
-        before = state(fake_mps)
-        await anyio.sleep(0.6)
-        assert state(fake_mps) == before  # of the daemon that is gone, which it says itself
-        fake_mps.start()
-        await becomes(lambda: in_effect(fake_mps), seconds=2)
-        tasks.cancel_scope.cancel()
+async def test_a_daemon_that_dies_concerns_its_own_gpu_and_a_new_one_gets_its_limits(any_mps):
+    one, other = any_mps, any_mps.of(B)
+    for mps in (one, other):
+        mps.start()
+    async with watching(one, a_plan(MpsLimits.SERVER, A, B), look_seconds=5, poll_seconds=0.5):
+        await becomes(one, well)
+        kept = await becomes(one, well, B)
+        one.kill()
+        found = await becomes(one, lambda look: look.down, seconds=2)
+        assert "no MPS daemon serves" in found.down
+        one.start()
+        await becomes(one, well, seconds=3)
+        assert await becomes(one, well, B) == kept
+    assert one.ask("get_default_active_thread_percentage").stdout == "10.0\n"
 
 
-async def test_a_daemon_that_hangs_is_logged_once_and_waited_for(fake_mps, caplog):
-    fake_mps.start()
-    fake_mps.behave(hang=True)
-    async with watching(fake_mps, CLIENT, fake_mps.control(timeout=0.5)):
-        await becomes(lambda: "does not answer" in caplog.text)
-        await anyio.sleep(1.2)
-        assert state(fake_mps) is None
+async def test_a_daemon_that_is_stopped_is_down_and_its_neighbour_is_not(any_mps, caplog):
+    one, other = any_mps, any_mps.of(B)
+    for mps in (one, other):
+        mps.start()
+    async with watching(one, BOTH):
+        await becomes(one, well)
+        kept = await becomes(one, well, B)
+        one.daemon.send_signal(signal.SIGSTOP)
+        await becomes(one, lambda look: "does not answer" in (look.down or ""), seconds=15)
+        assert await becomes(one, well, B) == kept
         assert caplog.text.count("does not answer") == 1
+        one.daemon.send_signal(signal.SIGCONT)
+        await becomes(one, well)
+
+
+async def test_one_question_without_an_answer_is_no_end(fake_mps):
+    fake_mps.start()
+    async with watching(fake_mps, CLIENT):
+        await becomes(fake_mps, well)
+        fake_mps.behave(hang=True)
+        await anyio.sleep(1.8)  # one has not been answered
         fake_mps.behave()
-        await becomes(lambda: in_effect(fake_mps))
+        for _ in range(10):
+            assert well(await becomes(fake_mps, lambda _: True))
+            await anyio.sleep(0.1)
 
 
 async def test_a_missing_program_is_logged_once_and_waited_for(fake_mps, caplog):
@@ -225,64 +349,94 @@ async def test_a_missing_program_is_logged_once_and_waited_for(fake_mps, caplog)
     program = anyio.Path(fake_mps.program)
     away = await program.rename(program.with_name("away"))
     async with watching(fake_mps, CLIENT):
-        await becomes(lambda: "install the driver" in caplog.text)
+        found = await becomes(fake_mps, lambda look: look.problem)
+        assert "install the driver" in found.problem
         await anyio.sleep(0.6)
         assert caplog.text.count("install the driver") == 1
         await away.rename(program)
-        await becomes(lambda: in_effect(fake_mps))
-
-
-async def test_a_daemon_that_does_not_stay_is_logged(fake_mps, caplog):
-    fake_mps.make_directories()
-    async with watching(fake_mps, CLIENT):
-        for _ in range(3):
-            await anyio.to_thread.run_sync(fake_mps.start)
-            await becomes(lambda: in_effect(fake_mps))
-            fake_mps.kill()
-        assert "the MPS daemon was started 3 times within" in caplog.text
+        await becomes(fake_mps, well)
 
 
 async def test_without_its_directory_it_says_what_makes_it(fake_mps):
     with pytest.raises(MpsSetupError, match="mps prepare"):
-        await watch(CLIENT, fake_mps.control())
+        await watch(a_plan(MpsLimits.CLIENT, A), fake_mps.of("x").directories)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', "\0" * 50])
+async def test_a_damaged_state_is_replaced(fake_mps, content):
+    fake_mps.start()
+    fake_mps.directories.state.write_text(content)
+    with pytest.raises(StoreError):
+        state.read(fake_mps.directories.state)
+    async with watching(fake_mps, SERVER):
+        await becomes(fake_mps, well)
+
+
+# For long
+
+
+@pytest.mark.parametrize("plan", [CLIENT, SERVER], ids=["client", "server"])
+async def test_a_round_is_one_session_and_writes_little_log(any_mps, plan):
+    """At its own pace, a look every five seconds, no daemon writes 75 MB in a month."""
+    any_mps.start()
+    async with watching(any_mps, plan, look_seconds=0.25):
+        await becomes(any_mps, well)
+        before, log = any_mps.log.parent / "log" / "control.log", any_mps.output
+        size, sessions = log.stat().st_size, log.read_text().count("NEW UI")
+        await anyio.sleep(2.1)
+        rounds = log.read_text().count("NEW UI") - sessions
+        assert before == log
+        assert 6 <= rounds <= 9
+        month = (log.stat().st_size - size) / rounds * 30 * 24 * 3600 / 5
+    # In `server` mode the defaults are read at each look.
+    assert month < (600 if plan is SERVER else 300) * 1e6, f"{month / 1e6:.0f} MB"
 
 
 # Real processes
 
 
-def test_killing_the_watcher_leaves_the_daemon_its_server_and_clients_alone(fake_mps):
-    daemon = fake_mps.start()
-    variables = {
-        "VGPU_GPU_DRIVER": "simulated",
-        "VGPU_SHARING": "mps",
-        "VGPU_MPS_LIMITS": "server",
-    }
-    first = fake_mps.run(WATCH, **variables)
-    eventually(lambda: in_effect(fake_mps), 10)
-    time.sleep(0.05)
-    server = fake_mps.start_server()
-    published = fake_mps.directories.state.read_bytes()
+SETTINGS = {
+    "VGPU_GPU_DRIVER": "simulated",
+    "VGPU_SIMULATED_GPUS": "1",
+    "VGPU_SHARING": "mps",
+    "VGPU_MPS_LIMITS": "server",
+    "VGPU_MPS_DAEMONS": "node",
+}
 
-    second = fake_mps.run(WATCH, **variables)
+
+def seen(mps: Mps) -> Watched:
+    found = state.read(mps.directories.state)
+    return Watched() if found is None else found.daemons["node"]
+
+
+def test_killing_the_watcher_leaves_the_daemon_its_server_and_clients_alone(any_mps):
+    mps = any_mps.of("node")
+    daemon = mps.start()
+    first = mps.run(WATCH, **SETTINGS)
+    eventually(lambda: well(seen(mps).look), 10)
+    time.sleep(0.05)
+    server = mps.start_server()
+    eventually(lambda: seen(mps).look.servers == (server,), 10)
+
+    second = mps.run(WATCH, **SETTINGS)
     _, said = second.communicate(timeout=15)
     assert second.returncode == 1
-    assert "another `vgpu-agent mps watch` holds" in said
+    assert "another process holds" in said
 
     first.kill()
     first.wait()
     assert daemon.poll() is None
-    assert fake_mps.server_pids() == [server]
-    assert fake_mps.ask("get_server_list").stdout == f"{server}\n"
-    assert fake_mps.directories.state.read_bytes() == published
+    assert mps.server_pids() == [server]
+    known = seen(mps)
 
-    third = fake_mps.run(WATCH, **variables)
+    third = mps.run(WATCH, **SETTINGS)
     assert "limits are in effect: server, 10 % of the threads" in third.stderr.readline()
-    assert fake_mps.directories.state.read_bytes() == published
+    assert replace(seen(mps), log=known.log) == known
     third.terminate()
     _, said = third.communicate(timeout=10)
     assert third.returncode == 0
-    assert "the MPS daemon and its limits stay" in said
-    assert fake_mps.server_pids() == [server]
+    assert "the MPS daemons and their limits stay" in said
+    assert mps.server_pids() == [server]
 
 
 KILLED = """
@@ -294,41 +448,24 @@ def end(*_, **__):
 
 
 @pytest.mark.parametrize("call", ["json.dump", "os.fsync", "os.replace"])
-def test_a_watcher_that_is_killed_while_it_writes_loses_nothing(fake_mps, call):
+def test_a_watcher_that_is_killed_while_it_writes_loses_nothing(fake_mps: FakeMps, call):
     """Were what it applied lost, every server would count as older than the limits."""
-    variables = {
-        "VGPU_GPU_DRIVER": "simulated",
-        "VGPU_SHARING": "mps",
-        "VGPU_MPS_LIMITS": "server",
-    }
-    fake_mps.start()
-    first = fake_mps.run(WATCH, **variables)
-    eventually(lambda: in_effect(fake_mps), 10)
+    mps = fake_mps.of("node")
+    mps.start()
+    first = mps.run(WATCH, **SETTINGS)
+    eventually(lambda: well(seen(mps).look), 10)
     first.kill()
     first.wait()
     time.sleep(0.05)
-    fake_mps.start_server()
-    remembered = fake_mps.directories.watch_memory.read_bytes()
-    # Somebody lifts a limit: it is applied again, and what was applied is written again.
-    fake_mps.ask("set_default_active_thread_percentage 50")
-    second = fake_mps.run(KILLED.format(call) + WATCH, **variables)
+    mps.start_server()
+    remembered = seen(mps)
+    second = mps.run(KILLED.format(call) + WATCH, **SETTINGS)
     assert second.wait(timeout=15) == -signal.SIGKILL
-    assert fake_mps.directories.watch_memory.read_bytes() == remembered
-    third = fake_mps.run(WATCH, **variables)
-    assert "limits are in effect: server, 10 % of the threads" in third.stderr.readline()
-    assert in_effect(fake_mps)
-
-
-@pytest.mark.parametrize(
-    "damaged", ["", "{", "[]", "{}", '{"generation": 1}', '{"generation": "", "x": 2}']
-)
-async def test_a_damaged_memory_is_none(fake_mps, damaged):
-    fake_mps.start()
-    fake_mps.directories.watch_memory.write_text(damaged)
-    async with watching(fake_mps, SERVER):
-        await becomes(lambda: in_effect(fake_mps))
-    kept = json.loads(fake_mps.directories.watch_memory.read_text())
-    assert kept["generation"] == generation_of(fake_mps.directories.pipe)
+    assert seen(mps) == remembered
+    third = mps.run(WATCH, **SETTINGS)
+    lines = [third.stderr.readline() for _ in range(2)]
+    assert any("limits are in effect: server, 10 % of the threads" in line for line in lines)
+    assert well(seen(mps).look)
 
 
 # The plan
@@ -342,20 +479,25 @@ def test_the_plan_has_the_share_of_one_vgpu_and_ordinals_in_pci_order():
     mig = Excluded(gpu(2, "0000:01:00.0"), "mig", "in MIG mode")
     scan = Scan("570.1", (gpu(0, "0000:5e:00.0"), gpu(1, "0000:3b:00.0")), (mig,))
     rules = SharingRules(replicas_by_gpu={"GPU-0": 4}, mps_limits=MpsLimits.SERVER)
-    plan = watch_plan(scan, rules)
-    assert plan.thread_percentage == 10
-    assert plan.gpus == (
-        AppliedGpu("GPU-1", 1, 10, 2355 * MIB),
-        AppliedGpu("GPU-0", 2, 4, 5888 * MIB),
+    plan = {name: each.look for name, each in watch_plan(scan, rules).daemons.items()}
+    assert plan == {
+        "GPU-1": DaemonLook(gpus=(AppliedGpu("GPU-1", 0, 10, 2355 * MIB),), thread_percentage=10),
+        "GPU-0": DaemonLook(gpus=(AppliedGpu("GPU-0", 0, 4, 5888 * MIB),), thread_percentage=25),
+    }
+    node = replace(rules, mps_daemons=MpsDaemons.NODE)
+    assert watch_plan(scan, node).daemons["node"].look == DaemonLook(
+        gpus=(AppliedGpu("GPU-1", 0, 10, 2355 * MIB), AppliedGpu("GPU-0", 1, 4, 5888 * MIB)),
+        thread_percentage=10,
     )
-    opened = watch_plan(scan, replace(rules, mps_limits=MpsLimits.CLIENT))
-    assert opened.thread_percentage is None
-    assert {each.memory_limit_bytes for each in opened.gpus} == {None}
-    unbound = watch_plan(scan, replace(rules, mps_threads=Threads.NONE))
-    assert unbound.thread_percentage is None
-    whole = watch_plan(scan, SharingRules(replicas=1, mps_limits=MpsLimits.SERVER))
-    assert whole.thread_percentage is None
-    assert watch_plan(scan, replace(rules, mps_threads=2.0)).thread_percentage == 20
+
+    def of(rules: SharingRules) -> DaemonLook:
+        return watch_plan(scan, rules).daemons["GPU-1"].look
+
+    opened = of(replace(rules, mps_limits=MpsLimits.CLIENT))
+    assert (opened.thread_percentage, opened.gpus[0].memory_limit_bytes) == (None, None)
+    assert of(replace(rules, mps_threads=Threads.NONE)).thread_percentage is None
+    assert of(SharingRules(replicas=1, mps_limits=MpsLimits.SERVER)).thread_percentage is None
+    assert of(replace(rules, mps_threads=2.0)).thread_percentage == 20
 
 
 @given(
@@ -374,8 +516,8 @@ def test_the_limits_of_all_vgpus_of_a_gpu_fit_into_it(memory, replicas, size, re
         mps_limits=MpsLimits.SERVER,
     )
     plan = watch_plan(Scan("570.1", (only,)), rules)
-    assert bool(plan.gpus) == isinstance(divide(only, rules), Divided)
-    for each in plan.gpus:
+    assert bool(plan.daemons) == isinstance(divide(only, rules), Divided)
+    for each in [gpu for daemon in plan.daemons.values() for gpu in daemon.look.gpus]:
         assert each.memory_limit_bytes % MIB == 0
         assert each.memory_limit_bytes * each.replicas <= max(
             0, memory - only.reserved_bytes - reserved

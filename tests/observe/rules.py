@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.agent_process import REPOSITORY
 from tests.kubelet.rig import GIB, RESOURCE
 from vgpu_agent.model.devices import Effect, Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
+from vgpu_agent.model.facts import DaemonLook, MpsLook
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
 from vgpu_agent.model.rules import MPS_SERVER_MARGIN, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Kubelet, Mps, RegistrationResult, Rules, Snapshot
@@ -151,6 +152,8 @@ RESNET = Holder("team-a", "resnet-1", "main")
 LLAMA = Holder("team-b", "llama-0", "server")
 SHRUNK = Holder("team-b", "old-0", "main")
 
+DAEMON = DaemonLook("1", servers=(812,), clients={"GPU-a": 2}, waiting=1, crashes=3)
+
 SNAPSHOT = Snapshot(
     inventory=Inventory(
         (
@@ -170,12 +173,10 @@ SNAPSHOT = Snapshot(
     excluded=(Excluded(EXCLUDED, "mig", "MIG mode is on"),),
     driver=Driver("580.65.06", None),
     mps=Mps(
-        up=True,
+        look=MpsLook(limits=MpsLimits.CLIENT, daemons={"GPU-a": DAEMON}),
         problem=None,
         replacement=None,
-        limits=MpsLimits.CLIENT,
-        clients=MappingProxyType({"GPU-a": 2}),
-        waiting=1,
+        daemons={"GPU-a": DAEMON},
     ),
     kubelet=Kubelet(registered=True, streams=1),
     xids=MappingProxyType({("GPU-a", 13): 3, ("GPU-b", 79): 1, (None, 8): 2, ("GPU-x", 31): 1}),

@@ -6,20 +6,21 @@ from dataclasses import replace
 import anyio
 import pytest
 
-from tests.model.strategies import a_gpu
+from tests.model.strategies import a_gpu, a_look
 from vgpu_agent.model.devices import Excluded, Fault, Reason
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
+from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
-from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
+from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, Inputs, Kubelet, Rules, Snapshot, compose
 from vgpu_agent.observe.changes import NAMED, changes, write
 from vgpu_agent.observe.logs import Repeats
 
 RULES = Rules(SharingRules(replicas=2), HealthRules(ignored_xids=frozenset({79})))
 GPU = a_gpu(0)
-APPLIED = Applied("1", MpsLimits.CLIENT, None, (AppliedGpu("gpu-0", 0, 2, None),), None, "1")
-UP = DaemonLook(generation="1", applied=APPLIED)
+UP = a_look(**{"gpu-0": 2})
+WAITING = replace(UP, daemons={"gpu-0": replace(UP.daemons["gpu-0"], waiting=2)})
+SPLIT = Holders(None, (Assignment(Holder("ns", "pod", "main"), ("gpu-0::0", "gpu-1::0")),))
 HELD = Holders(None, (Assignment(Holder("ns", "pod", "main"), ("gone::0",)),))
 MANY = Holders(
     None, (Assignment(Holder("ns", "pod", "main"), tuple(f"gone::{n}" for n in range(10))),)
@@ -80,21 +81,31 @@ CASES = [
         {"undescribed": (Excluded(a_gpu(1, reserved_bytes=7), "error", "mute"),)},
         [],
     ),
-    ({}, {"daemon": UP}, ["INFO the MPS daemon answers and its limits are in effect"]),
+    ({}, {"mps_look": UP}, ["INFO the MPS daemons answer and their limits are in effect"]),
     (
         {},
-        {"daemon": DaemonLook("gone")},
+        {"mps_look": MpsLook("gone")},
         ["WARNING no vGPU can be given: gone. Next: see the MPS pod of the node"],
     ),
     (
-        {"daemon": DaemonLook("gone")},
-        {"daemon": UP},
-        ["INFO the MPS daemon answers and its limits are in effect"],
+        {"mps_look": MpsLook("gone")},
+        {"mps_look": UP},
+        ["INFO the MPS daemons answer and their limits are in effect"],
     ),
     (
-        {"daemon": UP},
-        {"daemon": replace(UP, waiting=2)},
+        {"mps_look": UP},
+        {"mps_look": WAITING},
         ["WARNING MPS clients of another user wait for their turn"],
+    ),
+    (
+        {"mps_look": UP},
+        {"mps_look": replace(UP, unwatched="nobody looks")},
+        ["WARNING nobody looks"],
+    ),
+    (
+        {"mps_look": replace(UP, unwatched="nobody looks")},
+        {"mps_look": UP},
+        ["INFO `mps watch` is back"],
     ),
     ({}, kubelet(registered=True), ["INFO registered with the kubelet; it follows the list"]),
     ({}, kubelet(error="no kubelet", away=True), ["WARNING no kubelet; waiting for it"]),

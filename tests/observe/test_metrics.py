@@ -118,12 +118,22 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     ],
     "vgpu_list_and_watch_updates_total": [({}, 7)],
     "vgpu_kubelet_connected": [({}, 1)],
-    "vgpu_mps_up": [({}, 1)],
-    "vgpu_mps_limits_in_force": [({}, 1)],
+    **{
+        f"vgpu_mps_{name}": [(gpu("GPU-a", 0), of_a), (gpu("GPU-b", 1), 0)]
+        for name, of_a in (
+            ("up", 1),
+            ("limits_in_force", 1),
+            ("busy", 0),
+            ("servers_failing", 0),
+            ("server_crashes_total", 3),
+            ("clients", 2),
+            ("waiting_clients", 1),
+        )
+    },
     "vgpu_mps_replacement_needed": [({}, 0)],
-    "vgpu_mps_waiting_clients": [({}, 1)],
+    "vgpu_mps_watch_up": [({}, 1)],
+    "vgpu_mps_split_containers": [({}, 1)],
     "vgpu_mps_max_clients": [({}, 48)],
-    "vgpu_mps_clients": [(gpu("GPU-a", 0), 2), (gpu("GPU-b", 1), 0)],
     "vgpu_podresources_up": [({}, 1)],
     "vgpu_device_allocated": [(vgpu("GPU-a", 0, n), int(n in (0, 2, 3))) for n in range(4)]
     + [(vgpu("GPU-b", 1, n), int(n in (0, 1))) for n in range(4)],
@@ -352,7 +362,9 @@ def test_the_series_of_a_pod_end_with_it(metrics):
 )
 def test_a_limit_is_shown_only_where_there_is_one(sharing, applied):
     metrics = Metrics("1.2.3", RESOURCE, Rules(sharing))
-    mps = None if applied is None else replace(SNAPSHOT.mps, limits=applied)
+    mps = None
+    if applied is not None:
+        mps = replace(SNAPSHOT.mps, look=replace(SNAPSHOT.mps.look, limits=applied))
     snapshot = replace(SNAPSHOT, mps=mps)
     assert samples(metrics, snapshot, "vgpu_allocation_memory_limit_bytes_per_process") == []
     assert len(samples(metrics, snapshot, "vgpu_allocation_memory_share_bytes")) == len(SHARES)
@@ -363,11 +375,11 @@ def test_a_limit_is_shown_only_where_there_is_one(sharing, applied):
     [
         ({"holders": Holders("no such socket")}, "alloc|free_share"),
         ({"mps": None}, "^vgpu_mps_"),
-        ({"usage": None}, "container|unattributed"),
+        ({"usage": None}, "container_|unattributed"),
     ],
 )
 def test_of_what_is_unknown_there_is_no_series(metrics, unknown, pattern):
-    hidden = [name for name in EXPECTED if re.search(pattern, name)]
+    hidden = [name.removesuffix("_total") for name in EXPECTED if re.search(pattern, name)]
     names = exposed(text(metrics, replace(SNAPSHOT, **unknown)))
     assert len(hidden) >= 3
     assert not names & set(hidden)

@@ -15,12 +15,12 @@ from pathlib import Path
 import anyio
 
 from vgpu_agent.address import Address
-from vgpu_agent.agent import Agent, make_daemon, make_driver
+from vgpu_agent.agent import Agent, make_daemons, make_driver
 from vgpu_agent.errors import AdmissionError, ListenError, StoryError
 from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.kubelet.standin import Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.snapshot import Snapshot
-from vgpu_agent.mps.daemon import SimulatedDaemon
+from vgpu_agent.mps.daemon import SimulatedDaemons
 from vgpu_agent.observe.server import listen
 from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings
 
@@ -75,16 +75,16 @@ async def run_dev(
     ):
         settings = embedded_settings(Path(directory), Address(*listener.getsockname()))
         driver = make_driver(settings)
-        daemon = make_daemon(settings, driver)
-        if not (isinstance(driver, SimulatedDriver) and isinstance(daemon, SimulatedDaemon)):
+        daemons = make_daemons(settings, driver)
+        if not (isinstance(driver, SimulatedDriver) and isinstance(daemons, SimulatedDaemons)):
             raise TypeError("the embedded settings name simulated GPUs and MPS")
         async with (
             anyio.create_task_group() as tasks,
             standin_kubelet(settings.plugin_directory) as kubelet,
         ):
-            agent = Agent(settings, driver, daemon)
+            agent = Agent(settings, driver, daemons)
             await tasks.start(partial(agent.run, watch_gpus=watch_gpus, listener=listener))
-            story = Story(kubelet, driver, daemon, agent, say, timing)
+            story = Story(kubelet, driver, daemons, agent, say, timing)
             with anyio.move_on_after(seconds):
                 await story.run()
                 say("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
@@ -102,7 +102,7 @@ class Story:
 
     kubelet: StandinKubelet
     driver: SimulatedDriver
-    daemon: SimulatedDaemon
+    daemons: SimulatedDaemons
     agent: Agent
     say: Say
     timing: StoryTiming
@@ -130,11 +130,16 @@ class Story:
                 partial(self.driver.enumerate_again, uuid),
                 (),
             ),
-            ("MPS daemon dying", "the MPS daemon dies", self.daemon.die, every),
+            (
+                "MPS daemon dying",
+                f"the MPS daemon of {name} dies",
+                partial(self.daemons.set, uuid, down="the simulated MPS daemon is dead"),
+                failing.device_ids,
+            ),
             (
                 "MPS daemon back",
                 "another MPS daemon is there, with its limits",
-                self.daemon.come_back,
+                partial(self.daemons.set, uuid, down=None),
                 (),
             ),
         )

@@ -83,20 +83,38 @@ def _mps(mps: MpsReport | None) -> Iterator[Check]:
     if mps is None:
         yield Check("sharing", OK, "by time-slicing, without MPS")
         return
-    if mps.problem is not None or not mps.limits_in_effect:
-        detail = f"no vGPU can be given: {mps.problem or 'its limits are not in effect'}"
-        advice = "see the logs of the containers `daemon` and `watch` in the MPS pod of this node"
-        yield Check("mps", FAIL, detail, advice)
+    if mps.problem is not None:
+        yield Check("mps", FAIL, f"no vGPU can be given: {mps.problem}", _MPS_LOGS)
     else:
         clients = sum(mps.clients.values())
-        yield Check("mps", OK, f"its limits are in effect, and it has {clients} clients")
+        serving = sum(daemon.problem is None for daemon in mps.daemons.values())
+        detail = f"{serving} of {len(mps.daemons)} GPUs are served, with {clients} clients"
+        yield Check("mps", OK, detail)
+    if mps.unwatched is not None:
+        yield Check("mps watch", WARN, mps.unwatched, _MPS_LOGS)
     if mps.replacement is not None:
         advice = "drain the node's GPU pods, then delete its MPS pod"
         yield Check("mps settings", WARN, mps.replacement, advice)
+    for uuid, daemon in mps.daemons.items():
+        if daemon.problem is not None and mps.problem is None:
+            yield Check(
+                "mps daemon", FAIL, f"no vGPU of {uuid} can be given: {daemon.problem}", _MPS_LOGS
+            )
+        if daemon.busy is not None:
+            yield Check("mps busy", WARN, f"{uuid}: {daemon.busy}", "end that process")
+        if daemon.failing is not None:
+            yield Check("mps servers", FAIL, f"{uuid}: {daemon.failing}", _MPS_LOGS)
     if mps.waiting_clients:
         detail = f"{mps.waiting_clients} clients of another user wait until all of the first end"
         advice = "run the containers of a GPU as one user: MPS serves one at a time"
         yield Check("mps clients", WARN, detail, advice)
+    if mps.split_containers:
+        detail = f"{mps.split_containers} containers hold vGPUs of several GPUs and cannot start"
+        advice = "delete their pods, for ones that ask for fewer, or set VGPU_MPS_DAEMONS=node"
+        yield Check("mps containers", FAIL, detail, advice)
+
+
+_MPS_LOGS = "see the logs of the containers `daemon` and `watch` in the MPS pod of this node"
 
 
 def _gpus(report: Report) -> Iterator[Check]:

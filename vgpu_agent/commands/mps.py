@@ -2,24 +2,33 @@
 
 import logging
 import signal
+from collections.abc import Sequence
 from typing import NoReturn
 
 import anyio
 
 from vgpu_agent import __version__
 from vgpu_agent.agent import make_driver
+from vgpu_agent.errors import MpsSetupError
 from vgpu_agent.model.devices import pci_order
-from vgpu_agent.model.facts import Applied, AppliedGpu, Scan
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook, Scan
 from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide, thread_percentage
-from vgpu_agent.mps.control import Control, become_daemon
 from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.look import Measure
 from vgpu_agent.mps.modes import ComputeModes
-from vgpu_agent.mps.prepare import prepare
-from vgpu_agent.mps.watch import Measure, watch
+from vgpu_agent.mps.prepare import prepare, remove, wait_for_end
+from vgpu_agent.mps.programs import hold
+from vgpu_agent.mps.serve import end, lives
+from vgpu_agent.mps.state import State, Watched
+from vgpu_agent.mps.supervise import supervise
+from vgpu_agent.mps.watch import watch
 from vgpu_agent.settings import GpuDriverKind, MpsComputeMode, Settings
 
 log = logging.getLogger(__name__)
+
+MULTIUSER_DRIVER = 555
+"""The first driver whose daemon has -multiuser-server; that of 550 ends with exit code 1 (seen)."""
 
 
 def mps_prepare(settings: Settings) -> None:
@@ -27,18 +36,77 @@ def mps_prepare(settings: Settings) -> None:
     anyio.run(_prepare, settings)
 
 
-def mps_restore(settings: Settings) -> None:
-    """`vgpu-agent mps restore`. Raises MpsSetupError and DriverError."""
+def mps_restore(settings: Settings, *, at_end: bool) -> None:
+    """`vgpu-agent mps restore`. Raises MpsSetupError and DriverError.
+
+    `at_end`: when SIGTERM has come, which must be blocked, and the daemons have ended.
+    """
+    directories = _directories(settings)
+    if at_end:
+        wait_for_end(directories)
+    elif directories.root.is_dir():
+        hold(directories.daemons)
     modes = _compute_modes(settings)
     if modes is None:
         log.info("simulated GPUs have no compute mode")
     else:
         anyio.run(modes.restore)
+    remove(directories)
 
 
 def mps_daemon(settings: Settings) -> NoReturn:
-    """`vgpu-agent mps daemon`: this process becomes the daemon. Raises MpsBinaryError."""
-    become_daemon(_directories(settings), multiuser=settings.mps_multiuser)
+    """`vgpu-agent mps daemon`: this process keeps the daemons running.
+
+    Raises MpsSetupError and DriverError.
+    """
+    scan = anyio.run(_scan, settings)
+    plan = watch_plan(scan, settings.sharing_rules())
+    daemons = {
+        name: ",".join(gpu.uuid for gpu in each.look.gpus) for name, each in plan.daemons.items()
+    }
+    if not daemons:
+        raise MpsSetupError(
+            f"none of the {len(scan.gpus)} GPUs of this node is shared: `vgpu-agent status` in the"
+            " agent's pod says why; they are looked at again when this container is started again"
+        )
+    options = ["-multiuser-server"] if settings.mps_multiuser and serves_users(scan) else []
+    supervise(_directories(settings), daemons, options)
+
+
+def serves_users(scan: Scan) -> bool:
+    """Whether the daemons take the option for several users; said where not.
+
+    An older one ends at once. To do without costs users their turn, and no GPU and no limit.
+    """
+    major = scan.driver_version.partition(".")[0]
+    if not major.isdecimal() or int(major) >= MULTIUSER_DRIVER:
+        return True
+    log.warning(
+        "VGPU_MPS_MULTIUSER=on is not in effect: it requires driver %d, and this node has %s; users"
+        " of different UIDs wait for each other until the driver is updated",
+        MULTIUSER_DRIVER,
+        scan.driver_version,
+    )
+    return False
+
+
+def mps_restart(settings: Settings, gpu: str) -> None:
+    """`vgpu-agent mps restart`. Raises MpsSetupError."""
+    directories = _directories(settings)
+    named = directories.daemon(settings.sharing_rules().daemon_of(gpu))
+    if "/" not in gpu and directories.daemon(gpu).process.exists():
+        named = directories.daemon(gpu)
+    if not lives(named):
+        raise MpsSetupError(
+            f"no MPS daemon serves {gpu} now: `ls {directories.root}` shows the names of daemons"
+        )
+    end(named)
+    if lives(named):
+        raise MpsSetupError(
+            f"the MPS daemon {named.name} cannot be ended: run this in the container `daemon`; if"
+            " that does not help, drain and reboot the node"
+        )
+    log.info("MPS daemon %s has ended and is started again; other daemons are not", named.name)
 
 
 def mps_watch(settings: Settings) -> None:
@@ -48,13 +116,13 @@ def mps_watch(settings: Settings) -> None:
 
 async def _prepare(settings: Settings) -> None:
     directories = _directories(settings)
-    await prepare(Control(directories))
+    prepare(directories)
     modes = _compute_modes(settings)
     if modes is None or settings.mps_compute_mode is not MpsComputeMode.EXCLUSIVE:
         log.info("compute modes are left as they are")
     else:
         await modes.take(settings.sharing_rules())
-    log.info("%s is ready for the MPS daemon", directories.root)
+    log.info("%s is ready for MPS daemons", directories.root)
 
 
 async def _watch(settings: Settings) -> None:
@@ -62,50 +130,52 @@ async def _watch(settings: Settings) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_work, settings)
             async for number in signals:
-                log.info("%s: ending; the MPS daemon and its limits stay", number.name)
+                log.info("%s: ending; the MPS daemons and their limits stay", number.name)
                 break
             tasks.cancel_scope.cancel()
 
 
 async def _work(settings: Settings) -> None:
+    plan = watch_plan(await _scan(settings), settings.sharing_rules())
+    await watch(plan, _directories(settings), measure=_measure(settings))
+
+
+async def _scan(settings: Settings) -> Scan:
     async with make_driver(settings) as driver:
-        scan = await driver.scan()
-    plan = watch_plan(scan, settings.sharing_rules())
-    await watch(plan, Control(_directories(settings)), measure=_measure(settings))
+        return await driver.scan()
 
 
-def watch_plan(scan: Scan, rules: SharingRules) -> Applied:
-    """What the daemon is set up for with these GPUs, whichever daemon it is.
+def watch_plan(scan: Scan, rules: SharingRules) -> State:
+    """What each daemon is set up for with these GPUs.
 
     Under `server` a client has the memory, in whole MiB, and the threads of one vGPU; otherwise
-    there are no limits.
-
-    Ordinals are in PCI order over all GPUs that the driver shows, excluded ones too: the daemon is
-    started with CUDA_DEVICE_ORDER=PCI_BUS_ID and sees all of them.
+    there are no limits. Ordinals are in PCI order over the GPUs of the daemon, which sees no other.
     """
-    everything = [*scan.gpus, *(each.gpu for each in scan.undescribed)]
-    order = [g.uuid for g in sorted(everything, key=lambda gpu: pci_order(gpu.pci_bus_id))]
     server = rules.mps_limits is MpsLimits.SERVER
-    gpus = []
-    for gpu in sorted(scan.gpus, key=lambda gpu: order.index(gpu.uuid)):
+    daemons: dict[str, list[AppliedGpu]] = {}
+    for gpu in sorted(scan.gpus, key=lambda gpu: pci_order(gpu.pci_bus_id)):
         divided = divide(gpu, rules)
         if isinstance(divided, Divided):
             limit = None
             if server:  # in whole MiB, as the daemon takes it
                 size = divided.vgpu_bytes or (divided.usable_bytes or 0) // divided.replicas
                 limit = size // MIB * MIB
-            gpus.append(AppliedGpu(gpu.uuid, order.index(gpu.uuid), divided.replicas, limit))
-    # The daemon knows one number for all GPUs.
+            gpus = daemons.setdefault(rules.daemon_of(gpu.uuid), [])
+            gpus.append(AppliedGpu(gpu.uuid, len(gpus), divided.replicas, limit))
+    return State(
+        __version__,
+        rules.mps_limits,
+        0.0,
+        {name: Watched(_planned(gpus, rules)) for name, gpus in daemons.items()},
+    )
+
+
+def _planned(gpus: Sequence[AppliedGpu], rules: SharingRules) -> DaemonLook:
+    # The daemon knows one number for all its GPUs.
     percentages = [thread_percentage(1, gpu.replicas, rules.mps_threads) for gpu in gpus]
     least = min(filter(None, percentages), default=100)
-    return Applied(
-        generation="",
-        limits=rules.mps_limits,
-        thread_percentage=least if server and least < 100 else None,
-        gpus=tuple(gpus),
-        problem=None,
-        version=__version__,
-    )
+    limited = rules.mps_limits is MpsLimits.SERVER and least < 100
+    return DaemonLook(gpus=tuple(gpus), thread_percentage=least if limited else None)
 
 
 def _directories(settings: Settings) -> Directories:

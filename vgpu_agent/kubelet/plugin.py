@@ -177,7 +177,7 @@ class DevicePlugin(DevicePluginBase):
         snapshot = self._node.snapshot
         inventory, rules = snapshot.inventory, self._node.rules.sharing
         if snapshot.mps is not None:
-            rules = rules.with_applied_limits(snapshot.mps.limits)
+            rules = rules.with_applied_limits(snapshot.mps.look.limits)
         requests = [list(each.devices_ids) for each in allocate_request.container_requests]
         if not requests:
             raise InvalidRequestError("the request names no container")
@@ -197,7 +197,11 @@ class DevicePlugin(DevicePluginBase):
         self, pre_start_container_request: PreStartContainerRequest
     ) -> PreStartContainerResponse:
         """Refuses while a GPU of the container is gone or unhealthy; the kubelet tries again."""
-        check_start(self._node.snapshot.inventory, pre_start_container_request.devices_ids)
+        check_start(
+            self._node.snapshot.inventory,
+            pre_start_container_request.devices_ids,
+            self._node.rules.sharing,
+        )
         return PreStartContainerResponse()
 
     async def _list_and_watch(self, method: str, stream: Stream[Any, Any]) -> None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.devices import Inventory, SharedGpu, pci_order, split_device_id
-from vgpu_agent.model.rules import MIB, DeviceList, MpsLimits, SharingRules
+from vgpu_agent.model.rules import MIB, SHARED, DeviceList, MpsLimits, SharingRules
 from vgpu_agent.model.share import fraction, thread_percentage
 
 DEVICES_DIRECTORY = "/var/run/nvidia-container-devices"
@@ -79,10 +79,15 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
     visible, mounts = _visible_devices(uuids, rules.device_list)
     environment["NVIDIA_VISIBLE_DEVICES"] = visible
     if rules.mps:
-        environment |= _mps_environment(rules, parts)
-        mounts.append(Mount(rules.mps_pipe_directory, rules.mps_pipe_directory))
+        # A process can be a client of one daemon: with several, `check_start` refuses.
+        name = rules.daemon_of(uuids[0])
+        pipe = f"{rules.mps_directory}/{name}/pipe"
+        environment |= {"CUDA_MPS_PIPE_DIRECTORY": pipe, **_mps_limits(rules, parts)}
+        mounts.append(Mount(pipe, pipe))
         if rules.mps_shm_directory is not None:
-            mounts.append(Mount(rules.mps_shm_directory, "/dev/shm"))  # noqa: S108 - in the container
+            # One for all daemons, which live in one container.
+            shared = f"{rules.mps_shm_directory}/{SHARED}"
+            mounts.append(Mount(shared, "/dev/shm"))  # noqa: S108 - in the container
     names = [f"{rules.cdi_kind}={uuid}" for uuid in uuids] if rules.device_list.by_cdi else []
     return Grant(MappingProxyType(environment), tuple(mounts), tuple(names))
 
@@ -114,16 +119,17 @@ def _visible_devices(uuids: Sequence[str], device_list: DeviceList) -> tuple[str
             return ",".join(uuids), []
 
 
-def _mps_environment(rules: SharingRules, parts: Sequence[_Part]) -> dict[str, str]:
-    """What CUDA needs to be a client of the daemon, and the limits that it puts on itself."""
-    environment = {"CUDA_MPS_PIPE_DIRECTORY": rules.mps_pipe_directory}
+def _mps_limits(rules: SharingRules, parts: Sequence[_Part]) -> dict[str, str]:
+    """The limits that CUDA puts on a client by its environment."""
     if rules.mps_limits is not MpsLimits.CLIENT:
-        return environment
-    environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = ",".join(
-        f"{ordinal}={part.memory // MIB}M"
-        for ordinal, part in enumerate(parts)
-        if part.memory is not None  # with limits no other GPU is shared
-    )
+        return {}
+    environment = {
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": ",".join(
+            f"{ordinal}={part.memory // MIB}M"
+            for ordinal, part in enumerate(parts)
+            if part.memory is not None  # with limits no other GPU is shared
+        )
+    }
     # MPS knows one number for each client: of several GPUs the smallest share is given.
     percentages = [
         thread_percentage(part.vgpus, part.shared.replicas, rules.mps_threads) for part in parts
@@ -133,14 +139,15 @@ def _mps_environment(rules: SharingRules, parts: Sequence[_Part]) -> dict[str, s
     return environment
 
 
-def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:
+def check_start(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) -> None:
     """Whether a container that was given these vGPUs may start (again) now.
 
     A vGPU that is no longer made (fewer replicas than before) is still the container's: only its
-    GPU counts. Raises InvalidRequestError for an ID of no GPU's form and UnavailableDeviceError
-    where the GPU is gone or unhealthy.
+    GPU counts. Raises InvalidRequestError for an ID of no GPU's form, and UnavailableDeviceError
+    where the GPU is gone or unhealthy, or where the vGPUs are of several MPS daemons.
     """
     _refuse_empty(device_ids)
+    uuids = set()
     for vgpu in device_ids:
         parts = split_device_id(vgpu)
         if parts is None:
@@ -149,6 +156,14 @@ def check_start(inventory: Inventory, device_ids: Sequence[str]) -> None:
         if shared is None:
             raise UnavailableDeviceError(f"device {vgpu!r}: its GPU is not on this node")
         _refuse_unhealthy(vgpu, shared)
+        uuids.add(parts[0])
+    daemons = {rules.daemon_of(uuid) for uuid in uuids}
+    if rules.mps and len(daemons) > 1:
+        raise UnavailableDeviceError(
+            f"the kubelet gave vGPUs of {len(daemons)} GPUs, each with its own MPS daemon, and a"
+            " process can use one: delete the pod, for another one that asks for no more vGPUs than"
+            " one GPU has free (`vgpu-agent status`: largest block), or set VGPU_MPS_DAEMONS=node"
+        )
 
 
 def check_devices(inventory: Inventory, device_ids: Sequence[str]) -> list[SharedGpu]:

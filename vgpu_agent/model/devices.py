@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vgpu_agent.model.rules import MPS_CONTEXTS
+
 MAX_DEVICE_ID = 63
 """Longest device ID that the kubelet takes (device plugin API, `Device.ID`)."""
 
@@ -63,7 +65,8 @@ class Gpu:
 
     `memory_bytes` is None of a GPU that has none of its own, and shares the host's.
     `reserved_bytes` is what the driver keeps for itself (`nvmlMemory_v2_t.reserved`).
-    `numa_node` is None where the platform names none (sysfs says -1).
+    `numa_node` is None where the platform names none (sysfs says -1). `mps_contexts` are the CUDA
+    contexts that MPS can serve on it.
     """
 
     uuid: str
@@ -75,6 +78,7 @@ class Gpu:
     numa_node: int | None = None
     compute_capability: tuple[int, int] | None = None
     mig: bool = False
+    mps_contexts: int = MPS_CONTEXTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Nothing here says what a fact means (`health`, `node`).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import MappingProxyType
 
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.rules import MpsLimits
@@ -106,7 +105,7 @@ GpuEvent = XidEvent | RecoveryActionChanged
 
 @dataclass(frozen=True, slots=True)
 class AppliedGpu:
-    """A GPU as the MPS daemon knows it. `ordinal` is its CUDA number there.
+    """A GPU as its MPS daemon knows it. `ordinal` is its CUDA number there.
 
     `memory_limit_bytes` is the daemon's default limit of pinned memory for one client; None is no
     limit. `server_bytes` is what the daemon's server has of the GPU itself, None until one ran.
@@ -120,52 +119,49 @@ class AppliedGpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
-    """What is in effect at one MPS daemon.
+class DaemonLook:
+    """One MPS daemon, as it was seen last.
 
-    `generation` names the daemon. `thread_percentage` is its default for one client, None for 100.
-    `problem` says why the limits are not in effect; None: they were read back right, and every
-    running server is younger than they are. `version` is that of the writer.
+    `generation` names the daemon that serves its directory. `gpus` and `thread_percentage` (of one
+    client, None for 100) are what it was set up for.
+
+    `down` says why it is taken for gone, `problem` why its limits are not in effect, `fault` why
+    its clients are lost: each makes its vGPUs unhealthy, None where all is well. `busy` says why it
+    could not be asked for a while, and `failing` that its servers end soon after their start; the
+    vGPUs stay what they were.
+
+    `servers` are PIDs. `clients` counts clients by the UUID of their GPU, `waiting` those of
+    another user. `crashes` counts servers that ended by an error since the daemon's pod started.
     """
 
-    generation: str
-    limits: MpsLimits
-    thread_percentage: int | None
-    gpus: tuple[AppliedGpu, ...]
-    problem: str | None
-    version: str
+    generation: str | None = None
+    gpus: tuple[AppliedGpu, ...] = ()
+    thread_percentage: int | None = None
+    down: str | None = None
+    problem: str | None = None
+    fault: str | None = None
+    busy: str | None = None
+    failing: str | None = None
+    servers: tuple[int, ...] = ()
+    clients: Mapping[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    crashes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class DaemonLook:
-    """The MPS daemon at one moment.
+class MpsLook:
+    """The MPS daemons of the node, by name (`SharingRules.daemon_of`), at one moment.
 
-    `error` says why it does not answer, None where it does. `generation` names the daemon that
-    serves the pipe directory now. `applied` is what the MPS pod says is in effect, and
-    `applied_error` why that cannot be understood. `faulty` are the servers whose status is FAULT.
-    `clients` counts clients by the UUID of their GPU, `waiting` those of another user.
+    `error` says why nothing is known of them. `limits` are those that all were set up for.
+    `unwatched` says that nobody looks at them now: what is here is older.
     """
 
     error: str | None = None
-    generation: str | None = None
-    applied: Applied | None = None
-    applied_error: str | None = None
-    faulty: tuple[int, ...] = ()
-    clients: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    waiting: int = 0
+    limits: MpsLimits | None = None
+    daemons: Mapping[str, DaemonLook] = field(default_factory=dict)
+    unwatched: str | None = None
 
     def applied_to(self, uuid: str) -> AppliedGpu | None:
-        """What the daemon was set up for on a GPU; None where it does not know the GPU."""
-        gpus = () if self.applied is None else self.applied.gpus
-        return next((each for each in gpus if each.uuid == uuid), None)
-
-    @property
-    def problem(self) -> str | None:
-        """Why no vGPU can be given; None where all is well."""
-        if self.error is not None or self.applied_error is not None:
-            return self.error or self.applied_error
-        if self.applied is None:
-            return "nobody has applied the limits yet: `vgpu-agent mps watch` does, in the MPS pod"
-        if self.applied.generation != self.generation:
-            return "the daemon is a new one, and its limits are not applied yet"
-        return self.applied.problem
+        """What a daemon was set up for on a GPU; None where none knows the GPU."""
+        known = (gpu for daemon in self.daemons.values() for gpu in daemon.gpus)
+        return next((gpu for gpu in known if gpu.uuid == uuid), None)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from vgpu_agent.model.devices import Gpu, Reason
-from vgpu_agent.model.facts import DaemonLook, GpuEvent, Scan, XidEvent
+from vgpu_agent.model.facts import GpuEvent, MpsLook, Scan, XidEvent
 from vgpu_agent.model.health import (
     Away,
     GpuHealth,
@@ -23,7 +23,6 @@ from vgpu_agent.model.health import (
 )
 from vgpu_agent.model.holders import Assignment, Holders, Usage
 from vgpu_agent.model.latest import Latest
-from vgpu_agent.model.policy import Fact, Finding
 from vgpu_agent.model.snapshot import (
     Driver,
     FirstSeen,
@@ -33,6 +32,7 @@ from vgpu_agent.model.snapshot import (
     Snapshot,
     compose,
     flips,
+    mps_findings,
 )
 
 K = TypeVar("K")
@@ -198,24 +198,17 @@ class Node:
         """Why what must outlive the agent could not be written; None: it is written."""
         self._update(store_error=error)
 
-    # The MPS daemon
+    # The MPS daemons
 
-    def set_daemon(self, look: DaemonLook) -> None:
-        """The MPS daemon was looked at. A fault that goes on keeps its time."""
-        findings = [] if look.problem is None else [Finding(Fact.MPS_DOWN, look.problem)]
-        if look.faulty:
-            pids = ", ".join(map(str, look.faulty))
-            findings.append(Finding(Fact.MPS_FAULT, f"status FAULT of MPS server {pids}"))
-        since = {fault.reason: fault.since for fault in self._inputs.daemon_faults}
-        now = self._clock().wall
-        faults = [each.fault(since.get(each.rule.reason or Reason.MPS, now)) for each in findings]
-        not_applied = None
-        if look.applied is not None and look.applied.gpus:
-            words = "the MPS daemon does not know this GPU: the MPS pod must be replaced"
-            not_applied = self._inputs.not_applied or Finding(Fact.MPS_DOWN, words).fault(now)
-        self._update(
-            daemon=look, daemon_faults=tuple(filter(None, faults)), not_applied=not_applied
-        )
+    def set_mps(self, look: MpsLook) -> None:
+        """The MPS daemons were looked at. A fault that goes on keeps its time."""
+        now, known = self._clock().wall, self._inputs.mps_faults
+        faults = {}
+        for name, findings in mps_findings(look).items():
+            since = {fault.reason: fault.since for fault in known.get(name, ())}
+            made = [each.fault(since.get(each.rule.reason or Reason.MPS, now)) for each in findings]
+            faults[name] = tuple(filter(None, made))
+        self._update(mps_look=look, mps_faults=MappingProxyType(faults))
 
     # Who holds what
 

@@ -3,6 +3,7 @@
 A field is named as its setting: `replicas` is VGPU_REPLICAS.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -18,8 +19,15 @@ same Allocate request must have the same answer for as long as the settings are 
 MAX_REPLICAS = 1024
 """Most vGPUs of a GPU, by count or by size."""
 
-MPS_MAX_CLIENTS = 48
-"""Client contexts of a GPU that every MPS from Volta on can serve (NVIDIA's MPS documentation)."""
+MPS_CONTEXTS, MPS_MAX_CLIENTS = 48, 60
+"""Client contexts of a GPU that every MPS from Volta on serves, and that the newest one does, from
+CUDA 13.1 on (NVIDIA's MPS documentation)."""
+
+SHARED = "shared"
+"""The directory in `mps_shm_directory` that containers have as their /dev/shm."""
+
+MAX_DAEMON_NAME = 40
+"""Letters of the name of an MPS daemon: the UUID of a GPU, `GPU-` and 36 more."""
 
 
 class MpsLimits(StrEnum):
@@ -32,6 +40,17 @@ class MpsLimits(StrEnum):
     CLIENT = "client"
     SERVER = "server"
     NONE = "none"
+
+
+class MpsDaemons(StrEnum):
+    """What an MPS daemon is for: one GPU, or all of the node.
+
+    With `gpu` a fault, a hang, a foreign user or a reset stays on one GPU, and the vGPUs of a
+    container must come from one GPU: a process can be a client of one daemon only.
+    """
+
+    GPU = "gpu"
+    NODE = "node"
 
 
 class Threads(StrEnum):
@@ -74,8 +93,9 @@ class SharingRules:
     where `device_memory` bytes are set; `replicas_by_gpu` overrides the count for single GPUs, by
     index, UUID or model name: 1 is a whole GPU, 0 leaves the GPU to others. `memory_reserved` bytes
     of each GPU are kept out of the shares, None for the margin that MPS needs. `mps_max_clients`
-    None is the documented bound. `mps_shm_directory` is None where containers keep their own
-    /dev/shm. `mps_exclusive`: the MPS pod sets the GPUs to EXCLUSIVE_PROCESS.
+    None is what the GPU's MPS serves. Each MPS daemon has a directory of its name in
+    `mps_directory`. `mps_shm_directory` is None where containers keep their own /dev/shm.
+    `mps_exclusive`: the MPS pod sets the GPUs to EXCLUSIVE_PROCESS.
     """
 
     mps: bool = True
@@ -89,8 +109,9 @@ class SharingRules:
     mps_limits: MpsLimits = MpsLimits.CLIENT
     mps_threads: Threads | float = Threads.SHARE
     mps_max_clients: int | None = None
-    mps_pipe_directory: str = "/run/vgpu-agent/mps/pipe"
-    mps_shm_directory: str | None = "/dev/shm/vgpu-mps"  # noqa: S108 - a path on the host
+    mps_daemons: MpsDaemons = MpsDaemons.GPU
+    mps_directory: str = "/run/vgpu-agent/mps"
+    mps_shm_directory: str | None = "/dev/shm/vgpu-agent"  # noqa: S108 - a path on the host
     mps_exclusive: bool = True
 
     @property
@@ -101,14 +122,15 @@ class SharingRules:
         return MPS_SERVER_MARGIN if self.mps else 0
 
     @property
-    def max_clients(self) -> int | None:
-        """The most vGPUs of a GPU that MPS can serve; None without MPS."""
-        return (self.mps_max_clients or MPS_MAX_CLIENTS) if self.mps else None
-
-    @property
     def min_compute_capability(self) -> tuple[int, int] | None:
         """Volta is the first with limits for each MPS client and an address space of its own."""
         return (7, 0) if self.mps else None
+
+    def daemon_of(self, uuid: str) -> str:
+        """The name of the MPS daemon that serves a GPU, and of its directories."""
+        if self.mps_daemons is MpsDaemons.NODE:
+            return "node"
+        return re.sub(r"[^A-Za-z0-9-]", "_", uuid)[:MAX_DAEMON_NAME]
 
     @property
     def limits_memory(self) -> bool:

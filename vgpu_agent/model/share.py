@@ -91,6 +91,11 @@ def divide(
         return Excluded(gpu, "replicas", "VGPU_REPLICAS_BY_GPU leaves this GPU to others")
     by_size = override is None and rules.device_memory is not None
     replicas = rules.replicas if override is None else override
+    most = max_vgpus(gpu, rules)
+    note = None
+    if replicas > most and not by_size:
+        note = f"{most} vGPUs instead of {replicas}: {_most_in_words(most, rules)}"
+        replicas = most
     if gpu.memory_bytes is None:
         return _without_memory(gpu, replicas, rules, by_size=by_size)
     usable = max(0, gpu.memory_bytes - gpu.reserved_bytes - rules.reserved_bytes)
@@ -104,7 +109,7 @@ def divide(
             f"{usable} bytes of the GPU are usable, less than 1 MiB for each of {replicas} vGPUs:"
             " VGPU_REPLICAS or VGPU_MEMORY_RESERVED is too large for it",
         )
-    return Divided(replicas, usable, note=_small(vgpu, rules))
+    return Divided(replicas, usable, note=note or _small(vgpu, rules))
 
 
 def _without_memory(
@@ -120,6 +125,15 @@ def _without_memory(
         f"NVML does not know how much memory the GPU has, which {setting} divides: unset it, or set"
         " VGPU_SHARING=time-slicing to share this GPU by number",
     )
+
+
+def max_vgpus(gpu: Gpu, rules: SharingRules) -> int:
+    """The most vGPUs that a GPU can be divided into."""
+    return (rules.mps_max_clients or gpu.mps_contexts) if rules.mps else MAX_REPLICAS
+
+
+def _most_in_words(most: int, rules: SharingRules) -> str:
+    return f"{f'MPS serves {most} clients' if rules.mps else f'there are at most {most}'} of a GPU"
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -142,8 +156,8 @@ def _by_size(gpu: Gpu, size: int, usable: int, rules: SharingRules) -> Divided |
             f"{usable // MIB} MiB of the GPU are usable, less than one vGPU of"
             f" VGPU_DEVICE_MEMORY ({size // MIB} MiB)",
         )
-    most = rules.max_clients or MAX_REPLICAS
+    most = max_vgpus(gpu, rules)
     if fit > most:
-        why = f"MPS serves {most} clients" if rules.mps else f"there are at most {most}"
-        return Divided(most, usable, size, f"{fit} vGPUs of that size fit; {why} of a GPU")
+        note = f"{fit} vGPUs of that size fit; {_most_in_words(most, rules)}"
+        return Divided(most, usable, size, note)
     return Divided(fit, usable, size, _small(size, rules))

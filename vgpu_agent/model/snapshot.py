@@ -12,9 +12,19 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
-from vgpu_agent.model.facts import EVENTS, DaemonLook
+from vgpu_agent.model.facts import EVENTS, DaemonLook, MpsLook
 from vgpu_agent.model.health import GpuHealth
-from vgpu_agent.model.holders import Assignment, Holders, Part, Usage, largest_free, orphaned, parts
+from vgpu_agent.model.holders import (
+    Assignment,
+    Holder,
+    Holders,
+    Part,
+    Usage,
+    largest_free,
+    orphaned,
+    parts,
+)
+from vgpu_agent.model.policy import Fact, Finding
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide
 
@@ -91,9 +101,9 @@ class Inputs:
 
     `gpus` are all GPUs that the driver described, by UUID, and `present` those that its last
     complete look found. `cdi_names` are what the host's CDI specs name, None where that does not
-    matter. `health` is kept by UUID, listed now or not. `daemon_faults` are of all GPUs,
-    `not_applied` of those that the MPS daemon was not set up for. `memory_used` is in bytes by
-    UUID. `missing` says by UUID why something is not known of a GPU that it should offer. `usage`
+    matter. `health` is kept by UUID, listed now or not. `mps_faults` are by the name of the MPS
+    daemon whose GPUs they are of, `""` for GPUs without one. `memory_used` is in bytes by UUID.
+    `missing` says by UUID why something is not known of a GPU that it should offer. `usage`
     is None where processes are not looked at. `allocates` counts the calls of Allocate that were
     answered. `store_error` says why what must outlive the agent is not written.
     """
@@ -107,9 +117,8 @@ class Inputs:
     health: Mapping[str, GpuHealth] = field(default_factory=_empty)
     memory_used: Mapping[str, int] = field(default_factory=_empty)
     missing: Mapping[str, Mapping[str, str]] = field(default_factory=_empty)
-    daemon: DaemonLook | None = None
-    daemon_faults: tuple[Fault, ...] = ()
-    not_applied: Fault | None = None
+    mps_look: MpsLook | None = None
+    mps_faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=_empty)
     kubelet: Kubelet = Kubelet()
     holders: Holders = Holders()
     usage: Usage | None = None
@@ -123,24 +132,17 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Mps:
-    """What is known of the MPS daemon of the node, where GPUs are shared by MPS.
+    """What is known of the MPS daemons of the node, where GPUs are shared by MPS.
 
-    `problem` says why no vGPU can be given, None where all is well; `replacement` why the MPS pod
-    must be replaced, though it serves. `limits` is what the daemon was set up for. `clients` counts
-    clients by the UUID of their GPU, `waiting` those of another user that wait for their turn.
+    `problem` says why no vGPU at all can be given, `replacement` why the MPS pod must be replaced,
+    though it serves; None where all is well. `daemons` are by the UUID of the GPU that they serve,
+    without GPUs that have none.
     """
 
-    up: bool
+    look: MpsLook
     problem: str | None
     replacement: str | None
-    limits: MpsLimits | None
-    clients: Mapping[str, int]
-    waiting: int
-
-    @property
-    def limits_in_effect(self) -> bool:
-        """Whether the daemon's limits were read back as this node needs them."""
-        return self.problem is None
+    daemons: Mapping[str, DaemonLook]
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,8 @@ _ADVERTISED = (
     "cdi_names",
     "first_seen",
     "health",
-    "daemon",
-    "daemon_faults",
-    "not_applied",
+    "mps_look",
+    "mps_faults",
     "missing",
 )
 """The inputs on which the advertised GPUs depend."""
@@ -223,7 +224,7 @@ def compose(inputs: Inputs, rules: Rules, last: Snapshot | None = None) -> Snaps
             excluded.append(divided)
     order = [(shared.gpu.index, shared.gpu.uuid, shared) for shared in gpus]
     inventory = Inventory(tuple(shared for *_, shared in sorted(order, key=lambda each: each[:2])))
-    mps = _mps(inputs, rules.sharing) if rules.sharing.mps else None
+    mps = _mps(inputs, inventory, rules.sharing) if rules.sharing.mps else None
     return Snapshot(**vars(inputs), inventory=inventory, excluded=tuple(excluded), mps=mps)
 
 
@@ -246,7 +247,7 @@ def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Sha
     # Without health checks what was kept of before is kept, and means nothing.
     health = inputs.health.get(gpu.uuid) if rules.health.health_checks else None
     health = health or GpuHealth()
-    applied = None if inputs.daemon is None else inputs.daemon.applied_to(gpu.uuid)
+    applied = None if inputs.mps_look is None else inputs.mps_look.applied_to(gpu.uuid)
     # What the MPS daemon was set up for is in effect until the daemon is replaced.
     replicas = divided.replicas if applied is None else applied.replicas
     vgpu_bytes = divided.vgpu_bytes
@@ -265,10 +266,10 @@ def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Sha
         )
     faults = list(health.faults)
     if rules.sharing.mps:
-        faults += inputs.daemon_faults
-        down = any(fault.reason is Reason.MPS for fault in faults)
-        if inputs.not_applied is not None and applied is None and not down:
-            faults.append(inputs.not_applied)
+        daemon = _daemon_of(gpu.uuid, inputs, rules.sharing)
+        faults += inputs.mps_faults.get(daemon, ())
+        look = inputs.mps_look.daemons.get(daemon) if inputs.mps_look else None
+        notes += filter(None, (look.busy, look.failing) if look else ())
     return SharedGpu(
         gpu,
         replicas,
@@ -280,30 +281,54 @@ def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Sha
     )
 
 
-def _mps(inputs: Inputs, sharing: SharingRules) -> Mps:
-    look = inputs.daemon
-    if look is None:
-        return Mps(False, "not asked yet", None, None, _empty(), 0)
-    return Mps(
-        up=look.error is None,
-        problem=look.problem,
-        replacement=_replacement(look, inputs, sharing),
-        limits=None if look.applied is None else look.applied.limits,
-        clients=look.clients,
-        waiting=look.waiting,
+def _daemon_of(uuid: str, inputs: Inputs, sharing: SharingRules) -> str:
+    """The name of the MPS daemon that was set up for a GPU; `""` where there is none."""
+    name = sharing.daemon_of(uuid)
+    look = inputs.mps_look and inputs.mps_look.daemons.get(name)
+    return name if look and any(gpu.uuid == uuid for gpu in look.gpus) else ""
+
+
+def mps_findings(look: MpsLook) -> Mapping[str, list[Finding]]:
+    """What is wrong with each MPS daemon, by its name, and under `""` with GPUs that have none."""
+    missing = look.error or (
+        "no MPS daemon was set up for this GPU: delete the MPS pod of the node, once drained"
     )
+    findings = {"": [Finding(Fact.MPS_DOWN, missing)]}
+    for name, daemon in look.daemons.items():
+        why = daemon.down or daemon.problem
+        findings[name] = [Finding(Fact.MPS_DOWN, why)] if why else []
+        if daemon.fault:
+            findings[name].append(Finding(Fact.MPS_FAULT, daemon.fault))
+    return findings
 
 
-def _replacement(look: DaemonLook, inputs: Inputs, sharing: SharingRules) -> str | None:
-    """Where the daemon was set up for something else than the settings say now."""
-    applied, server = look.applied, MpsLimits.SERVER
-    if applied is None:
+def split_containers(snapshot: Snapshot, sharing: SharingRules) -> frozenset[Holder]:
+    """The containers that hold vGPUs of several MPS daemons, and so cannot start."""
+    held: dict[Holder, set[str]] = {}
+    for part in snapshot.parts if sharing.mps else ():
+        held.setdefault(part.holder, set()).add(sharing.daemon_of(part.shared.gpu.uuid))
+    return frozenset(holder for holder, daemons in held.items() if len(daemons) > 1)
+
+
+def _mps(inputs: Inputs, inventory: Inventory, sharing: SharingRules) -> Mps:
+    look = inputs.mps_look or MpsLook("not asked yet")
+    names = {gpu.gpu.uuid: _daemon_of(gpu.gpu.uuid, inputs, sharing) for gpu in inventory.gpus}
+    daemons = {uuid: look.daemons[name] for uuid, name in names.items() if name}
+    problems = [daemon.down or daemon.problem for daemon in daemons.values()]
+    if look.error is None and (not daemons or None in problems):
+        problem = None
+    else:
+        problem = look.error or problems[0]
+    return Mps(look, problem, _replacement(look, inputs, sharing), MappingProxyType(daemons))
+
+
+def _replacement(look: MpsLook, inputs: Inputs, sharing: SharingRules) -> str | None:
+    """Where the daemons were set up for something else than the settings say now."""
+    if look.limits is None:
         return None
-    differing = []
-    if (applied.limits is server) != (sharing.mps_limits is server):
-        differing.append(
-            f"it serves VGPU_MPS_LIMITS={applied.limits} instead of {sharing.mps_limits}"
-        )
+    differing, server = [], MpsLimits.SERVER
+    if (look.limits is server) != (sharing.mps_limits is server):
+        differing.append(f"it serves VGPU_MPS_LIMITS={look.limits} instead of {sharing.mps_limits}")
     for gpu in inputs.gpus.values():
         divided, has = _divided(gpu, inputs, sharing), look.applied_to(gpu.uuid)
         wanted = divided.replicas if isinstance(divided, Divided) else 0

@@ -1,4 +1,4 @@
-"""Reads the answers of the MPS control daemon, and its log.
+"""Reads the answers of the MPS control daemon.
 
 Most have no documented form. Each parser says which form it expects and where it was seen; it takes
 what cannot be misread and refuses the rest.
@@ -11,20 +11,32 @@ from vgpu_agent.model.rules import GIB, MIB
 
 
 def parse_pids(text: str) -> tuple[int, ...]:
-    """PIDs, one a line (documented as a list of PIDs), none for nothing.
+    """PIDs, one or several a line, none for nothing.
 
     Raises MpsRefusedError for anything else: a server that is overlooked could be one without
     limits.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not all(re.fullmatch(r"[0-9]{1,10}", line) for line in lines):
-        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {text!r}")
-    return tuple(int(line) for line in lines)
+    words = text.split()
+    if not all(re.fullmatch(r"[0-9]{1,10}", word) for word in words):
+        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {text[:200]!r}")
+    return tuple(map(int, words))
 
 
-def parse_fault(text: str) -> bool:
-    """Whether a server's status is FAULT: the word is documented, what stands around it is not."""
-    return "FAULT" in re.findall(r"[A-Z]+", text.upper())
+def parse_status(text: str) -> str | None:
+    """A server's status, such as ACTIVE (documented); None for a server that is gone (seen).
+
+    UNTOLD where the daemon does not know the question (535, seen).
+    """
+    if "not found" in text.lower():
+        return None
+    words = text.split()
+    if text.startswith("Unknown command"):
+        return UNTOLD
+    return words[0].upper() if len(words) == 1 else text.strip()
+
+
+UNTOLD = "untold"
+"""The status of a server whose daemon does not tell it."""
 
 
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z-]+")
@@ -79,7 +91,7 @@ _UNITS = {"": 1, "K": 1024, "M": MIB, "G": GIB, "T": 1024 * GIB}
 def parse_memory(text: str) -> int | None:
     """A limit of memory such as `8G` (seen) or `512M`, in bytes.
 
-    None, no limit, for zero or nothing: what the daemon answers where no limit is set is not known.
+    None, no limit, for zero or nothing: seen where none is set.
     Raises MpsRefusedError for anything else.
     """
     text = text.strip().upper()
@@ -101,50 +113,3 @@ def same_limit(wanted: int | None, found: int | None) -> bool:
         return wanted is found
     wanted = wanted // MIB * MIB
     return found in {wanted, wanted // GIB * GIB}
-
-
-_LOG_LINE = re.compile(
-    r"NEW CLIENT (?P<client>\d+) from user (?P<user>\d+): (?P<said>.*)"
-    r"|Starting new server (?P<started>\d+) for user (?P<owner>\d+)"
-    r"|NEW SERVER (?P<ready>\d+): Ready"
-    r"|Server (?P<ended>\d+) exited"
-)
-
-
-def waiting_clients(log_text: str) -> set[tuple[int, int]]:
-    """PID and UID of the clients of another user than the running server's: they wait for its end.
-
-    From `control.log`, whose lines are not documented. Seen in reports, and used here:
-
-        NEW CLIENT 812 from user 0: Server is not ready, push client to pending list
-        NEW CLIENT 812 from user 1000: Server already exists
-        Starting new server 640 for user 1000
-        NEW SERVER 640: Ready
-        Server 640 exited with status 0
-
-    A guess is that a client no longer waits when a server of its user is ready: no line says so. A
-    client that ended while it waited shows no more than that, so it stays until then.
-    """
-    owners: dict[str, int] = {}
-    running: int | None = None
-    waiting: set[tuple[int, int]] = set()
-    for line in log_text.splitlines():
-        match = _LOG_LINE.search(line)
-        if match is None:
-            continue
-        if match["client"]:
-            pid, uid = int(match["client"]), int(match["user"])
-            if "pending" in match["said"]:
-                waiting.add((pid, uid))
-            else:
-                running = uid
-                waiting.discard((pid, uid))
-        elif match["started"]:
-            running = owners[match["started"]] = int(match["owner"])
-        elif match["ready"]:
-            running = owners.get(match["ready"])
-            waiting = {(pid, uid) for pid, uid in waiting if uid != running}
-        elif match["ended"]:
-            owners.pop(match["ended"], None)
-            running = next(reversed(owners.values()), None)
-    return {(pid, uid) for pid, uid in waiting if running is not None and uid != running}

@@ -1,23 +1,24 @@
-"""Asks the MPS control daemon and sets its defaults, by `nvidia-cuda-mps-control`.
+"""Asks an MPS control daemon and sets its defaults, by `nvidia-cuda-mps-control`.
 
-The commands are those of NVIDIA's MPS documentation, one for each run of the program, so that no
-answer can be taken for another's.
+The commands are those of NVIDIA's MPS documentation. A daemon takes one connection at a time and
+writes some lines of log for each, so all that is to be asked is asked in one.
 """
 
 import errno
 import os
 import re
-import signal
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from subprocess import PIPE, Popen
+from typing import IO
 
 import anyio
-from anyio.abc import ByteReceiveStream
 
 from vgpu_agent.errors import (
     MpsBinaryError,
+    MpsBusyError,
     MpsDownError,
     MpsHungError,
     MpsRefusedError,
@@ -25,42 +26,13 @@ from vgpu_agent.errors import (
 )
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps import answers
-from vgpu_agent.mps.directories import Directories
-
-BINARY = "nvidia-cuda-mps-control"
+from vgpu_agent.mps.directories import DaemonDirectories
+from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock
 
 _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC)
 
 MAX_OUTPUT = 2**20
 """Bytes of an answer: thousands of clients."""
-
-
-def become_daemon(directories: Directories, *, multiuser: bool) -> NoReturn:
-    """Makes this process the control daemon, in the foreground: none of ours is its parent.
-
-    `multiuser` lets users of different UIDs be clients at the same time, where the daemon has that
-    option. Raises MpsBinaryError.
-    """
-    # From NVIDIA's MPS documentation; not yet seen to work, as docs/measurements.md has it.
-    options = ["-multiuser-server"] if multiuser else []
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec hands that on
-        signal.signal(number, signal.SIG_DFL)
-    # The limits name GPUs by their ordinals in this order.
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    try:
-        os.execvpe(  # noqa: S606 - no shell is wanted
-            BINARY, [BINARY, "-f", *options], {**os.environ, **directories.environment(), **order}
-        )
-    except OSError as error:
-        raise MpsBinaryError(_cannot_run(BINARY, error)) from error
-
-
-def _cannot_run(binary: str, error: OSError) -> str:
-    return (
-        f"{binary} cannot be run ({error.strerror}): the NVIDIA driver brings it; install the"
-        " driver on the node, and run this container with the NVIDIA runtime and"
-        " NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,130 +66,196 @@ def _limit_in_words(ordinal: int, limit: int | None) -> str:
 
 
 class Control:
-    """The control daemon of one pipe directory. One question at a time.
+    """The control daemon of one pipe directory.
 
-    `timeout` is in seconds, for each command. Every method raises MpsBinaryError, MpsDownError,
-    MpsHungError or MpsRefusedError; the message says what to do. No process is left behind,
-    whatever ends a call.
+    `timeout` is in seconds, for each session. Every method raises MpsBinaryError, MpsDownError,
+    MpsBusyError, MpsHungError or MpsRefusedError; the message says what to do. No process is left
+    behind, but for one that the kernel does not let go of: then the daemon counts as hung until it
+    has.
     """
 
     def __init__(
-        self, directories: Directories, *, binary: str = BINARY, timeout: float = 1.5
+        self, directories: DaemonDirectories, *, binary: str = CONTROL, timeout: float = 1.5
     ) -> None:
         self.directories = directories
         self._binary = binary
         self._timeout = timeout
-        self._turn = anyio.Lock()
+        self._stuck: Popen[bytes] | None = None
 
-    async def command(self, line: str) -> str:
-        """What the daemon answers to a command, without blanks around it."""
-        environment = {**os.environ, **self.directories.environment()}
-        async with self._turn:
-            try:
-                with anyio.fail_after(self._timeout), _standard_input(line) as stdin:
-                    code, out, err = await _run(self._binary, stdin, environment)
-            except TimeoutError:
-                raise MpsHungError(
-                    f"the MPS daemon of {self.directories.pipe} does not answer `{line}` within"
-                    f" {self._timeout:g} s: see control.log in {self.directories.log}; if it stays"
-                    " so, drain the node and delete its MPS pod"
-                ) from None
-            except (OSError, RuntimeError) as error:
-                if isinstance(error, OSError) and error.errno in _NO_PROGRAM:
-                    raise MpsBinaryError(_cannot_run(self._binary, error)) from error
-                if not is_shortage(error):
-                    raise
-                raise MpsHungError(
-                    f"the MPS daemon of {self.directories.pipe} cannot be asked now: {error}"
-                ) from error
+    async def ask(self, *lines: str) -> list[str]:
+        """What the daemon answers to each of these commands, without blanks around it.
+
+        Words that the daemon does not know come back as they are and keep the answers apart.
+        """
+        # Not to be guessed: what a client is called stands in some answers.
+        separators = [f"={secrets.token_hex(4)}" for _ in lines]
+        text = "".join(f"{line}\n{end}\n" for line, end in zip(lines, separators, strict=True))
+        async with self._alone():
+            rest = await self._session(text)
+        answers_to = []
+        for separator in separators:
+            answer, found, rest = rest.partition(f'Unknown command "{separator}"')
+            if not found:
+                raise self._busy()
+            answers_to.append(answer.strip())
+        return answers_to
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """While no other of our processes asks this daemon."""
+        lock = self.directories.lock
+        try:
+            descriptor = open_lock(lock)
+        except OSError as error:
+            raise MpsDownError(f"there is no MPS daemon: {lock}: {error.strerror}") from error
+        try:
+            with anyio.move_on_after(self._timeout) as waiting:
+                while not locked(descriptor):  # noqa: ASYNC110 - a lock tells nobody
+                    await anyio.sleep(0.05)
+            if waiting.cancelled_caught:
+                raise MpsBusyError(f"somebody else asks the MPS daemon: {lock} is locked")
+            yield
+        finally:
+            os.close(descriptor)
+
+    async def _session(self, text: str) -> str:
+        """What the program prints when it is given these lines."""
+        pipe, log = self.directories.pipe, self.directories.log
+        if self._stuck is not None and self._stuck.poll() is None:
+            raise MpsHungError(
+                f"{self._binary} hangs in the kernel and cannot be ended: drain and reboot the node"
+            )
+        try:
+            code, out, err = await self._run(text)
+        except TimeoutError:
+            raise MpsHungError(
+                f"the MPS daemon of {pipe} does not answer within {self._timeout:g} s: see"
+                f" control.log in {log}; if it stays so, drain the GPU and run `vgpu-agent mps"
+                f" restart {self.directories.name}` in the MPS pod"
+            ) from None
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_PROGRAM:
+                raise MpsBinaryError(cannot_run(self._binary, error.strerror)) from error
+            if not is_shortage(error):
+                raise
+            raise MpsBusyError(f"the MPS daemon of {pipe} cannot be asked now: {error}") from error
         if max(len(out), len(err)) > MAX_OUTPUT:
             raise MpsRefusedError(
-                f"{self._binary} answers `{line}` with more than {MAX_OUTPUT} bytes: see"
-                f" control.log in {self.directories.log}"
+                f"{self._binary} answers with more than {MAX_OUTPUT} bytes: see control.log in"
+                f" {log}"
             )
-        answer = out.decode(errors="replace").strip()
-        words = " ".join((answer, err.decode(errors="replace").strip())).strip()
-        if _DOWN.search(words):
+        answer = out.decode(errors="replace")
+        if _DOWN.search(answer) or _DOWN.search(err.decode(errors="replace")):
             raise MpsDownError(
-                f"no MPS daemon answers in {self.directories.pipe}: the kubelet starts it again; if"
-                " it does not stay, see the log of its container, and that no other MPS daemon"
-                " holds the GPUs"
+                f"no MPS daemon answers in {pipe}: it is started again; if it does not stay, see"
+                f" control.log in {log}, and that no other MPS daemon holds the GPU"
             )
         if code != 0:
-            raise MpsRefusedError(
-                f"the MPS daemon refused `{line}` (exit code {code}): {words[:500] or '-'};"
-                f" see control.log in {self.directories.log}"
-            )
+            raise self._busy()
         return answer
 
-    async def servers(self) -> tuple[int, ...]:
-        """PIDs of the running servers."""
-        return answers.parse_pids(await self.command("get_server_list"))
-
-    async def server_failed(self, pid: int) -> bool:
-        """Whether the status of the server of that PID is FAULT: a client's fault has hit it."""
-        return answers.parse_fault(await self.command(f"get_server_status {pid}"))
-
-    async def clients(self) -> tuple[str, ...]:
-        """The GPUs of all clients, by UUID or ordinal: one for each client and GPU."""
-        return answers.parse_clients(await self.command("get_device_client_list"))
-
-    async def defaults(self, ordinals: Iterable[int]) -> Defaults:
-        """What clients of servers that start from now on get on those GPUs."""
-        percentage = await self.command("get_default_active_thread_percentage")
-        limits = {
-            n: await self.command(f"get_default_device_pinned_mem_limit {n}") for n in ordinals
-        }
-        return Defaults(
-            answers.parse_percentage(percentage),
-            {n: answers.parse_memory(limit) for n, limit in limits.items()},
+    def _busy(self) -> MpsBusyError:
+        return MpsBusyError(
+            f"the MPS daemon of {self.directories.pipe} is busy: it takes one control connection at"
+            " a time, and somebody else has it"
         )
 
-    async def set_defaults(self, defaults: Defaults) -> None:
-        """Sets them, for servers that start from now on. Read them back: not all must be taken.
+    async def _run(self, text: str) -> tuple[int, bytes, bytes]:
+        """Exit code, output and errors of the program, MAX_OUTPUT bytes of them at most.
 
-        A limit of memory cannot be lifted.
+        Raises OSError, and TimeoutError.
         """
-        await self.command(f"set_default_active_thread_percentage {defaults.thread_percentage}")
-        for ordinal, limit in defaults.memory_limits.items():
-            if limit is not None:
-                await self.command(f"set_default_device_pinned_mem_limit {ordinal} {limit // MIB}M")
+        environment = {**os.environ, **self.directories.environment()}
+        with _standard_input(text) as stdin:
+            # Of asyncio's own processes one whose children keep its pipes open is never done with.
+            process = Popen(  # noqa: ASYNC220, S603 - a fork takes a millisecond; no shell
+                [self._binary], stdin=stdin, stdout=PIPE, stderr=PIPE, env=environment
+            )
+        outputs = [_Output(stream) for stream in (process.stdout, process.stderr) if stream]
+        try:
+            with anyio.fail_after(self._timeout):
+                ended = False
+                # What has ended has written all: its children may keep the pipes open.
+                while not ended and sum(each.read() for each in outputs) == len(outputs):
+                    await anyio.sleep(_POLL)
+                    ended = process.poll() is not None
+                for each in outputs:
+                    each.read()
+        finally:
+            process.kill()
+            with anyio.move_on_after(KILL_SECONDS, shield=True):
+                while process.poll() is None:  # noqa: ASYNC110
+                    await anyio.sleep(_POLL)
+            self._stuck = process if process.poll() is None else None
+            for each in outputs:
+                each.stream.close()
+        out, err = (each.content for each in outputs)
+        return process.returncode or 0, out, err
 
 
-async def _run(binary: str, stdin: int, environment: Mapping[str, str]) -> tuple[int, bytes, bytes]:
-    """Exit code, output and errors of the program, MAX_OUTPUT bytes of them and a buffer at most.
+class _Output:
+    """What a program has written to a pipe so far."""
 
-    No process is left behind: one that is cancelled, or says too much, is killed. Raises OSError.
-    """
-    output = {1: b"", 2: b""}
-    async with await anyio.open_process([binary], stdin=stdin, env=environment) as process:
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.content = b""
+        os.set_blocking(stream.fileno(), False)
 
-        async def read(number: int, stream: ByteReceiveStream) -> None:
-            async for data in stream:
-                output[number] += data
-                if len(output[number]) > MAX_OUTPUT:
-                    with suppress(ProcessLookupError):
-                        process.kill()
-                    tasks.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as tasks:
-            for number, stream in enumerate((process.stdout, process.stderr), start=1):
-                if stream is not None:
-                    tasks.start_soon(read, number, stream)
-        return await process.wait(), output[1], output[2]
+    def read(self) -> bool:
+        """Takes what is there; whether there may be more to take."""
+        with suppress(BlockingIOError):
+            while len(self.content) <= MAX_OUTPUT and (
+                data := os.read(self.stream.fileno(), 2**16)
+            ):
+                self.content += data
+        return len(self.content) <= MAX_OUTPUT
 
 
-# The sentence of the program where its daemon is away (seen in reports; it ends with code 1).
+_POLL = 0.005
+"""Seconds between two looks at a program that runs; one session takes some milliseconds."""
+
+
+# The sentence of the program where its daemon is away (seen of 535, 550 and 555; exit code 1).
 _DOWN = re.compile(r"cannot find mps control daemon|connection refused", re.IGNORECASE)
+
+KILL_SECONDS = 1.0
+"""How long a program that was killed is waited for."""
 
 
 @contextmanager
-def _standard_input(line: str) -> Iterator[int]:
-    """A pipe with the line in it: a program that ends without reading it breaks nothing."""
+def _standard_input(text: str) -> Iterator[int]:
+    """A pipe with the text in it: a program that ends without reading it breaks nothing."""
     read, write = os.pipe()
     try:
-        os.write(write, f"{line}\n".encode())
+        os.set_blocking(write, False)  # what does not fit is not sent, and its answer is missing
+        os.write(write, text.encode())
         os.close(write)
         yield read
     finally:
         os.close(read)
+
+
+def get_defaults(ordinals: Iterable[int]) -> list[str]:
+    """The commands whose answers `read_defaults` takes."""
+    limits = [f"get_default_device_pinned_mem_limit {ordinal}" for ordinal in ordinals]
+    return ["get_default_active_thread_percentage", *limits]
+
+
+def read_defaults(ordinals: Iterable[int], said: Sequence[str]) -> Defaults:
+    """What clients of servers that start from now on get. Raises MpsRefusedError."""
+    limits = zip(ordinals, said[1:], strict=True)
+    return Defaults(
+        answers.parse_percentage(said[0]), {n: answers.parse_memory(text) for n, text in limits}
+    )
+
+
+def set_defaults(defaults: Defaults) -> list[str]:
+    """The commands that set them, for servers that start from now on.
+
+    Read them back: not all must be taken. A limit of memory is lifted by `0M`.
+    """
+    limits = [
+        f"set_default_device_pinned_mem_limit {ordinal} {(limit or 0) // MIB}M"
+        for ordinal, limit in defaults.memory_limits.items()
+    ]
+    return [f"set_default_active_thread_percentage {defaults.thread_percentage}", *limits]

@@ -1,118 +1,115 @@
-"""What the agent sees of the MPS daemon: one value for one look, real or simulated."""
+"""What the agent sees of the MPS daemons: one value for one look, real or simulated.
 
-from collections import Counter
+The agent asks no daemon: it reads what `mps watch` wrote, and checks that the daemons still live.
+"""
+
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import anyio
 import anyio.to_thread
+from anyio.abc import TaskStatus
 
-from vgpu_agent import __version__
-from vgpu_agent.errors import MpsError, StoreError
-from vgpu_agent.model.facts import Applied, AppliedGpu, DaemonLook
-from vgpu_agent.model.rules import MpsLimits
-from vgpu_agent.mps.answers import waiting_clients
-from vgpu_agent.mps.applied import generation_of, read
-from vgpu_agent.mps.control import Control
+from vgpu_agent.errors import StoreError
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.rules import SharingRules
+from vgpu_agent.mps import state
+from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.state import State
 
-LOG_TAIL = 2**16
-"""Bytes at the end of `control.log` in which waiting clients are looked for."""
+STALE = 30.0
+"""Seconds without a word of `mps watch` after which it is told to be away."""
 
 
-class Daemon(Protocol):
-    """A daemon that can be looked at. Neither method raises, nor blocks the loop for long."""
+class Daemons(Protocol):
+    """The MPS daemons of a node."""
 
-    async def look(self) -> DaemonLook:
-        """Asks it everything."""
-        ...
-
-    def generation(self) -> str | None:
-        """Which daemon is there, without asking it: cheap."""
+    async def look(self) -> MpsLook:
+        """What is known of them now. Never raises, nor blocks the loop for long."""
         ...
 
 
-class SimulatedDaemon:
-    """The daemon of simulated GPUs, set up for so many vGPUs of each; it dies on demand."""
+class SimulatedDaemons:
+    """Those of simulated GPUs, set up for so many vGPUs of each; each fails on demand."""
 
-    def __init__(self, vgpus: Mapping[str, int], limits: MpsLimits) -> None:
-        self._gpus = tuple(
-            AppliedGpu(uuid, ordinal, replicas, None)
-            for ordinal, (uuid, replicas) in enumerate(vgpus.items())
-        )
-        self._limits = limits
-        self._life = 1
-        self._alive = True
-        self._faulty = False
+    def __init__(self, vgpus: Mapping[str, int], rules: SharingRules) -> None:
+        self._rules = rules
+        self._looks: dict[str, DaemonLook] = {}
+        for uuid, replicas in vgpus.items():
+            name = rules.daemon_of(uuid)
+            known = self._looks.get(name, DaemonLook(generation="simulated:1"))
+            gpu = AppliedGpu(uuid, len(known.gpus), replicas, None)
+            self._looks[name] = replace(known, gpus=(*known.gpus, gpu))
 
-    async def look(self) -> DaemonLook:
-        """What a daemon of simulated GPUs says of itself."""
-        generation = self.generation()
-        if generation is None:
-            return DaemonLook(error="the simulated MPS daemon is dead")
-        applied = Applied(generation, self._limits, None, self._gpus, None, __version__)
-        faulty = (1,) if self._faulty else ()
-        return DaemonLook(generation=generation, applied=applied, faulty=faulty)
+    async def look(self) -> MpsLook:
+        """See `Daemons`."""
+        return MpsLook(None, self._rules.mps_limits, dict(self._looks))
 
-    def generation(self) -> str | None:
-        """Each life is another daemon."""
-        return f"simulated:{self._life}" if self._alive else None
+    # Faults on demand, of the daemon of a GPU
 
-    # Faults on demand
-
-    def die(self) -> None:
-        """The daemon is gone."""
-        self._alive = False
-
-    def come_back(self) -> None:
-        """Another daemon is there, with its limits applied."""
-        self._alive, self._life = True, self._life + 1
-
-    def fail_server(self, *, faulty: bool) -> None:
-        """A client's fault has hit the server, or is over."""
-        self._faulty = faulty
+    def set(self, uuid: str, **fields: str | None) -> None:
+        """Fields of its look (`DaemonLook`), such as `down` and `fault`; None ends them."""
+        name = self._rules.daemon_of(uuid)
+        self._looks[name] = replace(self._looks[name], **fields)  # type: ignore[arg-type]
 
 
-class RealDaemon:
-    """The daemon of the node, seen through its control program and its files."""
+class RealDaemons:
+    """The daemons of the node, by what `mps watch` says of them and by their files."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
-        self._directories = control.directories
+    def __init__(self, directories: Directories) -> None:
+        self._directories = directories
 
-    async def look(self) -> DaemonLook:
-        """Asks the control daemon and reads what was applied."""
-        look = DaemonLook(generation=self.generation())
+    async def look(self) -> MpsLook:
+        """See `Daemons`."""
+        return await anyio.to_thread.run_sync(self._look)
+
+    def _look(self) -> MpsLook:
         try:
-            look = replace(look, applied=read(self._directories.state))
+            found = state.read(self._directories.state)
         except StoreError as error:
-            look = replace(look, applied_error=str(error))
-        try:
-            servers = await self._control.servers()
-            faulty = [pid for pid in servers if await self._control.server_failed(pid)]
-            clients = await self._control.clients() if servers else ()
-        except MpsError as error:
-            return replace(look, error=str(error))
-        # The daemon may name a GPU by its ordinal.
-        uuids = {str(gpu.ordinal): gpu.uuid for gpu in look.applied.gpus} if look.applied else {}
-        return replace(
-            look,
-            faulty=tuple(faulty),
-            clients=Counter(uuids.get(name, name) for name in clients),
-            waiting=await anyio.to_thread.run_sync(_waiting, self._directories.log / "control.log"),
+            return MpsLook(str(error))
+        if found is None:
+            return MpsLook(
+                "nobody has applied the limits yet: `vgpu-agent mps watch` does, in the MPS pod"
+            )
+        daemons = {name: self._alive(name, found) for name in found.daemons}
+        away = state.now() - found.beat > STALE
+        unwatched = (
+            "`vgpu-agent mps watch` is not heard of: see it in the MPS pod" if away else None
         )
+        return MpsLook(None, found.limits, daemons, unwatched)
 
-    def generation(self) -> str | None:
-        """See `generation_of`."""
-        return generation_of(self._directories.pipe)
+    def _alive(self, name: str, found: State) -> DaemonLook:
+        """What was seen of a daemon, unless it is gone or another one is there since."""
+        look = found.daemons[name].look
+        pipe = self._directories.daemon(name).pipe
+        generation = state.generation_of(pipe)
+        if generation == look.generation:
+            return look
+        if generation is None:
+            return replace(look, generation=None, down=f"no MPS daemon serves {pipe}")
+        problem = "the daemon is a new one, and its limits are not applied yet"
+        return replace(look, generation=generation, down=None, problem=problem)
 
 
-def _waiting(log: Path) -> int:
-    """Clients of another user that wait, by the newest part of the daemon's log."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_TAIL))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return 0
-    return len(waiting_clients(text))
+@dataclass
+class MpsGuard:
+    """Looks at the daemons every `interval` seconds, and hands what it finds to the node.
+
+    vGPUs are healthy only while the limits of their daemon are in effect; what a look means is
+    decided by the node.
+    """
+
+    daemons: Daemons
+    node: Node
+    interval: float = 1.0
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Runs until cancelled; started after the first look."""
+        self.node.set_mps(await self.daemons.look())
+        task_status.started()
+        while True:
+            await anyio.sleep(self.interval)
+            self.node.set_mps(await self.daemons.look())

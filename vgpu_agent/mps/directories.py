@@ -1,41 +1,97 @@
-"""Where MPS lives on a node."""
+"""Where MPS lives on a node: what all daemons share, and what each has of its own."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from vgpu_agent.model.rules import SHARED
 
-class Directories:
-    """The directories and files of MPS. `shm` is None where containers keep their own /dev/shm.
 
-    Clients reach the daemon through `pipe`; `log` has the logs of the daemon and its servers.
-    `state` is what `mps watch` says of the limits, `compute_modes` what was found before ours.
-    `watch` is locked by the one `mps watch`, `watch_memory` what the last one applied, and when.
+@dataclass(frozen=True, slots=True)
+class DaemonDirectories:
+    """The directories of one daemon: `root`, root's alone to write to, is never shown to clients.
+
+    Clients reach the daemon through `pipe`. Its output and its servers' logs are in `log`, and
+    `process` says which process it is.
     """
 
-    def __init__(self, root: Path, shm: Path | None = None) -> None:
-        self.root = root
-        self.shm = shm
-        self.pipe = root / "pipe"
-        self.log = root / "log"
-        self.state = root / "state"
-        self.compute_modes = root / "compute-modes"
-        self.watch = root / "watch"
-        self.watch_memory = root / "watch.json"
+    name: str
+    root: Path
 
-    def modes(self) -> Mapping[Path, int]:
-        """Each directory and its mode.
+    @property
+    def pipe(self) -> Path:
+        """Where its sockets are. Clients have it writable: nothing of ours is in it."""
+        return self.root / "pipe"
 
-        A client runs as the user of its container, and so does the MPS server that is started for
-        it; both connect to sockets in `pipe` by name and make no file there: they need to enter it,
-        and nobody but root may put another socket in. Logs name the processes of all tenants, so
-        they are root's. The shared memory directory is a /dev/shm, with its mode.
-        """
-        modes = {self.root: 0o755, self.pipe: 0o755, self.log: 0o700}
-        return modes if self.shm is None else modes | {self.shm: 0o1777}
+    @property
+    def log(self) -> Path:
+        """Names the processes of all tenants, so it is root's."""
+        return self.root / "log"
+
+    @property
+    def control_log(self) -> Path:
+        """What the daemon says; `-f` makes it write to its standard output."""
+        return self.log / "control.log"
+
+    @property
+    def process(self) -> Path:
+        """See above."""
+        return self.root / "process"
+
+    @property
+    def lock(self) -> Path:
+        """Is held (`flock`) by whoever asks the daemon: it takes one connection at a time."""
+        return self.root / "lock"
 
     def environment(self) -> Mapping[str, str]:
-        """The variables by which programs of MPS find the daemon of these directories."""
+        """The variables by which programs of MPS find this daemon."""
         return {
             "CUDA_MPS_PIPE_DIRECTORY": str(self.pipe),
             "CUDA_MPS_LOG_DIRECTORY": str(self.log),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Directories:
+    """The directories and files of MPS on a node; `shm` holds what clients share.
+
+    `state` is what `mps watch` saw of the daemons. `compute_modes` are those that were found before
+    ours. `watch`, `daemons` and `restore` are held (`flock`) by the process of that name.
+    """
+
+    root: Path
+    shm: Path | None = None
+
+    def daemon(self, name: str) -> DaemonDirectories:
+        """Those of the daemon of that name (`SharingRules.daemon_of`)."""
+        return DaemonDirectories(name, self.root / name)
+
+    @property
+    def shared(self) -> Path | None:
+        """What containers have as their /dev/shm, and daemons too."""
+        return self.shm and self.shm / SHARED
+
+    @property
+    def state(self) -> Path:
+        """See above."""
+        return self.root / "state"
+
+    @property
+    def watch(self) -> Path:
+        """See above."""
+        return self.root / "watch"
+
+    @property
+    def daemons(self) -> Path:
+        """See above."""
+        return self.root / "daemons"
+
+    @property
+    def restore(self) -> Path:
+        """See above."""
+        return self.root / "restore"
+
+    @property
+    def compute_modes(self) -> Path:
+        """See above."""
+        return self.root / "compute-modes"

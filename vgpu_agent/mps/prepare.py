@@ -1,202 +1,108 @@
-"""`vgpu-agent mps prepare`: the node before an MPS daemon.
+"""The node before the MPS daemons and after them, as far as none of them is concerned alone.
 
-It runs to its end before the daemon starts, as often as need be, and changes only what is not yet
-right.
+`vgpu-agent mps prepare` runs to its end before they start, as often as need be. `mps restore` runs
+when they have ended for good.
 """
 
 import logging
 import os
-import shutil
 import signal
 import stat
-from collections.abc import Iterable
+import time
+from contextlib import suppress
 from pathlib import Path
 
-import anyio
-
-from vgpu_agent.errors import MpsDownError, MpsError, MpsSetupError
-from vgpu_agent.mps import processes
-from vgpu_agent.mps.control import Control
-from vgpu_agent.mps.processes import Process
+from vgpu_agent.errors import MpsSetupError
+from vgpu_agent.mps import trees
+from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.programs import hold
 
 log = logging.getLogger(__name__)
 
-SERVER = "nvidia-cuda-mps-server"
+END_SECONDS = 45.0
+"""How long `restore` waits for the daemons to end: they take up to 35 seconds."""
 
-OURS = ".vgpu-agent"
-"""Marks a directory of shared memory as made by us, so that it may be emptied."""
+REMOVE_SECONDS = 5.0
+"""How long what clients have left may take to remove."""
 
 
-async def prepare(control: Control, *, end_seconds: float = 5) -> None:
-    """Makes the node ready for a daemon. Raises MpsSetupError.
+def prepare(directories: Directories) -> None:
+    """Makes the directories that all daemons share. Raises MpsSetupError.
 
-    What a daemon that is gone has left is removed: its servers, which hold the GPUs and which no
-    client can reach, have `end_seconds` to end; what was said of it; and its shared memory, which
-    only then no client has. While a daemon answers, or may only be slow, all that is left alone.
+    The shared memory is emptied, or replaced: with the daemons all their clients have ended. What
+    was in the way is not looked into before it is renamed.
     """
-    directories = control.directories
-    if directories.shm is not None:
-        _refuse_foreign(directories.shm)
-    for directory, mode in directories.modes().items():
-        _make(directory, mode)
-    if directories.shm is not None:
-        (directories.shm / OURS).touch(mode=0o600)
-    try:
-        await control.servers()
-    except MpsDownError:
-        await _end(_orphans(directories.pipe), end_seconds)
-        _remove(directories.state)
-        if directories.shm is not None:
-            _empty(directories.shm)
-    except MpsError as error:
-        log.warning("the MPS daemon cannot be asked; what is there of it is left alone: %s", error)
+    with trees.made(directories.root, 0o755):
+        os.close(hold(directories.restore))
+    _warn_of_closed_parents(directories.root)
+    if directories.shm is not None and directories.shared is not None:
+        with trees.made(directories.shm, 0o755) as parent:
+            trees.renew(directories.shared, 0o1777, parent)
 
 
-# Directories
+def _warn_of_closed_parents(directory: Path) -> None:
+    """Servers run as their clients' users, and need their way to the pipe directory."""
+    for parent in directory.parents:
+        with suppress(OSError):
+            if not stat.S_IMODE(parent.stat().st_mode) & stat.S_IXOTH:
+                log.warning(
+                    "%s keeps other users out, so MPS serves only root's processes: run"
+                    " `chmod o+x %s` on the node, or set VGPU_MPS_DIRECTORY to another directory",
+                    parent,
+                    parent,
+                )
 
 
-def _make(directory: Path, mode: int) -> None:
-    """A directory of ours with that mode, also where it was there before."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # By its descriptor, not followed: what a name means could change in between.
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise MpsSetupError(
-            f"{directory} cannot be made a directory ({error.strerror}): remove what is there, and"
-            " mount its parent from the host, writable, into this container"
-        ) from error
-    try:
-        found = os.fstat(descriptor)
-        if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
-            os.fchown(descriptor, os.geteuid(), os.getegid())
-        if stat.S_IMODE(found.st_mode) != mode:
-            os.fchmod(descriptor, mode)
-        _label(descriptor, directory)
-    except OSError as error:
-        raise MpsSetupError(
-            f"owner and mode {mode:o} of {directory} cannot be set ({error.strerror}): run this"
-            " container as root"
-        ) from error
-    finally:
-        os.close(descriptor)
+def wait_for_end(directories: Directories) -> None:
+    """Returns after SIGTERM, which must be blocked, once no daemon of this node runs.
 
-
-_LABEL = "security.selinux"
-_CONTAINER_FILE = "container_file_t"
-
-
-def _label(descriptor: int, directory: Path) -> None:
-    """Lets containers use a directory where the node has SELinux; without it there is no label."""
-    try:
-        label = os.getxattr(descriptor, _LABEL)
-    except OSError:
-        return
-    # user:role:type:level, where the level may hold colons and the end a zero byte
-    parts = label.rstrip(b"\0").decode(errors="replace").split(":", 3)
-    if len(parts) < 3 or parts[2] == _CONTAINER_FILE:
-        return
-    parts[2] = _CONTAINER_FILE
-    try:
-        os.setxattr(descriptor, _LABEL, ":".join(parts).encode() + b"\0")
-    except OSError as error:
-        log.warning(
-            "%s cannot be given the SELinux type %s (%s): containers may be refused; on the node,"
-            " run `chcon -t %s %s`",
-            directory,
-            _CONTAINER_FILE,
-            error.strerror,
-            _CONTAINER_FILE,
-            directory,
-        )
-
-
-def _refuse_foreign(shm: Path) -> None:
-    """Shared memory is emptied when no client is left: never what somebody else put there."""
-    try:
-        names = {path.name for path in shm.iterdir()}
-    except OSError:
-        return  # not there yet, or no directory, which is reported where it is made
-    if names and OURS not in names:
-        raise MpsSetupError(
-            f"{shm} holds files and was not made by vgpu-agent: it would be opened to every"
-            " container and emptied; set VGPU_MPS_SHM_DIRECTORY to a directory of its own"
-        )
-
-
-def _empty(directory: Path) -> None:
-    """Removes what is in a directory that every pod may write to; what cannot be is logged."""
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name == OURS:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                else:
-                    Path(entry.path).unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("%s cannot be emptied: %s", directory, error)
-
-
-def _remove(file: Path) -> None:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError as error:
-        raise MpsSetupError(f"{file} cannot be removed ({error.strerror})") from error
-
-
-# Orphans
-
-
-def _orphans(pipe_directory: Path) -> list[Process]:
-    """The servers of a daemon of that directory, which is gone.
-
-    Servers of any other daemon are left alone, and one that does not show whose it is, which takes
-    capabilities.
+    Meanwhile no other MPS pod of this node is prepared. Raises MpsSetupError.
     """
-    found = []
-    for server in processes.find_named(SERVER):
-        pipe = processes.variable_of(server, "CUDA_MPS_PIPE_DIRECTORY")
-        if pipe is None:
-            log.warning(
-                "MPS server %d does not show whose it is: if it is left from a daemon of ours, it"
-                " holds the GPUs. Install the chart with mps.endOrphans=true, or end it on the"
-                " node",
-                server.pid,
-            )
-        elif Path(pipe) == pipe_directory:
-            log.warning("MPS server %d has lost its daemon and is ended", server.pid)
-            found.append(server)
-    return found
+    hold(directories.restore)  # until this process ends
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    until = time.monotonic() + END_SECONDS
+    for lock in (directories.daemons, directories.watch):
+        while True:
+            try:
+                hold(lock)
+                break
+            except MpsSetupError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
 
 
-async def _end(servers: Iterable[Process], seconds: float) -> None:
-    """SIGTERM, and SIGKILL for what is still there after that time."""
-    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 2.0)):
-        servers = [server for server in servers if _signal(server, number)]
-        with anyio.move_on_after(patience):
-            while any(processes.find(server.pid) == server for server in servers):  # noqa: ASYNC110
-                await anyio.sleep(0.05)
-            return
-    left = ", ".join(str(server.pid) for server in servers)
-    raise MpsSetupError(
-        f"MPS server {left} has lost its daemon and cannot be killed: a call to the driver hangs;"
-        " drain and reboot the node"
-    )
+def remove(directories: Directories) -> None:
+    """Removes all that daemons and clients had; what cannot be removed is logged.
+
+    What others have put there stays, and so does a directory that is mounted here: it is empty.
+    """
+    until = time.monotonic() + REMOVE_SECONDS
+    left = _remove_from(directories.shm, until, directories.shared)
+    root = directories.root
+    with suppress(OSError):
+        daemons = [path for path in root.iterdir() if path.is_dir() and _is_daemon(path)]
+        left += _remove_from(root, until, *daemons)
+    files = [directories.state, directories.watch, directories.daemons, directories.restore]
+    left += _remove_from(root, until, directories.compute_modes, *files)
+    if left:
+        log.warning("%d entries in %s and %s could not be removed", left, root, directories.shm)
 
 
-def _signal(server: Process, number: signal.Signals) -> bool:
-    """Whether the server was still there."""
-    if processes.find(server.pid) != server:
-        return False
-    try:
-        os.kill(server.pid, number)
-    except ProcessLookupError:
-        return False
-    except PermissionError as error:
-        raise MpsSetupError(
-            f"MPS server {server.pid} has lost its daemon and may not be ended: run this container"
-            " as root"
-        ) from error
-    return True
+def _is_daemon(directory: Path) -> bool:
+    return any(path.name.partition(trees.ASIDE)[0] == "pipe" for path in directory.iterdir())
+
+
+def _remove_from(parent: Path | None, until: float, *paths: Path | None) -> int:
+    """Removes these, what they have replaced and what half-written files left, then `parent`."""
+    if parent is None or not parent.is_dir() or parent.is_symlink():
+        return 0
+    left = 0
+    with trees.made(parent, 0o755) as descriptor:
+        for name in os.listdir(descriptor):  # noqa: PTH208 - of this directory, whatever its path
+            owner = name.partition(trees.ASIDE)[0].removeprefix(".").removesuffix(".new")
+            if any(path is not None and owner == path.name for path in paths):
+                left += trees.remove(name, descriptor, until)
+    with suppress(OSError):
+        parent.rmdir()
+    return left

@@ -4,7 +4,7 @@ In a container they are those of its PID namespace: the MPS pod has `hostPID: tr
 """
 
 import os
-import time
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,14 +26,19 @@ class Process:
 
 def find(pid: int) -> Process | None:
     """The process of that PID; None where there is none, or one that has ended (a zombie)."""
-    try:
-        # The name, in brackets, may hold anything, brackets too.
-        fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    if fields[0] in {"Z", "X"}:
+    fields = _stat(pid)
+    if not fields or fields[0] in {"Z", "X"}:
         return None
     return Process(pid, int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+
+
+def _stat(pid: int) -> list[str]:
+    """What `stat` says after the name, which stands in brackets and may hold anything."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
 
 
 def find_named(name: str) -> Iterator[Process]:
@@ -68,6 +73,50 @@ def variable_of(process: Process, name: str) -> str | None:
     return None
 
 
-def now() -> float:
-    """Seconds since the boot, on the clock of `Process.started`."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+def is_daemon(process: Process) -> bool:
+    """Whether it is a control daemon, and not somebody who asks one."""
+    try:
+        words = (PROC / str(process.pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return not {b"-f", b"-d"}.isdisjoint(words)
+
+
+def owner_of(process: Process) -> int | None:
+    """The UID that a process runs as; None where it has ended."""
+    try:
+        return (PROC / str(process.pid)).stat().st_uid
+    except OSError:
+        return None
+
+
+def session_of(process: Process) -> int | None:
+    """The PID of the process that began its session; None where it has ended."""
+    fields = _stat(process.pid)
+    return int(fields[3]) if fields else None
+
+
+def send(process: Process, number: signal.Signals) -> bool:
+    """Signals that process and no other that has its PID by now; whether it was still there.
+
+    Raises PermissionError.
+    """
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    except OSError:  # seccomp profiles of old container runtimes do not know it
+        descriptor = None
+    try:
+        if find(process.pid) != process:
+            return False
+        if descriptor is None:
+            os.kill(process.pid, number)
+        else:
+            signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return True

@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 
 from vgpu_agent.model.devices import Effect, Gpu, SharedGpu
+from vgpu_agent.model.facts import DaemonLook
 from vgpu_agent.model.policy import judge_xid
-from vgpu_agent.model.rules import HealthRules
-from vgpu_agent.model.snapshot import Rules, Snapshot
+from vgpu_agent.model.rules import HealthRules, SharingRules
+from vgpu_agent.model.snapshot import Rules, Snapshot, split_containers
 from vgpu_agent.observe.logs import Repeats
 
 log = logging.getLogger("vgpu_agent")
@@ -51,7 +52,7 @@ def changes(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine
         yield from _xids(before, after, rules.health)
     if after.inventory is not before.inventory or after.excluded is not before.excluded:
         yield from _gpus(before, after, rules.health)
-    yield from _mps(before, after)
+    yield from _mps(before, after, rules.sharing)
     yield from _kubelet(before, after, rules.resource)
     yield from _holders(before, after)
     for problem, begun, ended in _PROBLEMS:
@@ -158,20 +159,39 @@ def _fields(gpu: Gpu) -> dict[str, object]:
     return {"gpu": gpu.index, "uuid": gpu.uuid}
 
 
-def _mps(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
+def _mps(before: Snapshot, after: Snapshot, sharing: SharingRules) -> Iterator[LogLine]:
     old, new = before.mps, after.mps
-    if new is None or after.daemon is None or old == new:
+    if after.holders is not before.holders:
+        split = split_containers(after, sharing) - split_containers(before, sharing)
+        for holder in sorted(split):
+            yield _warning(
+                "a container was given vGPUs of several GPUs, each with an MPS daemon of its own,"
+                " and cannot start. Next: delete the pod, for one that asks for fewer vGPUs, or set"
+                " VGPU_MPS_DAEMONS=node",
+                namespace=holder.namespace,
+                pod=holder.pod,
+                container=holder.container,
+            )
+    if new is None or after.mps_look is None or old == new:
         return
-    first = before.daemon is None or old is None
+    first = before.mps_look is None or old is None
     problem = None if first or old is None else old.problem
     if new.problem is not None and new.problem != problem:
         yield _warning(f"no vGPU can be given: {new.problem}. Next: see the MPS pod of the node")
     elif new.problem is None and (first or problem is not None):
-        yield _info("the MPS daemon answers and its limits are in effect")
+        yield _info("the MPS daemons answer and their limits are in effect")
     if new.replacement is not None and (old is None or new.replacement != old.replacement):
         yield _warning(new.replacement)
-    if new.waiting > (0 if old is None else old.waiting):
-        yield _warning("MPS clients of another user wait for their turn", clients=new.waiting)
+    unwatched = None if old is None else old.look.unwatched
+    if new.look.unwatched != unwatched:
+        yield _warning(new.look.unwatched) if new.look.unwatched else _info("`mps watch` is back")
+    for shared in after.inventory.gpus:
+        fields = _fields(shared.gpu)
+        was = DaemonLook() if old is None else old.daemons.get(shared.gpu.uuid, DaemonLook())
+        now = new.daemons.get(shared.gpu.uuid, DaemonLook())
+        if now.waiting > was.waiting:
+            words = "MPS clients of another user wait for their turn"
+            yield _warning(words, clients=now.waiting, **fields)
 
 
 def _kubelet(before: Snapshot, after: Snapshot, resource: str) -> Iterator[LogLine]:

@@ -13,7 +13,9 @@ from prometheus_client.registry import Collector
 
 from vgpu_agent.model.devices import Gpu, Reason, device_id
 from vgpu_agent.model.holders import Holder, Used
+from vgpu_agent.model.share import max_vgpus
 from vgpu_agent.model.snapshot import RegistrationResult, Rules, Snapshot
+from vgpu_agent.observe.report import MpsDaemonReport, mps_report
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -203,7 +205,7 @@ def _holders(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
         (*_G, *_C),
         shares,
     )
-    limited = s.mps and of.rules.sharing.with_applied_limits(s.mps.limits).limits_memory
+    limited = s.mps and of.rules.sharing.with_applied_limits(s.mps.look.limits).limits_memory
     yield _family(
         "vgpu_allocation_memory_limit_bytes_per_process",
         "Memory of the GPU that MPS lets each process of the container have, where it limits it.",
@@ -260,36 +262,63 @@ def _usage(of: "Metrics", s: Snapshot) -> Iterator[Metric]:  # noqa: ARG001
 
 
 def _mps(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
-    mps = s.mps
-    if mps is None:
+    if s.mps is None:
         return
-    yield _one("vgpu_mps_up", "Whether the MPS daemon answers.", mps.up)
-    yield _one(
-        "vgpu_mps_limits_in_force",
-        "Whether the MPS daemon's limits were read back as this node needs them.",
-        mps.limits_in_effect,
-    )
+    report = mps_report(s.mps, s, of.rules.sharing)
+    daemons = [(_g(gpu.gpu), report.daemons[gpu.gpu.uuid]) for gpu in s.inventory.gpus]
+    for name, what, value in _OF_DAEMON:
+        yield _family(name, what, _G, ((labels, value(each)) for labels, each in daemons))
     yield _one(
         "vgpu_mps_replacement_needed",
         "Whether the MPS pod serves other settings than the agent's and must be replaced.",
-        mps.replacement is not None,
+        report.replacement is not None,
     )
     yield _one(
-        "vgpu_mps_waiting_clients",
-        "MPS clients of another user that wait for their turn.",
-        mps.waiting,
+        "vgpu_mps_watch_up",
+        "Whether `mps watch` is heard of: what is told of the daemons is what it saw last.",
+        report.unwatched is None,
+    )
+    yield _one(
+        "vgpu_mps_split_containers",
+        "Containers that cannot start: they were given vGPUs of several MPS daemons.",
+        report.split_containers,
     )
     yield _one(
         "vgpu_mps_max_clients",
         "Most MPS client contexts of a GPU.",
-        of.rules.sharing.max_clients or 0,
+        min((max_vgpus(gpu.gpu, of.rules.sharing) for gpu in s.inventory.gpus), default=0),
     )
-    yield _family(
-        "vgpu_mps_clients",
-        "MPS clients of a GPU.",
-        _G,
-        ((_g(shared.gpu), mps.clients.get(shared.gpu.uuid, 0)) for shared in s.inventory.gpus),
-    )
+
+
+_OF_DAEMON: tuple[tuple[str, str, Callable[[MpsDaemonReport], float]], ...] = (
+    ("vgpu_mps_up", "Whether the MPS daemon of the GPU is there.", lambda d: d.up),
+    (
+        "vgpu_mps_limits_in_force",
+        "Whether the limits of the GPU's MPS daemon were read back as this node needs them.",
+        lambda d: d.limits_in_effect,
+    ),
+    (
+        "vgpu_mps_busy",
+        "Whether the MPS daemon of the GPU cannot be asked, as somebody else holds it.",
+        lambda d: d.busy is not None,
+    ),
+    (
+        "vgpu_mps_servers_failing",
+        "Whether the MPS servers of the GPU end soon after their start, again and again.",
+        lambda d: d.failing is not None,
+    ),
+    (
+        "vgpu_mps_server_crashes_total",
+        "MPS servers of the GPU that ended by an error.",
+        lambda d: d.crashes,
+    ),
+    ("vgpu_mps_clients", "MPS clients of a GPU.", lambda d: d.clients),
+    (
+        "vgpu_mps_waiting_clients",
+        "MPS clients of another user that wait for their turn at the GPU's daemon.",
+        lambda d: d.waiting_clients,
+    ),
+)
 
 
 PARTS: tuple[tuple[Callable[["Metrics", Snapshot], Iterator[Metric]], str], ...] = (

@@ -30,6 +30,7 @@
 }}
 {{- if eq .sharing "mps" }}{{ $settings = merge $settings (dict
   "VGPU_MPS_COMPUTE_MODE" .mps.computeMode
+  "VGPU_MPS_DAEMONS" .mps.daemons
   "VGPU_MPS_DIRECTORY" .mps.directory
   "VGPU_MPS_LIMITS" .mps.limits
   "VGPU_MPS_MAX_CLIENTS" .mps.maxClients

@@ -36,11 +36,11 @@ from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.watch import GpuWatch, Intervals
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
-from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Rules
-from vgpu_agent.mps.daemon import Daemon
+from vgpu_agent.mps.daemon import Daemons
 from vgpu_agent.observe.report import Identity, Report, make_report
 from vgpu_agent.settings import GpuDriverKind, Settings
 from vgpu_agent.settings_unknown import unknown_variables
@@ -55,7 +55,7 @@ async def examine(
     *,
     environment: Mapping[str, str],
     make_driver: Callable[[Settings], GpuDriver],
-    make_daemon: Callable[[Settings], Daemon | None],
+    make_daemons: Callable[[Settings], Daemons | None],
     make_watch: Callable[[Settings, GpuDriver, Node], GpuWatch],
     other_mps: Path = OTHER_MPS,
     timeouts: Timeouts = TIMEOUTS,
@@ -73,10 +73,10 @@ async def examine(
     report = reports[0] if reports else None
     looks = [
         in_thread(name, checking, timeouts.look)
-        for name, checking in _preflight(settings, report, environment, other_mps).items()
+        for name, checking in _preflight(settings, report, other_mps).items()
     ]
     if report is None:
-        looks.insert(0, look_once(settings, make_driver, make_daemon, make_watch, timeouts))
+        looks.insert(0, look_once(settings, make_driver, make_daemons, make_watch, timeouts))
     return tuple(chain(checks, answered, *await asyncio.gather(*looks)))
 
 
@@ -100,7 +100,7 @@ def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
 async def look_once(
     settings: Settings,
     make_driver: Callable[[Settings], GpuDriver],
-    make_daemon: Callable[[Settings], Daemon | None],
+    make_daemons: Callable[[Settings], Daemons | None],
     make_watch: Callable[[Settings, GpuDriver, Node], GpuWatch],
     timeouts: Timeouts,
 ) -> tuple[Check, ...]:
@@ -127,17 +127,17 @@ async def look_once(
         except Exception as error:  # noqa: BLE001 - whatever it is, it is said
             failed.append(unexpected("driver", error))
 
-    async def look_at_daemon() -> None:
-        look = DaemonLook(error=f"no answer within {timeouts.look:g} s")
+    async def look_at_daemons() -> None:
+        look = MpsLook(f"no answer within {timeouts.look:g} s")
         try:
             with anyio.move_on_after(timeouts.look):
-                daemon = make_daemon(settings)
-                look = DaemonLook(error="there is none") if daemon is None else await daemon.look()
+                daemons = make_daemons(settings)
+                look = MpsLook("there is none") if daemons is None else await daemons.look()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is said
-            look = DaemonLook(error=f"it could not be asked: {type(error).__name__}: {error}")
-        node.set_daemon(look)
+            look = MpsLook(f"they could not be looked at: {type(error).__name__}: {error}")
+        node.set_mps(look)
 
-    await asyncio.gather(look_at_gpus(), look_at_daemon())
+    await asyncio.gather(look_at_gpus(), look_at_daemons())
     report = make_report(
         node.snapshot, rules, Identity(__version__, "", settings.resource_name), time.time()
     )
@@ -171,9 +171,7 @@ def _absent(node: Node) -> Iterable[Check]:
             yield Check("kept faults", Verdict.FAIL, detail, fault.advice)
 
 
-def _preflight(
-    settings: Settings, report: Report | None, environment: Mapping[str, str], other_mps: Path
-) -> dict[str, Checking]:
+def _preflight(settings: Settings, report: Report | None, other_mps: Path) -> dict[str, Checking]:
     """What blocks, by the name under which a failure is reported."""
     real = settings.gpu_driver is GpuDriverKind.NVML
     endpoint = settings.plugin_directory / settings.endpoint
@@ -181,12 +179,7 @@ def _preflight(
     sockets = [endpoint, control_socket, settings.kubelet_dir / POD_RESOURCES]
     checks: dict[str, Checking] = {}
     if real and settings.sharing_rules().mps:
-        sockets.append(settings.mps_directory / "pipe" / "control")
-        shm = settings.mps_shm_directory if settings.mps_shm else None
-        checks["mps binary"] = lambda: [preflight.check_binary(environment)]
-        checks["mps directories"] = lambda: preflight.check_mps_directories(
-            settings.mps_directory, shm
-        )
+        checks["mps directories"] = lambda: preflight.check_mps_directories(settings.mps_directory)
     if real:
         checks["other mps"] = lambda: [preflight.check_other_mps(other_mps)]
     if report is None or not report.podresources.up:

@@ -1,7 +1,6 @@
 """What no report can know of a node: its paths, sockets, permissions and programs."""
 
 import os
-import shutil
 import socket
 import stat
 import struct
@@ -15,7 +14,6 @@ from vgpu_agent.commands.judge import FAIL, OK, WARN, Check, Verdict
 from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
-from vgpu_agent.mps.control import BINARY
 from vgpu_agent.observe.report import Report
 from vgpu_agent.observe.server import listen
 from vgpu_agent.unixsocket import MAX_PATH, refusal
@@ -197,17 +195,6 @@ def check_state_directory(path: Path) -> Check:
 # MPS
 
 
-def check_binary(environment: Mapping[str, str]) -> Check:
-    """Whether the daemon's control program is there: the daemon is asked through it."""
-    found = shutil.which(BINARY, path=environment.get("PATH", os.defpath))
-    advice = (
-        "run this container with the NVIDIA runtime and"
-        " NVIDIA_DRIVER_CAPABILITIES=compute,utility, which brings it in"
-    )
-    detail = found or f"{BINARY} is not on PATH"
-    return Check("mps binary", OK if found else FAIL, detail, advice)
-
-
 def check_other_mps(path: Path) -> Check:
     """Another MPS on the node, in the directory that the NVIDIA runtime mounts everywhere."""
     name = "other mps"
@@ -223,17 +210,8 @@ def check_other_mps(path: Path) -> Check:
     return Check(name, WARN, detail, advice)
 
 
-def check_mps_directories(directory: Path, shm: Path | None) -> Iterable[Check]:
-    """The daemon's directories. Containers of every user must get into `pipe`, and write to shm.
-
-    The agent needs only `pipe`: where that is there, the others may be mounted elsewhere.
-    """
+def check_mps_directories(directory: Path) -> Iterable[Check]:
+    """The daemons' directories: containers of every user must get into each `pipe`."""
     advice = "`vgpu-agent mps prepare` in the MPS pod makes it: see that pod's log"
-    pipe = directory / "pipe"
-    yield _directory("mps pipe", pipe, advice, others=stat.S_IROTH | stat.S_IXOTH)
-    shared = [] if shm is None else [("mps shm", shm, stat.S_IRWXO)]
-    for name, path, others in [("mps log", directory / "log", 0), *shared]:
-        if pipe.is_dir() and not path.exists():
-            yield Check(name, OK, f"{path} is not mounted here")
-        else:
-            yield _directory(name, path, advice, others=others)
+    for name, path in [("directory", directory), *(("pipe", p) for p in directory.glob("*/pipe"))]:
+        yield _directory(f"mps {name}", path, advice, others=stat.S_IROTH | stat.S_IXOTH)

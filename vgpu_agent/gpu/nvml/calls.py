@@ -10,6 +10,7 @@ import pynvml
 from vgpu_agent.errors import DriverError, DriverLibraryError
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import ComputeMode
+from vgpu_agent.model.rules import MPS_CONTEXTS, MPS_MAX_CLIENTS
 
 T = TypeVar("T")
 
@@ -120,6 +121,7 @@ def describe(index: int, uuid: str, gpu: Asked, *, numa_root: Path) -> Gpu:
         numa_node=numa_node(numa_root / address / "numa_node"),
         compute_capability=gpu.may(compute_capability),
         mig=bool(gpu.may(mig_mode)),
+        mps_contexts=gpu.may(mps_contexts) or MPS_CONTEXTS,
     )
 
 
@@ -199,6 +201,11 @@ def compute_capability(handle: Handle) -> tuple[int, int]:
 def mig_mode(handle: Handle) -> bool:
     """Whether it is divided into MIG devices."""
     return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+
+
+def mps_contexts(handle: Handle) -> int:  # noqa: ARG001 - asked as all others
+    """CUDA contexts of a GPU that this driver's MPS serves: 60 from CUDA 13.1 on (its guide)."""
+    return MPS_MAX_CLIENTS if pynvml.nvmlSystemGetCudaDriverVersion_v2() >= 13_010 else MPS_CONTEXTS
 
 
 def ecc_errors(handle: Handle) -> int:

@@ -1,0 +1,318 @@
+"""What the agent makes of the MPS daemons, as `state` and their files show them."""
+
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.model.strategies import a_look, tried
+from vgpu_agent.errors import StoreError
+from vgpu_agent.gpu.simulated import simulated_gpus
+from vgpu_agent.model.devices import Reason
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
+from vgpu_agent.model.health import Moment
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.rules import MpsLimits, SharingRules
+from vgpu_agent.model.snapshot import Driver, Rules
+from vgpu_agent.mps import state
+from vgpu_agent.mps.daemon import STALE, MpsGuard, RealDaemons, SimulatedDaemons
+from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.log import Seen
+from vgpu_agent.mps.state import State, Watched, generation_of
+from vgpu_agent.observe import changes
+
+GPUS = simulated_gpus(2, "GPU", 2**34, (0,))
+ONE, TWO = (gpu.uuid for gpu in GPUS)
+WELL = a_look(**{ONE: 10, TWO: 10})
+APPLIED = {uuid: (AppliedGpu(uuid, 0, 10, None),) for uuid in (ONE, TWO)}
+
+
+def make_node(limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
+    rules = Rules(SharingRules(mps_limits=limits, replicas=replicas))
+
+    def published(before, after) -> None:
+        changes.write(changes.changes(before, after, rules))
+
+    node = Node(rules, clock=lambda: Moment(1.0, 1000.0), published=published)
+    node.driver_looked(Driver("1", None), Scan("1", GPUS), {})
+    return node
+
+
+def reasons(node: Node) -> list[list[Reason]]:
+    return [[fault.reason for fault in shared.faults] for shared in node.snapshot.inventory.gpus]
+
+
+def one(**fields: object) -> MpsLook:
+    """All is well but for the daemon of the first GPU."""
+    return replace(WELL, daemons={**WELL.daemons, ONE: replace(WELL.daemons[ONE], **fields)})
+
+
+# What a look means
+
+
+@pytest.mark.parametrize(
+    ("look", "expected"),
+    [
+        (WELL, [[], []]),
+        (one(down="it is gone"), [[Reason.MPS], []]),
+        (one(problem="server 7 is older"), [[Reason.MPS], []]),
+        (one(fault="FAULT"), [[Reason.MPS_FAULT], []]),
+        (one(down="it is gone", fault="FAULT"), [[Reason.MPS, Reason.MPS_FAULT], []]),
+        (one(busy="process 7 holds it"), [[], []]),  # busy is not down
+        (one(failing="again and again", crashes=3), [[], []]),
+        (replace(WELL, unwatched="nobody looks"), [[], []]),
+        (a_look(**{TWO: 10}), [[Reason.MPS], []]),
+        (MpsLook("nobody has applied the limits yet"), [[Reason.MPS], [Reason.MPS]]),
+        (a_look(problem="not yet", **{ONE: 10, TWO: 10}), [[Reason.MPS], [Reason.MPS]]),
+    ],
+)
+def test_a_daemon_concerns_its_own_gpu_and_busy_is_not_down(look, expected):
+    node = make_node()
+    node.set_mps(look)
+    assert reasons(node) == expected
+    problem = node.snapshot.mps.problem
+    assert bool(problem) is all(Reason.MPS in each for each in expected)
+
+
+def test_what_was_applied_is_served_until_the_pod_is_replaced():
+    node = make_node(replicas=20)
+    node.set_mps(a_look(**{ONE: 10, TWO: 20}))
+    assert [shared.replicas for shared in node.snapshot.inventory.gpus] == [10, 20]
+    assert node.snapshot.mps.replacement == (
+        "the MPS pod must be replaced: GPU 0 has 10 vGPUs instead of 20"
+    )
+
+
+@pytest.mark.parametrize("applied", MpsLimits)
+@pytest.mark.parametrize("wanted", MpsLimits)
+def test_limits_of_the_daemons_own_come_and_go_only_with_its_pod(applied, wanted):
+    node = make_node(wanted)
+    node.set_mps(replace(WELL, limits=applied))
+    assert node.snapshot.mps.problem is None
+    if (applied is MpsLimits.SERVER) == (wanted is MpsLimits.SERVER):
+        assert node.snapshot.mps.replacement is None
+    else:
+        assert node.snapshot.mps.replacement == (
+            f"the MPS pod must be replaced: it serves VGPU_MPS_LIMITS={applied} instead of {wanted}"
+        )
+
+
+def test_looks_that_find_nothing_new_publish_and_log_nothing(caplog):
+    node = make_node()
+    node.set_mps(MpsLook("no state"))
+    assert caplog.text.count("no vGPU can be given: no state") == 1
+    node.set_mps(one(busy="process 7 holds it"))
+    assert caplog.text.count("process 7 holds it") == 1
+    caplog.clear()
+    published = node.latest.version
+    for _ in range(5):
+        node.set_mps(one(busy="process 7 holds it"))
+    assert (node.latest.version, caplog.records) == (published, [])
+
+
+async def test_the_guard_sees_a_daemon_that_comes_and_goes():
+    node = make_node()
+    daemons = SimulatedDaemons({ONE: 10, TWO: 10}, SharingRules())
+
+    async def becomes(expected: list[list[Reason]]) -> None:
+        with anyio.fail_after(2):
+            async for _ in node.latest.follow():
+                if reasons(node) == expected:
+                    return
+
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(MpsGuard(daemons, node, interval=0.01).run)
+        assert reasons(node) == [[], []]
+        daemons.set(ONE, down="it is dead")
+        await becomes([[Reason.MPS], []])
+        daemons.set(ONE, down=None, fault="FAULT")
+        await becomes([[Reason.MPS_FAULT], []])
+        daemons.set(ONE, fault=None)
+        await becomes([[], []])
+        tasks.cancel_scope.cancel()
+
+
+# What the files say
+
+SERVE = """
+import fcntl, socket, sys, time
+from pathlib import Path
+pipe = Path(sys.argv[1])
+lock = (pipe / "control_lock").open("w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(str(pipe / "control"))
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def serving(pipe: Path) -> Iterator[subprocess.Popen[str]]:
+    """What a daemon leaves to see of itself."""
+    pipe.mkdir(parents=True, exist_ok=True)
+    (pipe / "control").unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", SERVE, str(pipe)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "up\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def directories(kubelet_dir: Path) -> Directories:
+    return Directories(kubelet_dir)
+
+
+def wrote(directories: Directories, *, late: float = 0, **looks: DaemonLook) -> None:
+    """As `mps watch` writes it, so many seconds ago."""
+    daemons = {name: Watched(look) for name, look in looks.items()}
+    state.write(directories.state, State("1", MpsLimits.CLIENT, state.now() - late, daemons))
+
+
+@pytest.mark.slow
+async def test_a_daemon_is_what_was_seen_of_it_until_it_dies_or_another_one_is_there(directories):
+    pipe = directories.daemon(ONE).pipe
+    daemons = RealDaemons(directories)
+    assert "nobody has applied the limits yet" in (await daemons.look()).error
+    with serving(pipe) as process:
+        seen = DaemonLook(generation_of(pipe), APPLIED[ONE], servers=(812,), clients={ONE: 2})
+        wrote(directories, **{ONE: seen})
+        assert await daemons.look() == MpsLook(None, MpsLimits.CLIENT, {ONE: seen})
+        wrote(directories, late=STALE + 1, **{ONE: seen})
+        late = await daemons.look()
+        assert late.daemons == {ONE: seen}  # a watcher that has died changes nothing
+        assert "is not heard of" in late.unwatched
+        process.kill()
+        process.wait()
+        # Its socket is still there.
+        assert (await daemons.look()).daemons[ONE].down == f"no MPS daemon serves {pipe}"
+    with serving(pipe):
+        found = (await daemons.look()).daemons[ONE]
+        assert (found.down, found.gpus) == (None, APPLIED[ONE])
+        assert "its limits are not applied yet" in found.problem
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"format": 2, "generation": "1"}',
+        b'{"format": 3}',
+        b'{"format": 3, "version": "", "limits": "all", "beat": 1, "daemons": {}}',
+        b'{"format": 3, "version": "", "limits": "client", "beat": 1, "daemons": {"x": {}}}',
+        b'{"format": 3, "version": "", "limits": "client", "beat": 1, "daemons": []}',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+    ids=lambda content: content[:40].decode(errors="replace"),
+)
+async def test_a_state_that_makes_no_sense_gives_no_vgpu_and_says_so(directories, content):
+    directories.state.write_bytes(content)
+    with pytest.raises(StoreError):
+        state.read(directories.state)
+    look = await RealDaemons(directories).look()
+    assert str(directories.state) in look.error
+    assert look.daemons == {}
+
+
+looks = st.builds(
+    DaemonLook,
+    st.none() | st.text(),
+    st.lists(st.builds(AppliedGpu, st.text(), st.integers(0), st.integers(1), st.none())).map(
+        tuple
+    ),
+    st.none() | st.integers(1, 99),
+    down=st.none() | st.text(),
+    clients=st.dictionaries(st.text(), st.integers(0)),
+    servers=st.lists(st.integers(0)).map(tuple),
+)
+seen = st.builds(
+    Seen,
+    st.integers(0),
+    st.dictionaries(st.text(), st.integers()),
+    st.none() | st.integers(),
+    st.lists(st.tuples(st.integers(), st.integers())).map(tuple),
+    st.integers(0),
+    st.lists(st.floats(0, 1e9)).map(tuple),
+)
+
+
+@given(st.dictionaries(st.text(), st.builds(Watched, looks, st.text(), st.floats(0, 1e9), seen)))
+@tried(40)
+def test_what_is_written_is_read_back(tmp_path_factory, daemons):
+    path = tmp_path_factory.mktemp("state") / "state"
+    written = State("1", MpsLimits.SERVER, 3.5, daemons)
+    # JSON has no lone surrogates; the driver's text has none either.
+    try:
+        json.dumps(asdict(written)).encode()
+    except UnicodeEncodeError:
+        return
+    state.write(path, written)
+    assert state.read(path) == written
+
+
+def nothing(_pipe: Path) -> None:
+    pass
+
+
+def a_file(pipe: Path) -> None:
+    (pipe / "control").touch()
+
+
+def a_dangling_link(pipe: Path) -> None:
+    (pipe / "control").symlink_to("nowhere")
+
+
+def a_free_lock(pipe: Path) -> None:
+    a_file(pipe)
+    (pipe / "control_lock").touch()
+
+
+def a_pipe_for_a_lock(pipe: Path) -> None:
+    a_file(pipe)
+    os.mkfifo(pipe / "control_lock")
+
+
+@pytest.mark.parametrize(
+    ("left", "there"),
+    [
+        (nothing, False),
+        (a_file, True),  # an older daemon has no lock
+        (a_dangling_link, True),
+        (a_free_lock, False),
+        (a_pipe_for_a_lock, True),
+    ],
+)
+def test_whatever_a_tenant_leaves_in_the_pipe_directory_is_looked_at_without_waiting(
+    tmp_path: Path, left: Callable[[Path], None], there: bool
+):
+    left(tmp_path)
+    assert (generation_of(tmp_path) is not None) is there
+    assert generation_of(tmp_path / "none") is None
+
+
+def test_our_own_lock_is_not_the_daemons(tmp_path):
+    """A lock of this very process does not show: the agent holds none."""
+    with socket.socket(socket.AF_UNIX) as listener, (tmp_path / "control_lock").open("w") as lock:
+        listener.bind(str(tmp_path / "control"))
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        assert generation_of(tmp_path) is None

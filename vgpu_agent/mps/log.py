@@ -1,0 +1,144 @@
+"""Reads on in the log of an MPS daemon, and keeps of it what matters to people.
+
+Its lines are not documented. These were seen of 535 and 550, or stand in reports:
+
+    NEW CLIENT 812 from user 0: Server is not ready, push client to pending list
+    NEW CLIENT 812 from user 1000: Server already exists
+    Starting new server 640 for user 1000
+    NEW SERVER 640: Ready
+    Server encountered a fatal exception. Shutting down
+    Server 640 exited with status 1
+"""
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+READ = 2**20
+"""Most bytes of the log that are read at a time, and its size from which it is truncated."""
+
+BACKLOG = 8 * READ
+"""Unread bytes from which a log is given up: it grows faster than it can be read."""
+
+MANY = 256
+"""Most servers and clients that are remembered; more are not told apart."""
+
+CRASHES, CRASH_SECONDS = 3, 300.0
+"""So many servers that ended by an error within that time end again and again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the log of a daemon said up to `offset`, in bytes.
+
+    `owners` are the UIDs of servers by their PID, `running` that of the server that serves now.
+    `waiting` are PID and UID of clients that were told to wait. `crashes` counts servers that ended
+    by an error, `recent` are the times of the last of them, in seconds since the boot.
+    """
+
+    offset: int = 0
+    owners: Mapping[str, int] = field(default_factory=dict)
+    running: int | None = None
+    waiting: tuple[tuple[int, int], ...] = ()
+    crashes: int = 0
+    recent: tuple[float, ...] = ()
+
+    def waiting_for_others(self) -> int:
+        """Clients of another user than the running server's: they wait for its end."""
+        if self.running is None:
+            return 0
+        return sum(uid != self.running for _, uid in self.waiting)
+
+    def failing(self, now: float) -> bool:
+        """Whether servers end by an error again and again."""
+        return sum(now - each < CRASH_SECONDS for each in self.recent) >= CRASHES
+
+
+_LINE = re.compile(
+    r"Starting control (?P<daemon>daemon)"
+    r"|NEW CLIENT (?P<client>\d{1,10}) from user (?P<user>\d{1,10}): (?P<said>.*)"
+    r"|Starting new server (?P<started>\d{1,10}) for user (?P<owner>\d{1,10})"
+    r"|NEW SERVER (?P<ready>\d{1,10}): Ready"
+    r"|Server (?P<ended>\d{1,10}) exited with status (?P<status>-?\d+)"
+)
+_TROUBLE = re.compile(
+    r"\b(fatal|failed|failure|error|exception|ignoring|insufficient|cannot|warning|fault)\b",
+    re.IGNORECASE,
+)
+_HEAD = re.compile(r"^\[[^\]]*\]\s*")
+
+
+def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
+    """What is known after a line, and the line where people need it; `None` for the many others.
+
+    A client that waited is served when a server of its user is ready: no line says so.
+    """
+    text = _HEAD.sub("", line).strip()
+    match = _LINE.search(text)
+    if match is None:
+        # What clients say of commands stands behind "Cmd:".
+        trouble = _TROUBLE.search(text) and not text.startswith(("Cmd:", "Unknown command"))
+        return seen, text if trouble else None
+    owners = dict(seen.owners)
+    if match["daemon"]:
+        return Seen(seen.offset, crashes=seen.crashes, recent=seen.recent), text
+    if match["client"]:
+        client = int(match["client"]), int(match["user"])
+        waiting = tuple(each for each in seen.waiting if each != client)
+        if "pending" not in match["said"]:
+            seen, told = replace(seen, running=client[1], waiting=waiting), None
+        else:
+            seen, told = replace(seen, waiting=(*waiting, client)[-MANY:]), text
+        return seen, told
+    if match["started"]:
+        owners[match["started"]] = int(match["owner"])
+        owners = dict(list(owners.items())[-MANY:])
+        return replace(seen, owners=owners, running=int(match["owner"])), text
+    if match["ready"]:
+        running = owners.get(match["ready"], seen.running)
+        waiting = tuple(each for each in seen.waiting if each[1] != running)
+        return replace(seen, running=running, waiting=waiting), text
+    owners.pop(match["ended"], None)
+    seen = replace(seen, owners=owners, running=next(reversed(owners.values()), None))
+    if int(match["status"]) != 0:
+        recent = (*seen.recent, now)[-CRASHES:]
+        seen = replace(seen, crashes=seen.crashes + 1, recent=recent)
+    return seen, text
+
+
+def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
+    """Reads what was written since; the lines that people need.
+
+    A log that has grown large and is read to its end is emptied. Blocks; a log that cannot be read
+    says nothing.
+    """
+    told: list[str] = []
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                return seen, told
+            if found.st_size < seen.offset:  # it is another one
+                seen = replace(seen, offset=0)
+            if found.st_size - seen.offset > BACKLOG:
+                told.append(f"{found.st_size - seen.offset} bytes of the log were not read")
+                os.ftruncate(descriptor, 0)
+                return replace(seen, offset=0), told
+            content = os.pread(descriptor, READ, seen.offset)
+            end = content.rfind(b"\n") + 1
+            whole = content[:end] if end or len(content) < READ else content
+            for line in whole.decode(errors="replace").splitlines():
+                seen, text = read_line(seen, line[:500], now)
+                told += [text] if text else []
+            seen = replace(seen, offset=seen.offset + len(whole))
+            if seen.offset > READ and os.fstat(descriptor).st_size == seen.offset:
+                os.ftruncate(descriptor, 0)
+                seen = replace(seen, offset=0)
+        finally:
+            os.close(descriptor)
+    return seen, told

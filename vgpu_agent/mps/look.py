@@ -1,0 +1,334 @@
+"""One MPS daemon after the other at one place: what was set, read back and seen of it.
+
+Set-default commands reach only servers that start later, so limits are in effect when they read
+back right and every running server is younger than they are.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import anyio
+import anyio.to_thread
+
+from vgpu_agent.errors import (
+    DriverError,
+    MpsBusyError,
+    MpsDownError,
+    MpsError,
+    MpsHungError,
+    MpsRefusedError,
+)
+from vgpu_agent.model.facts import AppliedGpu, DaemonLook
+from vgpu_agent.model.rules import MpsLimits
+from vgpu_agent.mps import answers, processes, state
+from vgpu_agent.mps.control import (
+    Control,
+    Defaults,
+    get_defaults,
+    read_defaults,
+    set_defaults,
+)
+from vgpu_agent.mps.log import read_on
+from vgpu_agent.mps.programs import CONTROL
+from vgpu_agent.mps.state import Watched, generation_of
+
+log = logging.getLogger(__name__)
+
+Measure = Callable[[str], Mapping[int, int]]
+"""Bytes of a GPU, by its UUID, that each process has, by PID. May raise DriverError."""
+
+_RETRIES = (0.1, 0.2, 0.4, 0.8, 1.5)
+"""Seconds between questions to a daemon that is busy, before that is told."""
+
+_HANGS = 3
+"""A daemon that does not answer so many times in a row is down."""
+
+_DEFAULTS_SECONDS = 60.0
+"""How often defaults are read that are not ours."""
+
+_INITIALIZING_SECONDS = 60.0
+"""A server that needs longer to start does not serve."""
+
+_CLIENTS = "get_device_client_list"
+
+_TOLD = 20
+"""Most lines of a daemon's log that are passed on at a time."""
+
+
+def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float) -> str | None:
+    """Why clients of these servers, by PID, are lost; `since` is when each came to its status."""
+    for pid, status in statuses.items():
+        if status in ("ACTIVE", answers.UNTOLD):
+            continue
+        if status != "INITIALIZING":
+            return f"MPS server {pid} has the status {status[:40]}"
+        if now - since[pid] > _INITIALIZING_SECONDS:
+            return f"MPS server {pid} is INITIALIZING for over {_INITIALIZING_SECONDS:.0f} s"
+    return None
+
+
+def _division(gpu: AppliedGpu) -> AppliedGpu:
+    return replace(gpu, server_bytes=None)
+
+
+class Watcher:
+    """Looks at one daemon. `known` is what the watcher before this one wrote of it."""
+
+    def __init__(
+        self,
+        plan: DaemonLook,
+        control: Control,
+        limits: MpsLimits,
+        measure: Measure | None,
+        known: Watched | None,
+    ) -> None:
+        self._plan = plan
+        self._control = control
+        self._limits = limits
+        self._measure = measure
+        self._watched = known or Watched(plan)
+        if [_division(gpu) for gpu in self._look.gpus] != [_division(gpu) for gpu in plan.gpus]:
+            self._watched = replace(self._watched, look=plan)
+        self._wanted = Defaults(
+            plan.thread_percentage or 100, {g.ordinal: g.memory_limit_bytes for g in plan.gpus}
+        )
+        self._defaults: Defaults | None = None
+        self._defaults_at = 0.0
+        self._statuses: dict[int, tuple[str, float]] = {}
+        self._hangs = 0
+        self._said = ""
+
+    @property
+    def _look(self) -> DaemonLook:
+        return self._watched.look
+
+    async def run(
+        self, tell: Callable[[Watched], None], poll_seconds: float, look_seconds: float
+    ) -> None:
+        """Looks again and again, until cancelled."""
+        pipe = self._control.directories.pipe
+        while True:
+            await self.look()
+            tell(self._watched)
+            generation = self._look.generation
+            wait = poll_seconds if self._look.down or self._hangs else look_seconds
+            until = state.now() + wait
+            while state.now() < until:  # slept in polls: a new daemon gets its limits at once
+                await anyio.sleep(poll_seconds)
+                if generation_of(pipe) != generation:
+                    break
+
+    async def look(self) -> None:
+        """One look at the daemon and its log. Raises nothing but for bugs."""
+        directories, now = self._control.directories, state.now()
+        seen, lines = await anyio.to_thread.run_sync(
+            read_on, directories.control_log, self._watched.log, now
+        )
+        self._pass_on(lines)
+        self._watched = replace(self._watched, log=seen)
+        found = await self._asked(generation_of(directories.pipe))
+        failing = None
+        if seen.failing(now):
+            failing = (
+                "its servers end by an error soon after their start, again and again: see the log"
+                " of `watch`; likely are a process without MPS on the GPU, a GPU that needs a"
+                " reset, or a driver whose libraries the MPS pod does not have"
+            )
+        found = replace(
+            found, waiting=seen.waiting_for_others(), crashes=seen.crashes, failing=failing
+        )
+        self._watched = replace(self._watched, look=found)
+        wrong = found.down or found.problem or found.fault or found.busy
+        self._say(logging.WARNING if wrong else logging.INFO, wrong or self._in_effect())
+
+    def _in_effect(self) -> str:
+        return f"limits are in effect: {self._limits}, {self._wanted}"
+
+    def _say(self, level: int, text: str) -> None:
+        if text != self._said:
+            log.log(level, "%s: %s", self._control.directories.name, text)
+            self._said = text
+
+    def _pass_on(self, lines: Sequence[str]) -> None:
+        """What the daemon said that people need, but for a flood of it."""
+        for line in lines[:_TOLD]:
+            log.info("%s said: %s", self._control.directories.name, line)
+        if len(lines) > _TOLD:
+            more = len(lines) - _TOLD
+            log.info("%s said %d more such lines", self._control.directories.name, more)
+
+    async def _asked(self, generation: str | None) -> DaemonLook:
+        """What is in effect now. Any failure has a meaning."""
+        known = self._look if generation == self._look.generation else self._plan
+        known = replace(known, generation=generation)
+        pipe = self._control.directories.pipe
+        if generation is None:
+            return replace(self._plan, down=f"no MPS daemon serves {pipe}")
+        if generation != self._look.generation:
+            self._defaults = None
+            if self._limits is MpsLimits.SERVER:  # otherwise there is nothing to set
+                known = replace(known, problem="the daemon is a new one: it has no limits yet")
+        try:
+            found = await self._round(known)
+        except MpsBusyError as error:
+            return replace(known, busy=f"{error}{self._holders()}")
+        except MpsHungError as error:
+            self._hangs += 1
+            return replace(known, down=str(error) if self._hangs >= _HANGS else known.down)
+        except MpsDownError as error:
+            return replace(known, down=str(error))
+        except MpsError as error:
+            return replace(known, down=None, busy=None, problem=str(error))
+        self._hangs = 0
+        # Where the daemon was replaced meanwhile, what was found is of nobody.
+        return found if generation_of(pipe) == generation else replace(self._plan, down="it ended")
+
+    def _holders(self) -> str:
+        """Who may hold the connection: the control programs that run, and whose they are."""
+        ours = str(self._control.directories.pipe)
+        found = []
+        for process in processes.find_named(CONTROL):
+            pipe = processes.variable_of(process, "CUDA_MPS_PIPE_DIRECTORY")
+            if pipe in (None, ours) and not processes.is_daemon(process):
+                found.append(f"process {process.pid} of user {processes.owner_of(process)}")
+        return f": {', '.join(found)}" if found else ", which is not seen among the processes"
+
+    async def _ask(self, lines: Sequence[str]) -> list[str]:
+        """The answers; a daemon that is busy is asked again for some seconds."""
+        for seconds in _RETRIES:
+            try:
+                return await self._control.ask(*lines)
+            except MpsBusyError:
+                await anyio.sleep(seconds)
+        return await self._control.ask(*lines)
+
+    async def _round(self, known: DaemonLook) -> DaemonLook:
+        """Asks for all that is due, in one session where no server is new. Raises MpsError."""
+        ordinals = list(self._wanted.memory_limits)
+        server = self._limits is MpsLimits.SERVER
+        due = server or state.now() - self._defaults_at >= _DEFAULTS_SECONDS
+        first = get_defaults(ordinals) if due or self._defaults is None else []
+        of_servers = self._about(known.servers)
+        said = await self._ask([*first, "get_server_list", *of_servers])
+        if first:
+            self._defaults = read_defaults(ordinals, said[: len(first)])
+            self._defaults_at = state.now()
+        listed = answers.parse_pids(said[len(first)])
+        about = dict(zip(of_servers, said[len(first) + 1 :], strict=True))
+        problem = None
+        if self._defaults is not None:
+            problem = await self._in_force(self._defaults, known.generation or "")
+        if new := self._about([pid for pid in listed if pid not in known.servers]):
+            about |= zip(new, await self._ask(new), strict=True)
+        statuses = {
+            pid: status
+            for pid in listed
+            if (status := answers.parse_status(about[f"get_server_status {pid}"])) is not None
+        }
+        problem = problem or (self._overridden(about) if server else None)
+        problem = problem or (self._older(statuses) if server else None)
+        now = state.now()
+        self._statuses = {
+            pid: (status, old[1] if (old := self._statuses.get(pid)) and old[0] == status else now)
+            for pid, status in statuses.items()
+        }
+        since = {pid: at for pid, (_, at) in self._statuses.items()}
+        # The daemon may name a GPU by its ordinal.
+        uuids = {str(gpu.ordinal): gpu.uuid for gpu in self._plan.gpus}
+        clients = answers.parse_clients(about.get(_CLIENTS, ""))
+        return replace(
+            self._plan,
+            generation=known.generation,
+            gpus=await self._with_server_bytes(known, tuple(statuses)),
+            problem=problem,
+            fault=fault_of(statuses, since, now),
+            servers=tuple(statuses),
+            clients=dict(Counter(uuids.get(name, name) for name in clients)),
+        )
+
+    def _about(self, servers: Sequence[int]) -> list[str]:
+        """The commands about servers, if any: their users may lift the limits that they have."""
+        lines = [f"get_server_status {pid}" for pid in servers]
+        if self._limits is MpsLimits.SERVER:
+            for pid in servers:
+                ordinals = self._wanted.memory_limits
+                lines += [f"get_device_pinned_mem_limit {pid} {ordinal}" for ordinal in ordinals]
+                lines.append(f"get_active_thread_percentage {pid}")
+        return [*lines, _CLIENTS] if servers else []
+
+    async def _in_force(self, defaults: Defaults, generation: str) -> str | None:
+        """The problem with the defaults, under `server` after they were set as they should be."""
+        if self._limits is not MpsLimits.SERVER:
+            other = ", ".join(self._wanted.differences(defaults))
+            return (
+                other
+                and (  # they bind every client
+                    f"the MPS daemon has limits of its own ({other}), but VGPU_MPS_LIMITS is"
+                    f" {self._limits}: drain the node and delete its MPS pod"
+                )
+            ) or None
+        same = self._watched.set_to == str(self._wanted) and generation == self._look.generation
+        if not same or self._wanted.differences(defaults):
+            ordinals = list(self._wanted.memory_limits)
+            lines = set_defaults(self._wanted)
+            said = await self._ask([*lines, *get_defaults(ordinals)])
+            defaults = self._defaults = read_defaults(ordinals, said[len(lines) :])
+            self._watched = replace(self._watched, set_to=str(self._wanted), set_at=state.now())
+        other = ", ".join(self._wanted.differences(defaults))
+        return (other and f"the MPS daemon was set to {self._wanted} and says {other}") or None
+
+    def _overridden(self, about: Mapping[str, str]) -> str | None:
+        """The problem where a server has more than the defaults: its user may set that."""
+        for line, said in about.items():
+            command, *words = line.split()
+            try:
+                if command == "get_active_thread_percentage" and said:
+                    more = answers.parse_percentage(said) > self._wanted.thread_percentage
+                elif command == "get_device_pinned_mem_limit" and said:
+                    wanted = self._wanted.memory_limits[int(words[1])]
+                    limit = answers.parse_memory(said)
+                    more = wanted is not None and (limit is None or limit > wanted)
+                else:
+                    continue
+            except MpsRefusedError:
+                continue  # such as the words of a server that is gone
+            if more:
+                return (
+                    f"MPS server {words[0]} was given {said.strip()} instead of {self._wanted}: its"
+                    " user can do that; end the pods of the GPU"
+                )
+        return None
+
+    def _older(self, servers: Iterable[int]) -> str | None:
+        """The problem where a server was started before the limits were set."""
+        for pid in servers:
+            process = processes.find(pid)
+            if process is None:
+                return (
+                    f"MPS server {pid} is not in /proc, so its age is unknown: run the MPS pod with"
+                    " hostPID: true"
+                )
+            if process.started < self._watched.set_at:
+                return (
+                    f"MPS server {pid} is older than the limits: its clients have none until it"
+                    " ends; drain the GPU and run `vgpu-agent mps restart"
+                    f" {self._control.directories.name}` in the MPS pod"
+                )
+        return None
+
+    async def _with_server_bytes(
+        self, known: DaemonLook, servers: Sequence[int]
+    ) -> tuple[AppliedGpu, ...]:
+        """With what a server of this daemon has of each GPU: measured once, then kept."""
+        sizes = {gpu.uuid: gpu.server_bytes for gpu in known.gpus}
+        if self._measure is not None and servers and None in sizes.values():
+            for uuid in sizes:
+                try:
+                    used = await anyio.to_thread.run_sync(self._measure, uuid)
+                except DriverError as error:
+                    log.info("the memory of the MPS server is unknown: %s", error)
+                    break
+                sizes[uuid] = sum(used.get(pid, 0) for pid in servers) or None
+        return tuple(replace(gpu, server_bytes=sizes.get(gpu.uuid)) for gpu in self._plan.gpus)

@@ -1,0 +1,113 @@
+"""What is known of the MPS daemons: a small file that `mps watch` writes and the agent reads.
+
+It speaks of daemons by their directories; each is known by the identity of its control socket: a
+new daemon needs new words, while a watcher that has died changes nothing.
+"""
+
+import fcntl
+import os
+import stat
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vgpu_agent import store
+from vgpu_agent.errors import StoreError
+from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.rules import MpsLimits
+from vgpu_agent.mps.log import Seen
+
+FORMAT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A daemon as `mps watch` knows it: for the agent, and for the watcher after this one.
+
+    `set_to` are the defaults that were set, in words, and `set_at` when, in seconds since the boot:
+    servers from then on have them.
+    """
+
+    look: DaemonLook = DaemonLook()
+    set_to: str = ""
+    set_at: float = 0.0
+    log: Seen = Seen()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All daemons of the node by name, what they were set up for, and by which version.
+
+    `beat` says when it was written, in seconds since the boot.
+    """
+
+    version: str
+    limits: MpsLimits
+    beat: float
+    daemons: Mapping[str, Watched] = field(default_factory=dict)
+
+
+def now() -> float:
+    """Seconds since the boot: one clock for all processes of the node."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def write(path: Path, state: State) -> None:
+    """Replaces the file as a whole. Raises StoreError."""
+    store.write(path, {"format": FORMAT, **asdict(state)})
+
+
+def read(path: Path) -> State | None:
+    """The file, or None where there is none. Raises StoreError where it makes no sense."""
+    found = store.read(path)
+    if found is None:
+        return None
+    if found.get("format") != FORMAT:
+        raise StoreError(
+            f"{path} is of another version of the agent: drain the node and delete its MPS pod"
+        )
+    try:
+        state: State = store.decoded(State, found, "it")
+    except (ValueError, OverflowError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+    if any(gpu.replicas < 1 for each in state.daemons.values() for gpu in each.look.gpus):
+        raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")
+    return state
+
+
+def generation_of(pipe_directory: Path) -> str | None:
+    """Which daemon serves that directory, by its control socket; None where there is none.
+
+    Every daemon makes a new socket, and both pods see the same file. An inode alone is not
+    enough: file systems use them again at once. A daemon holds a lock (`fcntl`) as long as it
+    lives, which every container sees, whatever its PIDs: a socket without it is left behind.
+    """
+    try:
+        found = (pipe_directory / "control").stat(follow_symlinks=False)
+    except OSError:
+        return None
+    if _free(pipe_directory / "control_lock"):
+        return None
+    return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
+
+
+_FLOCK = "hhqqi4x"
+"""`struct flock`: type, whence, start, length, PID."""
+
+
+def _free(lock: Path) -> bool:
+    """Whether nobody holds that lock; not where there is none to look at."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return False
+            ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+            found: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, ask))[0]
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+    return found == fcntl.F_UNLCK
