@@ -375,21 +375,38 @@ async def test_a_damaged_state_is_replaced(fake_mps, content):
 # For long
 
 
+@pytest.mark.parametrize("server", [False, True], ids=["without a server", "with a server"])
 @pytest.mark.parametrize("plan", [CLIENT, SERVER], ids=["client", "server"])
-async def test_a_round_is_one_session_and_writes_little_log(any_mps, plan):
-    """At its own pace, a look every five seconds, no daemon writes 75 MB in a month."""
+async def test_a_round_is_one_session_and_writes_little_log(any_mps, plan, server):
+    """At its own pace, a look every 15 or 5 seconds, a daemon writes so much in a month."""
     any_mps.start()
-    async with watching(any_mps, plan, look_seconds=0.25):
+    async with watching(any_mps, plan, look_seconds=0.25 if server else 0.1):
         await becomes(any_mps, well)
-        before, log = any_mps.log.parent / "log" / "control.log", any_mps.output
+        if server:
+            await anyio.sleep(0.05)
+            pid = any_mps.start_server()
+            await becomes(any_mps, lambda look: look.servers == (pid,))
+        await anyio.sleep(0.3)
+        log = any_mps.output
         size, sessions = log.stat().st_size, log.read_text().count("NEW UI")
         await anyio.sleep(2.1)
         rounds = log.read_text().count("NEW UI") - sessions
-        assert before == log
-        assert 6 <= rounds <= 9
-        month = (log.stat().st_size - size) / rounds * 30 * 24 * 3600 / 5
-    # In `server` mode the defaults are read at each look.
-    assert month < (600 if plan is SERVER else 300) * 1e6, f"{month / 1e6:.0f} MB"
+        assert 4 <= rounds <= 9
+        month = (log.stat().st_size - size) / rounds * 30 * 24 * 3600 / (5 if server else 15)
+    most = {(False, False): 75, (True, False): 150, (False, True): 500, (True, True): 1100}
+    assert month < most[plan is SERVER, server] * 1e6, f"{month / 1e6:.0f} MB"
+
+
+async def test_a_server_that_starts_or_ends_is_seen_at_once(any_mps):
+    any_mps.start()
+    async with watching(any_mps, CLIENT, look_seconds=60):
+        await becomes(any_mps, well)
+        await anyio.sleep(0.2)
+        pid = any_mps.start_server()
+        await becomes(any_mps, lambda look: look.servers == (pid,), seconds=2)
+        await anyio.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        await becomes(any_mps, lambda look: not look.servers, seconds=2)
 
 
 # Real processes

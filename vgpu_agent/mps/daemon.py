@@ -60,6 +60,7 @@ class RealDaemons:
 
     def __init__(self, directories: Directories) -> None:
         self._directories = directories
+        self._read: tuple[object, State | None] | None = None
 
     async def look(self) -> MpsLook:
         """See `Daemons`."""
@@ -67,7 +68,7 @@ class RealDaemons:
 
     def _look(self) -> MpsLook:
         try:
-            found = state.read(self._directories.state)
+            found = self._state()
         except StoreError as error:
             return MpsLook(str(error))
         if found is None:
@@ -80,6 +81,19 @@ class RealDaemons:
             "`vgpu-agent mps watch` is not heard of: see it in the MPS pod" if away else None
         )
         return MpsLook(None, found.limits, daemons, unwatched)
+
+    def _state(self) -> State | None:
+        """What the file says; it is read when another one is there. Raises StoreError."""
+        path = self._directories.state
+        try:
+            found = path.stat()
+            which: object = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+        except OSError:
+            which = None
+        if self._read is None or self._read[0] != which:
+            self._read = None
+            self._read = which, state.read(path)
+        return self._read[1]
 
     def _alive(self, name: str, found: State) -> DaemonLook:
         """What was seen of a daemon, unless it is gone or another one is there since."""

@@ -51,6 +51,9 @@ _DEFAULTS_SECONDS = 60.0
 _INITIALIZING_SECONDS = 60.0
 """A server that needs longer to start does not serve."""
 
+_IDLE = 3
+"""So many times as long between two looks where there is no server: each costs lines of log."""
+
 _CLIENTS = "get_device_client_list"
 
 _TOLD = 20
@@ -112,23 +115,22 @@ class Watcher:
         while True:
             await self.look()
             tell(self._watched)
-            generation = self._look.generation
-            wait = poll_seconds if self._look.down or self._hangs else look_seconds
+            generation, wait = self._look.generation, look_seconds
+            if self._look.down or self._hangs:
+                wait = poll_seconds
+            elif not self._look.servers:  # one that starts is seen in the log
+                wait *= _IDLE
             until = state.now() + wait
             while state.now() < until:  # slept in polls: a new daemon gets its limits at once
                 await anyio.sleep(poll_seconds)
-                if generation_of(pipe) != generation:
+                if generation_of(pipe) != generation or await self._read_log():
                     break
 
     async def look(self) -> None:
         """One look at the daemon and its log. Raises nothing but for bugs."""
-        directories, now = self._control.directories, state.now()
-        seen, lines = await anyio.to_thread.run_sync(
-            read_on, directories.control_log, self._watched.log, now
-        )
-        self._pass_on(lines)
-        self._watched = replace(self._watched, log=seen)
-        found = await self._asked(generation_of(directories.pipe))
+        await self._read_log()
+        found = await self._asked(generation_of(self._control.directories.pipe))
+        seen, now = self._watched.log, state.now()
         failing = None
         if seen.failing(now):
             failing = (
@@ -151,13 +153,18 @@ class Watcher:
             log.log(level, "%s: %s", self._control.directories.name, text)
             self._said = text
 
-    def _pass_on(self, lines: Sequence[str]) -> None:
-        """What the daemon said that people need, but for a flood of it."""
+    async def _read_log(self) -> bool:
+        """Passes on what the daemon said that people need, but for a flood; whether it did."""
+        directories = self._control.directories
+        seen, lines = await anyio.to_thread.run_sync(
+            read_on, directories.control_log, self._watched.log, state.now()
+        )
+        self._watched = replace(self._watched, log=seen)
         for line in lines[:_TOLD]:
-            log.info("%s said: %s", self._control.directories.name, line)
+            log.info("%s said: %s", directories.name, line)
         if len(lines) > _TOLD:
-            more = len(lines) - _TOLD
-            log.info("%s said %d more such lines", self._control.directories.name, more)
+            log.info("%s said %d more such lines", directories.name, len(lines) - _TOLD)
+        return bool(lines)
 
     async def _asked(self, generation: str | None) -> DaemonLook:
         """What is in effect now. Any failure has a meaning."""

@@ -40,8 +40,8 @@ async def watch(
 
     `plan` is what is to be in effect at each daemon. `measure` says, in a worker thread, how many
     bytes of a GPU each process has; with it the memory of a server itself is told, once one runs.
-    Whether there is a new daemon is seen every `poll_seconds`; all else is asked for every
-    `look_seconds`.
+    Whether there is a new daemon, and what one writes, is seen every `poll_seconds`; all else is
+    asked for every `look_seconds`, and less often where there is no server.
     """
     lock = hold(directories.watch)
     try:
@@ -82,7 +82,8 @@ class _Report:
     async def beat(self) -> None:
         """Writes what changed, and now and then what did not."""
         daemons, now = dict(self._daemons), state.now()
-        if not daemons or (daemons == self._written and now - self._last < BEAT):
+        same = {name: _known(each) for name, each in daemons.items()}
+        if not daemons or (same == self._written and now - self._last < BEAT):
             return
         found = replace(self._plan, beat=now, daemons=daemons)
         try:
@@ -92,4 +93,9 @@ class _Report:
                 log.warning("%s: mount its directory writable, and run this as root", error)
             self._problem = str(error)
         else:
-            self._written, self._last, self._problem = daemons, now, ""
+            self._written, self._last, self._problem = same, now, ""
+
+
+def _known(watched: Watched) -> Watched:
+    """What is worth a write at once: a log is read on every time."""
+    return replace(watched, log=replace(watched.log, offset=0))
