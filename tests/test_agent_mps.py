@@ -153,6 +153,8 @@ def test_a_tenant_who_holds_a_connection_makes_no_vgpu_unhealthy(any_node: Node)
         mps.start()
     with node.watcher():
         node.wait_healthy(20)
+        node.mps.start_server()  # where one runs, looks are frequent
+        time.sleep(1)
         lists = len(node.kubelet.lists)
         with node.mps.held():
             node.agent.wait_line(f"is busy.* uuid={ONE}")
@@ -172,11 +174,12 @@ def test_a_daemon_that_hangs_is_down_and_a_fault_of_its_server_is_over_when_it_i
         mps.start()
     with node.watcher():
         node.wait_healthy(20)
+        node.mps.start_server()  # where one runs, looks are frequent
+        time.sleep(1)
         node.mps.behave(hang=True)
         node.wait_healthy(10, timeout=14)
         node.mps.behave()
         node.wait_healthy(20)
-        node.mps.start_server()
         node.mps.behave(status="FAULT")
         node.wait_healthy(10)
         gpus = json.loads(node.agent.get("/status.json")[1])["gpus"]

@@ -156,6 +156,7 @@ def test_describes_gpus_with_their_numa_nodes(start, fake_nvml):
         "numa_node": 0,
         "compute_capability": [8, 9],
         "mig": False,
+        "mps_contexts": 48,
     }
     assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
     assert [gpu["numa_node"] for gpu in gpus] == [0, 1, None, None]
