@@ -57,6 +57,15 @@ class Node:
         return time.monotonic() - began
 
     @contextmanager
+    def serving(self) -> Iterator[subprocess.Popen[str]]:
+        """With a daemon for each GPU and a watcher, and every vGPU is healthy."""
+        for mps in (self.mps, self.mps.of(OTHER)):
+            mps.start()
+        with self.watcher() as watcher:
+            self.wait_healthy(20)
+            yield watcher
+
+    @contextmanager
     def watcher(self) -> Iterator[subprocess.Popen[str]]:
         process = subprocess.Popen(
             [sys.executable, "-m", "vgpu_agent", "mps", "watch"],
@@ -149,10 +158,7 @@ def test_a_gpus_vgpus_are_healthy_only_while_its_daemon_holds_its_limits(any_nod
 @pytest.mark.parametrize("any_mps", SOME[-1:], indirect=True)  # it takes 14 s
 def test_a_tenant_who_holds_a_connection_makes_no_vgpu_unhealthy(any_node: Node) -> None:
     node = any_node
-    for mps in (node.mps, node.mps.of(OTHER)):
-        mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
+    with node.serving():
         node.mps.start_server()  # where one runs, looks are frequent
         time.sleep(1)
         lists = len(node.kubelet.lists)
@@ -170,10 +176,7 @@ def test_a_tenant_who_holds_a_connection_makes_no_vgpu_unhealthy(any_node: Node)
 def test_a_daemon_that_hangs_is_down_and_a_fault_of_its_server_is_over_when_it_is_active(
     node: Node,
 ) -> None:
-    for mps in (node.mps, node.mps.of(OTHER)):
-        mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
+    with node.serving():
         node.mps.start_server()  # where one runs, looks are frequent
         time.sleep(1)
         node.mps.behave(hang=True)
@@ -197,10 +200,7 @@ def test_allocate_tells_consistent_shares_of_what_is_usable(
         (container,) = node.kubelet.allocate(ids).container_responses
         return container.envs["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"]
 
-    for mps in (node.mps, node.mps.of(OTHER)):
-        mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
+    with node.serving():
         for count, percentage in ((1, 10), (2, 20), (10, 100)):
             answer = node.kubelet.allocate([f"{ONE}::{n}" for n in range(count)])
             (container,) = answer.container_responses
@@ -256,10 +256,7 @@ def test_restarts_of_the_agent_and_the_watcher_leave_daemon_server_and_clients_a
 
 
 def test_changed_settings_wait_for_the_pod_and_say_so(kubelet_dir: Path, node: Node) -> None:
-    for mps in (node.mps, node.mps.of(OTHER)):
-        mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
+    with node.serving():
         node.agent.end()
         changed = {**node.variables, "VGPU_REPLICAS_BY_GPU": json.dumps({ONE: 4})}
         with running(kubelet_dir, **changed) as agent:
@@ -282,9 +279,6 @@ def test_beside_a_pod_of_the_release_before_no_vgpu_is_given_and_what_it_made_st
         node.kubelet.pre_start([f"{ONE}::0"])
     # Its pod is replaced.
     assert execute("mps", "prepare", **node.variables).returncode == 0
-    for mps in (node.mps, node.mps.of(OTHER)):
-        mps.start()
-    with node.watcher():
-        node.wait_healthy(20)
-    assert state.read(node.mps.directories.state) is not None
-    assert (root / "pipe").is_dir()
+    with node.serving():
+        assert state.read(node.mps.directories.state) is not None
+        assert (root / "pipe").is_dir()

@@ -46,12 +46,12 @@ from vgpu_agent.model.facts import ComputeMode, MpsLook, Reading
 from vgpu_agent.model.health import Counters
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
+from vgpu_agent.observe.mps import MpsReport
 from vgpu_agent.observe.report import (
     Counts,
     DriverReport,
     ExcludedReport,
     KubeletReport,
-    MpsReport,
     PodResourcesReport,
     to_json,
 )

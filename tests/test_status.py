@@ -43,6 +43,7 @@ from vgpu_agent.commands.status import WIDE, show
 from vgpu_agent.commands.tables import GOOD, page, ranges, size
 from vgpu_agent.errors import ControlError, NoAgentError, SettingsError
 from vgpu_agent.model.holders import Holder
+from vgpu_agent.observe.mps import MpsDaemonReport, MpsReport
 from vgpu_agent.observe.report import (
     FORMAT,
     AllocationReport,
@@ -53,8 +54,6 @@ from vgpu_agent.observe.report import (
     GpuReport,
     Identity,
     KubeletReport,
-    MpsDaemonReport,
-    MpsReport,
     PodResourcesReport,
     Report,
     from_json,

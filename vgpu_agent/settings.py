@@ -3,6 +3,7 @@
 A line of `Settings` is all there is to say of a setting: the docs, the chart's schema, comments and
 environment are written from it by `python -m tests.readme`. `load` either returns frozen settings
 or raises one SettingsError that names every wrong variable, its value and what is allowed.
+The module is long because the whole table stands in it.
 """
 
 import dataclasses

@@ -34,6 +34,15 @@ def boot_id(file: Path = BOOT_ID) -> str:
         return ""
 
 
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """A descriptor of a regular file, None for anything else. Never waits. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes | None:
     """A regular file's content; None where there is no such file.
 
@@ -41,9 +50,8 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes | None:
     reason, also where the file has more than `limit` bytes.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)  # open() of a directory would leave it open
+        descriptor = open_regular(path)
+        if descriptor is None:
             raise StoreError(f"{path} is not a regular file")
         with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor has no path
             content = file.read(limit + 1)

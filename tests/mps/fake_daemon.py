@@ -7,7 +7,6 @@ Its server is the `nvidia-cuda-mps-server` on PATH. FAKE_MPS_BEHAVIOUR names a J
 read for every command; `FakeMps` writes it:
 
     hang            the daemon takes commands and never answers
-    die             the daemon ends at once, without a word, and leaves its socket
     busy            exit code and sentence of a caller that meets another one
     refuse          object of command word to what is said with exit code 1
     answers         object of command line to the whole answer, whatever is true
@@ -100,10 +99,8 @@ class Daemon:
         while True:
             wanted = [caller or listener] if turns else [listener, *filter(None, [caller])]
             ready, _, _ = select.select(wanted, [], [], 0.02)
-            while behaviour("hang") and not behaviour("die"):
+            while behaviour("hang"):
                 time.sleep(0.02)
-            if behaviour("die"):
-                os._exit(1)
             self.reap()
             if caller in ready:  # first: it may have ended, so that the next is served
                 assert caller is not None

@@ -21,7 +21,7 @@ from vgpu_agent.errors import (
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps.answers import (
     GIB,
-    UNTOLD,
+    UNREPORTED,
     parse_clients,
     parse_memory,
     parse_percentage,
@@ -196,7 +196,7 @@ def test_what_makes_no_sense_is_refused(parse, texts):
         ("initializing\n", "INITIALIZING"),
         ("FAULT", "FAULT"),
         ("Server 12 not found", None),
-        ('Unknown command "get_server_status"', UNTOLD),
+        ('Unknown command "get_server_status"', UNREPORTED),
         ("Server 12 is <busy>", "Server 12 is <busy>"),
         ("", ""),
     ],

@@ -20,7 +20,7 @@ from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.mps import state
-from vgpu_agent.mps.answers import UNTOLD
+from vgpu_agent.mps.answers import UNREPORTED
 from vgpu_agent.mps.daemon import RealDaemons
 from vgpu_agent.mps.look import fault_of
 from vgpu_agent.mps.state import State, Watched
@@ -214,7 +214,7 @@ async def test_what_a_server_was_given_beyond_the_limits_is_a_problem(fake_mps, 
     ("status", "seconds", "words"),
     [
         ("ACTIVE", 1e6, None),
-        (UNTOLD, 1e6, None),
+        (UNREPORTED, 1e6, None),
         ("INITIALIZING", 59, None),
         ("INITIALIZING", 61, "is INITIALIZING for over 60 s"),
         ("FAULT", 0, "has the status FAULT"),

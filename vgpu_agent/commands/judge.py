@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vgpu_agent.model.rules import MIB
-from vgpu_agent.observe.report import ExcludedReport, GpuReport, KubeletReport, MpsReport, Report
+from vgpu_agent.observe.mps import MpsReport
+from vgpu_agent.observe.report import ExcludedReport, GpuReport, KubeletReport, Report
 
 
 class Verdict(StrEnum):

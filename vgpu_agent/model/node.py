@@ -23,6 +23,7 @@ from vgpu_agent.model.health import (
 )
 from vgpu_agent.model.holders import Assignment, Holders, Usage
 from vgpu_agent.model.latest import Latest
+from vgpu_agent.model.policy import mps_findings
 from vgpu_agent.model.snapshot import (
     Driver,
     FirstSeen,
@@ -32,7 +33,6 @@ from vgpu_agent.model.snapshot import (
     Snapshot,
     compose,
     flips,
-    mps_findings,
 )
 
 K = TypeVar("K")

@@ -1,4 +1,4 @@
-"""What a fact about a GPU means: policy as data, and the judgement of an XID and of a probe.
+"""What a fact about a GPU means: policy as data, and the judgement of XIDs, probes and MPS.
 
 `Fact` is the whole policy; docs/health.md is made from it.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, unique
 
 from vgpu_agent.model.devices import Effect, Fault, Reason
-from vgpu_agent.model.facts import ComputeMode, Reading, RecoveryAction
+from vgpu_agent.model.facts import ComputeMode, MpsLook, Reading, RecoveryAction
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.xids import CATALOGUE
 
@@ -232,3 +232,17 @@ def judge_reading(
     elif mode is ComputeMode.PROHIBITED or (mode is not None and not sharing.mps):
         findings.append(Finding(Fact.COMPUTE_MODE, f"its compute mode is {mode.name}"))
     return tuple(findings)
+
+
+def mps_findings(look: MpsLook) -> Mapping[str, list[Finding]]:
+    """What is wrong with each MPS daemon, by its name, and under `""` with GPUs that have none."""
+    missing = look.error or (
+        "no MPS daemon was set up for this GPU: delete the MPS pod of the node, once drained"
+    )
+    findings = {"": [Finding(Fact.MPS_DOWN, missing)]}
+    for name, daemon in look.daemons.items():
+        why = daemon.down or daemon.problem
+        findings[name] = [Finding(Fact.MPS_DOWN, why)] if why else []
+        if daemon.fault:
+            findings[name].append(Finding(Fact.MPS_FAULT, daemon.fault))
+    return findings

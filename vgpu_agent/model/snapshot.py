@@ -24,7 +24,6 @@ from vgpu_agent.model.holders import (
     orphaned,
     parts,
 )
-from vgpu_agent.model.policy import Fact, Finding
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide
 
@@ -286,20 +285,6 @@ def _daemon_of(uuid: str, inputs: Inputs, sharing: SharingRules) -> str:
     name = sharing.daemon_of(uuid)
     look = inputs.mps_look and inputs.mps_look.daemons.get(name)
     return name if look and any(gpu.uuid == uuid for gpu in look.gpus) else ""
-
-
-def mps_findings(look: MpsLook) -> Mapping[str, list[Finding]]:
-    """What is wrong with each MPS daemon, by its name, and under `""` with GPUs that have none."""
-    missing = look.error or (
-        "no MPS daemon was set up for this GPU: delete the MPS pod of the node, once drained"
-    )
-    findings = {"": [Finding(Fact.MPS_DOWN, missing)]}
-    for name, daemon in look.daemons.items():
-        why = daemon.down or daemon.problem
-        findings[name] = [Finding(Fact.MPS_DOWN, why)] if why else []
-        if daemon.fault:
-            findings[name].append(Finding(Fact.MPS_FAULT, daemon.fault))
-    return findings
 
 
 def split_containers(snapshot: Snapshot, sharing: SharingRules) -> frozenset[Holder]:

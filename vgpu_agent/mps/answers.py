@@ -25,18 +25,18 @@ def parse_pids(text: str) -> tuple[int, ...]:
 def parse_status(text: str) -> str | None:
     """A server's status, such as ACTIVE (documented); None for a server that is gone (seen).
 
-    UNTOLD where the daemon does not know the question (535, seen).
+    UNREPORTED where the daemon does not know the question (535, seen).
     """
     if "not found" in text.lower():
         return None
     words = text.split()
     if text.startswith("Unknown command"):
-        return UNTOLD
+        return UNREPORTED
     return words[0].upper() if len(words) == 1 else text.strip()
 
 
-UNTOLD = "untold"
-"""The status of a server whose daemon does not tell it."""
+UNREPORTED = "unreported"
+"""The status of a server whose daemon does not report it."""
 
 
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z-]+")

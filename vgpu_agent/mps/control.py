@@ -34,6 +34,15 @@ _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENO
 MAX_OUTPUT = 2**20
 """Bytes of an answer: thousands of clients."""
 
+_POLL = 0.005
+"""Seconds between two looks at a program that runs; one session takes some milliseconds."""
+
+KILL_SECONDS = 1.0
+"""How long a program that was killed is waited for."""
+
+# The sentence of the program where its daemon is away (seen of 535, 550 and 555; exit code 1).
+_DOWN = re.compile(r"cannot find mps control daemon|connection refused", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
@@ -209,17 +218,6 @@ class _Output:
             ):
                 self.content += data
         return len(self.content) <= MAX_OUTPUT
-
-
-_POLL = 0.005
-"""Seconds between two looks at a program that runs; one session takes some milliseconds."""
-
-
-# The sentence of the program where its daemon is away (seen of 535, 550 and 555; exit code 1).
-_DOWN = re.compile(r"cannot find mps control daemon|connection refused", re.IGNORECASE)
-
-KILL_SECONDS = 1.0
-"""How long a program that was killed is waited for."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.state import State
 
 STALE = 30.0
-"""Seconds without a word of `mps watch` after which it is told to be away."""
+"""Seconds without a word of `mps watch` after which it counts as away."""
 
 
 class Daemons(Protocol):

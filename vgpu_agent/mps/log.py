@@ -12,11 +12,12 @@ Its lines are not documented. These were seen of 535 and 550, or stand in report
 
 import os
 import re
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from vgpu_agent.store import open_regular
 
 READ = 2**20
 """Most bytes of the log that are read at a time, and its size from which it is truncated."""
@@ -25,7 +26,7 @@ BACKLOG = 8 * READ
 """Unread bytes from which a log is given up: it grows faster than it can be read."""
 
 MANY = 256
-"""Most servers and clients that are remembered; more are not told apart."""
+"""Most servers and clients that are remembered; more are not distinguished."""
 
 CRASHES, CRASH_SECONDS = 3, 300.0
 """So many servers that ended by an error within that time end again and again."""
@@ -36,7 +37,7 @@ class Seen:
     """What the log of a daemon said up to `offset`, in bytes.
 
     `owners` are the UIDs of servers by their PID, `running` that of the server that serves now.
-    `waiting` are PID and UID of clients that were told to wait. `crashes` counts servers that ended
+    `waiting` are PID and UID of clients that have to wait. `crashes` counts servers that ended
     by an error, `recent` are the times of the last of them, in seconds since the boot.
     """
 
@@ -90,10 +91,8 @@ def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
         client = int(match["client"]), int(match["user"])
         waiting = tuple(each for each in seen.waiting if each != client)
         if "pending" not in match["said"]:
-            seen, told = replace(seen, running=client[1], waiting=waiting), None
-        else:
-            seen, told = replace(seen, waiting=(*waiting, client)[-MANY:]), text
-        return seen, told
+            return replace(seen, running=client[1], waiting=waiting), None
+        return replace(seen, waiting=(*waiting, client)[-MANY:]), text
     if match["started"]:
         owners[match["started"]] = int(match["owner"])
         owners = dict(list(owners.items())[-MANY:])
@@ -116,29 +115,29 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
     A log that has grown large and is read to its end is emptied. Blocks; a log that cannot be read
     says nothing.
     """
-    told: list[str] = []
+    said: list[str] = []
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
+        if descriptor is None:
+            return seen, said
         try:
             found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                return seen, told
             if found.st_size < seen.offset:  # it is another one
                 seen = replace(seen, offset=0)
             if found.st_size - seen.offset > BACKLOG:
-                told.append(f"{found.st_size - seen.offset} bytes of the log were not read")
+                said.append(f"{found.st_size - seen.offset} bytes of the log were not read")
                 os.ftruncate(descriptor, 0)
-                return replace(seen, offset=0), told
+                return replace(seen, offset=0), said
             content = os.pread(descriptor, READ, seen.offset)
             end = content.rfind(b"\n") + 1
             whole = content[:end] if end or len(content) < READ else content
             for line in whole.decode(errors="replace").splitlines():
                 seen, text = read_line(seen, line[:500], now)
-                told += [text] if text else []
+                said += [text] if text else []
             seen = replace(seen, offset=seen.offset + len(whole))
             if seen.offset > READ and os.fstat(descriptor).st_size == seen.offset:
                 os.ftruncate(descriptor, 0)
                 seen = replace(seen, offset=0)
         finally:
             os.close(descriptor)
-    return seen, told
+    return seen, said

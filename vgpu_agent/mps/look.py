@@ -40,7 +40,7 @@ Measure = Callable[[str], Mapping[int, int]]
 """Bytes of a GPU, by its UUID, that each process has, by PID. May raise DriverError."""
 
 _RETRIES = (0.1, 0.2, 0.4, 0.8, 1.5)
-"""Seconds between questions to a daemon that is busy, before that is told."""
+"""Seconds between questions to a daemon that is busy, before that is reported."""
 
 _HANGS = 3
 """A daemon that does not answer so many times in a row is down."""
@@ -56,14 +56,14 @@ _IDLE = 3
 
 _CLIENTS = "get_device_client_list"
 
-_TOLD = 20
+_PASSED_ON = 20
 """Most lines of a daemon's log that are passed on at a time."""
 
 
 def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float) -> str | None:
     """Why clients of these servers, by PID, are lost; `since` is when each came to its status."""
     for pid, status in statuses.items():
-        if status in ("ACTIVE", answers.UNTOLD):
+        if status in ("ACTIVE", answers.UNREPORTED):
             continue
         if status != "INITIALIZING":
             return f"MPS server {pid} has the status {status[:40]}"
@@ -108,13 +108,13 @@ class Watcher:
         return self._watched.look
 
     async def run(
-        self, tell: Callable[[Watched], None], poll_seconds: float, look_seconds: float
+        self, report: Callable[[Watched], None], poll_seconds: float, look_seconds: float
     ) -> None:
         """Looks again and again, until cancelled."""
         pipe = self._control.directories.pipe
         while True:
             await self.look()
-            tell(self._watched)
+            report(self._watched)
             generation, wait = self._look.generation, look_seconds
             if self._look.down or self._hangs:
                 wait = poll_seconds
@@ -160,10 +160,10 @@ class Watcher:
             read_on, directories.control_log, self._watched.log, state.now()
         )
         self._watched = replace(self._watched, log=seen)
-        for line in lines[:_TOLD]:
+        for line in lines[:_PASSED_ON]:
             log.info("%s said: %s", directories.name, line)
-        if len(lines) > _TOLD:
-            log.info("%s said %d more such lines", directories.name, len(lines) - _TOLD)
+        if len(lines) > _PASSED_ON:
+            log.info("%s said %d more such lines", directories.name, len(lines) - _PASSED_ON)
         return bool(lines)
 
     async def _asked(self, generation: str | None) -> DaemonLook:

@@ -73,7 +73,7 @@ def start(
                 0o600,
                 dir_fd=logs,
             )
-    # Its servers are told from those of others by its session, also when it is gone.
+    # Its servers are distinguished from those of others by its session, also when it is gone.
     os.setsid()
     _write(directories, processes.find(os.getpid()))
     default_signals()

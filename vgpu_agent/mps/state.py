@@ -6,7 +6,6 @@ new daemon needs new words, while a watcher that has died changes nothing.
 
 import fcntl
 import os
-import stat
 import struct
 import time
 from collections.abc import Mapping
@@ -100,10 +99,10 @@ _FLOCK = "hhqqi4x"
 def _free(lock: Path) -> bool:
     """Whether nobody holds that lock; not where there is none to look at."""
     try:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = store.open_regular(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        if descriptor is None:
+            return False
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return False
             ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
             found: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, ask))[0]
         finally:

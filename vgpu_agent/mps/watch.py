@@ -39,7 +39,7 @@ async def watch(
     """Watches until cancelled. Raises MpsSetupError where another watcher runs.
 
     `plan` is what is to be in effect at each daemon. `measure` says, in a worker thread, how many
-    bytes of a GPU each process has; with it the memory of a server itself is told, once one runs.
+    bytes of a GPU each process has; with it the memory of a server itself is reported.
     Whether there is a new daemon, and what one writes, is seen every `poll_seconds`; all else is
     asked for every `look_seconds`, and less often where there is no server.
     """
@@ -55,8 +55,8 @@ async def watch(
             for name, planned in plan.daemons.items():
                 control = Control(directories.daemon(name), binary=binary)
                 one = Watcher(planned.look, control, plan.limits, measure, known.get(name))
-                tell = partial(report.tell, name)
-                tasks.start_soon(one.run, tell, poll_seconds, look_seconds)
+                found = partial(report.found, name)
+                tasks.start_soon(one.run, found, poll_seconds, look_seconds)
             while True:
                 await anyio.sleep(poll_seconds)
                 await report.beat()
@@ -75,7 +75,7 @@ class _Report:
         self._last = 0.0
         self._problem = ""
 
-    def tell(self, name: str, watched: Watched) -> None:
+    def found(self, name: str, watched: Watched) -> None:
         """A daemon was looked at."""
         self._daemons[name] = watched
 

@@ -15,7 +15,8 @@ from vgpu_agent.model.devices import Gpu, Reason, device_id
 from vgpu_agent.model.holders import Holder, Used
 from vgpu_agent.model.share import max_vgpus
 from vgpu_agent.model.snapshot import RegistrationResult, Rules, Snapshot
-from vgpu_agent.observe.report import MpsDaemonReport, mps_report
+from vgpu_agent.observe.mps import METRICS as MPS_METRICS
+from vgpu_agent.observe.mps import mps_report
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
@@ -266,7 +267,7 @@ def _mps(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
         return
     report = mps_report(s.mps, s, of.rules.sharing)
     daemons = [(_g(gpu.gpu), report.daemons[gpu.gpu.uuid]) for gpu in s.inventory.gpus]
-    for name, what, value in _OF_DAEMON:
+    for name, what, value in MPS_METRICS:
         yield _family(name, what, _G, ((labels, value(each)) for labels, each in daemons))
     yield _one(
         "vgpu_mps_replacement_needed",
@@ -275,7 +276,7 @@ def _mps(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
     )
     yield _one(
         "vgpu_mps_watch_up",
-        "Whether `mps watch` is heard of: what is told of the daemons is what it saw last.",
+        "Whether `mps watch` is heard of; if not, the daemons are shown as it saw them last.",
         report.unwatched is None,
     )
     yield _one(
@@ -288,37 +289,6 @@ def _mps(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
         "Most MPS client contexts of a GPU.",
         min((max_vgpus(gpu.gpu, of.rules.sharing) for gpu in s.inventory.gpus), default=0),
     )
-
-
-_OF_DAEMON: tuple[tuple[str, str, Callable[[MpsDaemonReport], float]], ...] = (
-    ("vgpu_mps_up", "Whether the MPS daemon of the GPU is there.", lambda d: d.up),
-    (
-        "vgpu_mps_limits_in_force",
-        "Whether the limits of the GPU's MPS daemon were read back as this node needs them.",
-        lambda d: d.limits_in_effect,
-    ),
-    (
-        "vgpu_mps_busy",
-        "Whether the MPS daemon of the GPU cannot be asked, as somebody else holds it.",
-        lambda d: d.busy is not None,
-    ),
-    (
-        "vgpu_mps_servers_failing",
-        "Whether the MPS servers of the GPU end soon after their start, again and again.",
-        lambda d: d.failing is not None,
-    ),
-    (
-        "vgpu_mps_server_crashes_total",
-        "MPS servers of the GPU that ended by an error.",
-        lambda d: d.crashes,
-    ),
-    ("vgpu_mps_clients", "MPS clients of a GPU.", lambda d: d.clients),
-    (
-        "vgpu_mps_waiting_clients",
-        "MPS clients of another user that wait for their turn at the GPU's daemon.",
-        lambda d: d.waiting_clients,
-    ),
-)
 
 
 PARTS: tuple[tuple[Callable[["Metrics", Snapshot], Iterator[Metric]], str], ...] = (

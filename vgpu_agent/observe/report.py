@@ -2,7 +2,7 @@
 
 The running agent makes a `Report` from a snapshot and writes it as JSON; `status`, `doctor` and the
 page read it. Memory is in bytes, times are ISO 8601 in UTC. docs/status.md is made from the
-classes below; the module is long because the whole schema and its text stand in it.
+classes.
 """
 
 import json
@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from vgpu_agent.model.devices import SharedGpu
-from vgpu_agent.model.facts import DaemonLook
 from vgpu_agent.model.holders import Part, Used
-from vgpu_agent.model.rules import SharingRules
-from vgpu_agent.model.snapshot import Mps, Rules, Snapshot, split_containers
+from vgpu_agent.model.snapshot import Rules, Snapshot
+from vgpu_agent.observe.mps import MpsReport, mps_report
 from vgpu_agent.store import decoded
 
 FORMAT = 1
@@ -47,48 +46,6 @@ class KubeletReport:
     registered: bool
     streams: int
     error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class MpsDaemonReport:
-    """The MPS daemon of a GPU. `up`: it is there; `limits_in_effect`: they were read back right.
-
-    `problem` says why no vGPU of the GPU can be given. `busy` says why it could not be asked for a
-    while, `failing` why new clients get no server; the vGPUs stay what they are. `servers` are
-    PIDs; `crashes` counts those that ended by an error. `waiting_clients` are of another user.
-    """
-
-    up: bool
-    limits_in_effect: bool
-    problem: str | None
-    busy: str | None
-    failing: str | None
-    servers: tuple[int, ...]
-    crashes: int
-    clients: int
-    waiting_clients: int
-
-
-@dataclass(frozen=True, slots=True)
-class MpsReport:
-    """The MPS daemons; null where GPUs are not shared by MPS. `up`: all are there.
-
-    `limits_in_effect`: all limits were read back as this node needs them. `problem` says why no
-    vGPU at all can be given, `replacement` why the MPS pod must be replaced, though it serves,
-    `unwatched` why all this may be out of date. `clients` counts clients by the UUID of their GPU,
-    `waiting_clients` those of another user that wait. `daemons` are by the UUID of the GPU that
-    they serve. `split_containers` hold vGPUs of several daemons and cannot start.
-    """
-
-    up: bool
-    limits_in_effect: bool
-    problem: str | None
-    replacement: str | None
-    unwatched: str | None
-    clients: dict[str, int]
-    waiting_clients: int
-    daemons: dict[str, MpsDaemonReport]
-    split_containers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,40 +251,6 @@ def _counts(gpus: Collection[SharedGpu], held: Counter[str] | None) -> Counts:
         held=of_healthy + of_unhealthy,
         unhealthy=unhealthy - of_unhealthy,
         held_unhealthy=of_unhealthy,
-    )
-
-
-def mps_report(mps: Mps, snapshot: Snapshot, sharing: SharingRules) -> MpsReport:
-    """What is known of the MPS daemons."""
-    daemons = {
-        shared.gpu.uuid: _daemon(shared.gpu.uuid, mps.daemons.get(shared.gpu.uuid, DaemonLook()))
-        for shared in snapshot.inventory.gpus
-    }
-    return MpsReport(
-        up=mps.look.error is None and all(daemon.up for daemon in daemons.values()),
-        limits_in_effect=all(daemon.limits_in_effect for daemon in daemons.values()),
-        problem=mps.problem,
-        replacement=mps.replacement,
-        unwatched=mps.look.unwatched,
-        clients={uuid: daemon.clients for uuid, daemon in daemons.items() if daemon.clients},
-        waiting_clients=sum(daemon.waiting for daemon in mps.look.daemons.values()),
-        daemons=daemons,
-        split_containers=len(split_containers(snapshot, sharing)),
-    )
-
-
-def _daemon(uuid: str, look: DaemonLook) -> MpsDaemonReport:
-    there = look.generation is not None and look.down is None
-    return MpsDaemonReport(
-        up=there,
-        limits_in_effect=there and look.problem is None,
-        problem=look.down or look.problem or look.fault,
-        busy=look.busy,
-        failing=look.failing,
-        servers=look.servers,
-        crashes=look.crashes,
-        clients=look.clients.get(uuid, 0),
-        waiting_clients=look.waiting,
     )
 
 
