@@ -54,7 +54,8 @@ def parts(words: tuple[str, ...]) -> tuple[str, list[str]]:
         for before, word in zip(("", *ours), ours, strict=False)
         if not word.startswith("-") and before not in EVERYWHERE
     ]
-    return rest[0], flags
+    # `helm get` has commands of its own.
+    return " ".join(rest[: 2 if rest[:2] == ["get", "values"] else 1]), flags
 
 
 def unknown_to_kubectl(words: tuple[str, ...]) -> str | None:
@@ -101,7 +102,7 @@ PLACEHOLDERS = {"REGISTRY": "registry.example"}
 
 @cache
 def flags_of_helm(command: str) -> frozenset[str]:
-    shown = helm.run(command, "--help").stdout
+    shown = helm.run(*command.split(), "--help").stdout
     return frozenset(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", shown))
 
 
@@ -124,15 +125,21 @@ def filled(word: str) -> str | Path:
     return ROOT / word if (ROOT / word).exists() else word
 
 
-def installations() -> list[tuple[str, ...]]:
-    """The words after `helm install` of each document that installs our chart."""
-    return [w[1:] for _, w in given("helm") if w[:1] == ("install",) and len(w) > 2]
+def installations() -> set[tuple[str, ...]]:
+    """The words after `helm install` and `helm upgrade` of our chart, of all documents."""
+    return {
+        words[1:]
+        for _, words in given("helm")
+        if words[0] in ("install", "upgrade") and len(words) > 2 and words[2].startswith("charts/")
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", installations(), ids=" ".join)
+@pytest.mark.parametrize("words", sorted(installations()), ids=" ".join)
 def test_every_installation_renders_with_the_values_of_its_document(words):
-    done = helm.run("template", *map(filled, words))
+    # What `helm template` does not know: it has no release to reuse, and no file of yours.
+    line = " ".join(words).replace("--reuse-values", "").replace("--values values.yaml", "")
+    done = helm.run("template", *map(filled, line.split()))
     assert done.returncode == 0, done.stderr
     assert {each["kind"] for each in yaml.safe_load_all(done.stdout) if each} >= {"DaemonSet"}
 
