@@ -51,7 +51,7 @@ _DEFAULTS_SECONDS = 60.0
 _INITIALIZING_SECONDS = 60.0
 """A server that needs longer to start does not serve."""
 
-_IDLE = 3
+_IDLE = 5
 """So many times as long between two looks where there is no server: each costs lines of log."""
 
 _CLIENTS = "get_device_client_list"
