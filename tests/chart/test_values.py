@@ -1,11 +1,14 @@
 """What people give the chart by `--set`, files and parent charts, and what comes of it."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import vgpu_agent
 from tests.chart import helm, values_table
 from tests.chart.helm import CHART, CI, Object, containers, environment, of_kind, pod
 
@@ -268,3 +271,166 @@ def test_linux_is_neither_dropped_nor_replaced() -> None:
     message = helm.refusal({"nodeSelector": {"kubernetes.io/os": "windows"}})
     assert "nodeSelector.kubernetes.io/os" in message
     assert '"linux"' in message
+
+
+# Labels and annotations that are ours too
+
+THEIRS = {
+    "app.kubernetes.io/name": "mine",
+    "app.kubernetes.io/instance": "mine",
+    "app.kubernetes.io/component": "mine",
+    "app.kubernetes.io/version": "mine",
+    "app.kubernetes.io/managed-by": "mine",
+    "helm.sh/chart": "mine",
+    "vgpu-agent/pool": "mine",
+    "team": "models",
+}
+
+
+def test_labels_that_are_the_charts_too_stay_the_charts() -> None:
+    # helm.render refuses a key that is there twice.
+    labels = {"enabled": True, "labels": THEIRS}
+    values = {
+        "podLabels": THEIRS,
+        "monitoring": {"podMonitor": labels, "prometheusRule": labels, "dashboards": labels},
+        "networkPolicy": {"enabled": True},
+    }
+    plain = helm.render({**values, "podLabels": {}, "monitoring": monitoring_without_labels()})
+    for common in ({}, THEIRS):
+        objects = helm.render({**values, "commonLabels": common})
+        for each, before in zip(objects, plain, strict=True):
+            ours = before["metadata"]["labels"]
+            assert each["metadata"]["labels"].items() >= ours.items()
+        for workload in of_kind(objects, "DaemonSet").values():
+            selector = workload["spec"]["selector"]["matchLabels"]
+            labels = workload["spec"]["template"]["metadata"]["labels"]
+            assert labels.items() >= selector.items()
+            assert "mine" not in {*selector.values(), *labels.values()}
+            assert labels["team"] == "models"
+
+
+def monitoring_without_labels() -> Object:
+    return {name: {"enabled": True} for name in ("podMonitor", "prometheusRule", "dashboards")}
+
+
+def test_what_is_more_particular_wins_among_the_users_own_labels() -> None:
+    values = {"commonLabels": {"team": "all", "a": "1"}, "podLabels": {"team": "pods"}}
+    for workload in workloads(**values):
+        assert workload["metadata"]["labels"]["team"] == "all"
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert (labels["team"], labels["a"]) == ("pods", "1")
+
+
+def test_annotations_do_not_make_the_pod_of_helm_test_another_hook() -> None:
+    theirs = {"helm.sh/hook": "pre-install", "note": "x"}
+    (test,) = of_kind(helm.render({"podAnnotations": theirs}), "Pod").values()
+    assert test["metadata"]["annotations"] == {
+        "helm.sh/hook": "test",
+        "helm.sh/hook-delete-policy": "before-hook-creation",
+        "note": "x",
+    }
+
+
+# Names that Kubernetes refuses
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"nameOverride": "Our_GPUs"}, ["nameOverride", "Does not match pattern"]),
+        ({"nameOverride": "-gpus"}, ["nameOverride", "Does not match pattern"]),
+        ({"fullnameOverride": "gpus.example"}, ["fullnameOverride", "Does not match pattern"]),
+        ({"fullnameOverride": "g" * 64}, ["fullnameOverride", "less than or equal to 63"]),
+        ({"fullnameOverride": 1.5}, ["fullnameOverride", "given: number"]),
+        ({"serviceAccount": {"name": "A b"}}, ["serviceAccount.name"]),
+        ({"priorityClassName": "Very High"}, ["priorityClassName", "Does not match pattern"]),
+        ({"runtimeClassName": "nvidia_runc"}, ["runtimeClassName", "Does not match pattern"]),
+        ({"imagePullSecrets": [{"name": "My Secret"}]}, ["imagePullSecrets.0.name"]),
+        ({"imagePullSecrets": [{}]}, ["imagePullSecrets.0", "name is required"]),
+        ({"image": {"tag": "1.0 beta"}}, ["image.tag", "Does not match pattern"]),
+        ({"image": {"tag": 1.1}}, ["image.tag", "given: number"]),
+        ({"resourceName": "vgpu"}, ["resourceName", "Does not match pattern"]),
+        ({"resourceName": "Example.com/vgpu"}, ["resourceName", "Does not match pattern"]),
+        ({"resourceName": "example.com/vgpu/x"}, ["resourceName", "Does not match pattern"]),
+        ({"pools": [{"name": "a_b"}]}, ["pools.0.name", "Does not match pattern"]),
+        ({"pools": [{"name": "a", "priorityClassName": "A"}]}, ["pools.0.priorityClassName"]),
+        ({"podLabels": {"a b": "x"}}, ["podLabels", 'Property name of "a b" does not match']),
+        ({"podLabels": {"a/b/c": "x"}}, ["podLabels", 'Property name of "a/b/c"']),
+        ({"podLabels": {"Example.com/a": "x"}}, ["podLabels", "Property name of"]),
+        ({"podLabels": {"team": "a b"}}, ["podLabels.team", "Does not match pattern"]),
+        ({"podLabels": {"team": "x" * 64}}, ["podLabels.team", "Does not match pattern"]),
+        ({"podLabels": {"team": 1.5}}, ["podLabels.team", "given: number"]),
+        ({"podLabels": {"team": ["a"]}}, ["podLabels.team", "given: array"]),
+        ({"commonLabels": {"team": "-a"}}, ["commonLabels.team", "Does not match pattern"]),
+        ({"nodeSelector": {"kind": "a,b"}}, ["nodeSelector.kind", "Does not match pattern"]),
+        ({"nodeSelector": {"kind!": "a"}}, ["nodeSelector", 'Property name of "kind!"']),
+        ({"podAnnotations": {"a b": "x"}}, ["podAnnotations", 'Property name of "a b"']),
+        (
+            {"monitoring": {"podMonitor": {"labels": {"release": "a b"}}}},
+            ["monitoring.podMonitor.labels.release", "Does not match pattern"],
+        ),
+        ({"resources": {"agent": {"limits": {"memory": "1 Gi"}}}}, ["limits.memory"]),
+        ({"resources": {"agent": {"limits": {"a b": 1}}}}, ['Property name of "a b"']),
+    ],
+)
+def test_what_kubernetes_would_refuse_helm_refuses_before(values: Object, words: list[str]) -> None:
+    message = helm.refusal(values)
+    assert "values don't meet the specifications of the schema" in message
+    for each in words:
+        assert each in message
+
+
+# A parent chart
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """A chart that has this one as a dependency, and once more under another name."""
+    shutil.copytree(CHART, tmp_path / "charts/vgpu-agent")
+    ours = {"name": "vgpu-agent", "version": vgpu_agent.__version__, "repository": ""}
+    chart = {
+        "apiVersion": "v2",
+        "name": "platform",
+        "version": "1.0.0",
+        "dependencies": [
+            {**ours, "condition": "vgpu-agent.enabled"},
+            {**ours, "condition": "more.enabled", "alias": "more"},
+        ],
+    }
+    (tmp_path / "Chart.yaml").write_text(json.dumps(chart))
+    values = {
+        "global": {"imageRegistry": "registry.example.com", "team": 7},
+        "vgpu-agent": {"enabled": True, "replicas": 4, "tolerations": None},
+        "more": {"enabled": False, "sharing": "time-slicing"},
+    }
+    (tmp_path / "values.yaml").write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_a_parent_chart_switches_it_on_and_off_and_may_have_global_values(parent: Path) -> None:
+    (agent, mps) = of_kind(helm.render(chart=parent), "DaemonSet").values()
+    assert environment(containers(agent)["agent"])["VGPU_REPLICAS"] == "4"
+    assert "tolerations" not in pod(agent)
+    assert "tolerations" not in pod(mps)
+    assert (agent["metadata"]["name"], mps["metadata"]["name"]) == (
+        "r-vgpu-agent",
+        "r-vgpu-agent-mps",
+    )
+    assert not helm.render(sets=["vgpu-agent.enabled=false"], chart=parent)
+
+
+def test_a_parent_chart_may_have_it_twice(parent: Path) -> None:
+    values = {"more": {"nodeSelector": {"kind": "b"}}}
+    objects = helm.render(values, sets=["more.enabled=true"], chart=parent)
+    found = of_kind(objects, "DaemonSet")
+    assert list(found) == ["r-more", "r-vgpu-agent", "r-vgpu-agent-mps"]
+    selectors = [each["spec"]["selector"]["matchLabels"] for each in found.values()]
+    assert all(selectors.count(each) == 1 for each in selectors)
+
+
+def test_a_wrong_value_is_refused_in_a_parent_chart_too(parent: Path) -> None:
+    done = helm.run("template", "r", parent, values={"vgpu-agent": {"replicas": 0}})
+    assert done.returncode != 0
+    assert "vgpu-agent: - replicas: Must be greater than or equal to 1" in " ".join(
+        done.stderr.split()
+    )
