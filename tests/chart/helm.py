@@ -115,8 +115,10 @@ def environment(container: Object) -> dict[str, str]:
 
 
 def mounts(workload: Object, name: str) -> dict[str, Object]:
-    """A container's mounts by their path in it, each with its `host` path and `type`."""
-    volumes = {each["name"]: each["hostPath"] for each in pod(workload)["volumes"]}
+    """A container's mounts of the host by their path in it, each with `host` path and `type`."""
+    volumes = {
+        each["name"]: each["hostPath"] for each in pod(workload)["volumes"] if "hostPath" in each
+    }
     return {
         each["mountPath"]: {
             "host": volumes[each["name"]]["path"],
@@ -124,6 +126,7 @@ def mounts(workload: Object, name: str) -> dict[str, Object]:
             "read_only": each.get("readOnly", False),
         }
         for each in containers(workload)[name]["volumeMounts"]
+        if each["name"] in volumes
     }
 
 

@@ -434,3 +434,150 @@ def test_a_wrong_value_is_refused_in_a_parent_chart_too(parent: Path) -> None:
     assert "vgpu-agent: - replicas: Must be greater than or equal to 1" in " ".join(
         done.stderr.split()
     )
+
+
+# More environment, volumes and the rest of a pod
+
+
+def test_what_is_extra_is_in_every_container_after_what_is_ours() -> None:
+    secret = {"secretKeyRef": {"name": "s", "key": "k"}}
+    values = {
+        "extraEnv": [
+            {"name": "A", "value": "x"},
+            {"name": "B", "value": 1000000},
+            {"name": "C", "value": True},
+            {"name": "D"},
+            {"name": "E", "valueFrom": secret},
+        ],
+        "extraVolumes": [{"name": "x", "emptyDir": {"sizeLimit": 1000000}}],
+        "extraVolumeMounts": [{"name": "x", "mountPath": "/x", "readOnly": True}],
+    }
+    plain = workloads()
+    for workload, before in zip(workloads(**values), plain, strict=True):
+        added = [{"name": "x", "emptyDir": {"sizeLimit": 1000000}}]
+        assert pod(workload)["volumes"] == [*pod(before)["volumes"], *added]
+        for name, container in containers(workload).items():
+            ours = containers(before)[name]
+            assert container["env"] == [
+                *ours["env"],
+                {"name": "A", "value": "x"},
+                {"name": "B", "value": "1000000"},
+                {"name": "C", "value": "true"},
+                {"name": "D", "value": ""},
+                {"name": "E", "valueFrom": secret},
+            ]
+            mount = {"name": "x", "mountPath": "/x", "readOnly": True}
+            assert container["volumeMounts"] == [*ours["volumeMounts"], mount]
+
+
+def test_extra_values_come_by_set_too() -> None:
+    sets = [
+        "extraEnv[0].name=A",
+        "extraEnv[0].value=5",
+        "extraVolumes[0].name=x",
+        "extraVolumes[0].hostPath.path=/opt/nvidia",
+        "extraVolumeMounts[0].name=x",
+        "extraVolumeMounts[0].mountPath=/opt/nvidia",
+    ]
+    (agent, mps) = workloads(*sets)
+    for container in [*containers(agent).values(), *containers(mps).values()]:
+        assert {"name": "A", "value": "5"} in container["env"]
+        assert {"name": "x", "mountPath": "/opt/nvidia"} in container["volumeMounts"]
+
+
+def test_both_pods_have_the_users_security_context_and_dns_policy() -> None:
+    context = {
+        "seLinuxOptions": {"type": "spc_t", "level": "s0:c1,c2"},
+        "supplementalGroups": [1000650000],
+    }
+    values = {"podSecurityContext": context, "dnsPolicy": "Default", "revisionHistoryLimit": 0}
+    for workload in workloads(**values):
+        assert pod(workload)["securityContext"] == context
+        assert pod(workload)["dnsPolicy"] == "Default"
+        assert workload["spec"]["revisionHistoryLimit"] == 0
+    for workload in workloads():
+        assert not {"securityContext", "dnsPolicy"} & set(pod(workload))
+        assert "revisionHistoryLimit" not in workload["spec"]
+    pools = [
+        {"name": "a", "podSecurityContext": {"seLinuxOptions": {"type": "other_t"}}},
+        {"name": "b", "podSecurityContext": None, "nodeSelector": {"kind": "b"}},
+    ]
+    pools[0]["nodeSelector"] = {"kind": "a"}
+    (a, b, *_) = workloads(pools=pools, **values)
+    assert pod(a)["securityContext"]["seLinuxOptions"] == {"type": "other_t", "level": "s0:c1,c2"}
+    assert "securityContext" not in pod(b)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"extraEnv": [{"name": "1A", "value": "x"}]}, ["extraEnv.0.name", "pattern"]),
+        ({"extraEnv": [{"name": "A-B", "value": "x"}]}, ["extraEnv.0.name", "pattern"]),
+        ({"extraEnv": [{"value": "x"}]}, ["extraEnv.0", "name is required"]),
+        ({"extraEnv": {"A": "x"}}, ["extraEnv", "given: object"]),
+        ({"extraEnv": [{"name": "A", "valueFrom": {"secret": {}}}]}, ["extraEnv.0.valueFrom"]),
+        (
+            {"extraEnv": [{"name": "VGPU_REPLICAS", "value": "4"}]},
+            ["extraEnv: name VGPU_REPLICAS is set by the chart", "set the value"],
+        ),
+        (
+            # The agent reads its variables in any case.
+            {"pools": [{"name": "a", "extraEnv": [{"name": "vgpu_replicas", "value": "4"}]}]},
+            ['extraEnv: name vgpu_replicas in pool "a" is set by the chart'],
+        ),
+        (
+            {"extraEnv": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "0"}]},
+            ["extraEnv: name NVIDIA_VISIBLE_DEVICES is set by the chart"],
+        ),
+        (
+            {"extraEnv": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]},
+            ["extraEnv: name A is there twice"],
+        ),
+        ({"extraVolumes": [{"name": "x"}]}, ["extraVolumes.0", "at least 2 properties"]),
+        ({"extraVolumes": [{"name": "X", "emptyDir": {}}]}, ["extraVolumes.0.name", "pattern"]),
+        (
+            {"extraVolumes": [{"name": "state", "emptyDir": {}}]},
+            ["extraVolumes: name state is there already", "any other name"],
+        ),
+        (
+            # Of MPS only.
+            {"extraVolumes": [{"name": "shared", "emptyDir": {}}]},
+            ["extraVolumes: name shared is there already"],
+        ),
+        (
+            {"extraVolumes": [{"name": "x", "emptyDir": {}}] * 2},
+            ["extraVolumes: name x is there already"],
+        ),
+        (
+            {"extraVolumeMounts": [{"name": "x", "mountPath": "/x"}]},
+            ["extraVolumeMounts: name x is no volume of extraVolumes", "allowed are none"],
+        ),
+        ({"extraVolumeMounts": [{"name": "x", "mountPath": "x"}]}, ["mountPath", "pattern"]),
+        ({"extraVolumeMounts": [{"name": "x"}]}, ["mountPath is required"]),
+        (
+            {
+                "extraVolumes": [{"name": "x", "emptyDir": {}}],
+                "extraVolumeMounts": [{"name": "x", "mountPath": "/dev/shm"}],
+            },
+            ["extraVolumeMounts: mountPath /dev/shm is there already"],
+        ),
+        (
+            {
+                "extraVolumes": [{"name": "x", "emptyDir": {}}],
+                "extraVolumeMounts": [{"name": "x", "mountPath": "/run/vgpu-agent"}],
+            },
+            ["extraVolumeMounts: mountPath /run/vgpu-agent is there already"],
+        ),
+        ({"podSecurityContext": {"privileged": True}}, ["privileged is not allowed"]),
+        ({"podSecurityContext": {"seLinuxOptions": {"typ": "x"}}}, ["typ is not allowed"]),
+        ({"dnsPolicy": "None"}, ["dnsPolicy", '"ClusterFirst", "Default"']),
+        ({"revisionHistoryLimit": -1}, ["revisionHistoryLimit"]),
+        ({"service": {"clusterIP": "None"}}, ["clusterIP is not allowed"]),
+    ],
+)
+def test_extra_values_that_are_wrong_or_the_charts_own_are_refused(
+    values: Object, words: list[str]
+) -> None:
+    message = helm.refusal(values)
+    for each in words:
+        assert each in message

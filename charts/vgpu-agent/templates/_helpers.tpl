@@ -112,6 +112,15 @@ has a value. Both workloads have the same, so that the agent and MPS agree. */}}
   value: {{ include "vgpu-agent.text" $value | quote }}
 {{- end }}
 {{- end }}
+{{- range .extraEnv }}
+- name: {{ .name | quote }}
+{{- with .valueFrom }}
+  valueFrom:
+    {{- toYaml . | nindent 4 }}
+{{- else }}
+  value: {{ include "vgpu-agent.string" (get . "value") | quote }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* A value as the agent reads it: on/off, 5, text, 79,13, {"0":4}. Numbers never as 1e+06. */}}
@@ -124,24 +133,49 @@ has a value. Both workloads have the same, so that the agent and MPS agree. */}}
 
 {{/* Directories of the host, each at its own path in the container: the mounts and the volumes of a
 list of (dict "name" "path"), with "type" DirectoryOrCreate and "at" the same path unless it says
-otherwise. */}}
+otherwise. From a list of the pool, whose own come after them, and that list. */}}
 {{- define "vgpu-agent.mounts" -}}
-{{- range . }}
+{{- range last . }}
 - name: {{ .name }}
   mountPath: {{ .at | default .path }}
 {{- if .readOnly }}
   readOnly: true
 {{- end }}
 {{- end }}
+{{- $pool := first . }}
+{{- $taken := list }}
+{{- range last . }}{{ $taken = append $taken (.at | default .path) }}{{ end }}
+{{- range $pool.extraVolumeMounts }}
+{{- if has .mountPath $taken }}
+{{- fail (printf "\n\nextraVolumeMounts: mountPath %s%s is there already, by the chart or by another one: any other path is allowed\n" .mountPath (include "vgpu-agent.inPool" $pool)) }}
+{{- end }}
+{{- $taken = append $taken .mountPath }}
+{{ list . | toYaml }}
+{{- end }}
 {{- end }}
 
 {{- define "vgpu-agent.volumes" -}}
-{{- range . }}
+{{- range last . }}
 - name: {{ .name }}
   hostPath:
     path: {{ .path }}
     type: {{ .type | default "DirectoryOrCreate" }}
 {{- end }}
+{{- $pool := first . }}
+{{- $taken := list }}
+{{- range last . }}{{ $taken = append $taken .name }}{{ end }}
+{{- range $pool.extraVolumes }}
+{{- if has .name $taken }}
+{{- fail (printf "\n\nextraVolumes: name %s%s is there already, by the chart or by another one: any other name is allowed\n" .name (include "vgpu-agent.inPool" $pool)) }}
+{{- end }}
+{{- $taken = append $taken .name }}
+{{ list . | toYaml }}
+{{- end }}
+{{- end }}
+
+{{/* Where a value is that is refused. */}}
+{{- define "vgpu-agent.inPool" -}}
+{{- with .name }}{{ printf " in pool %q" . }}{{ end }}
 {{- end }}
 
 {{/* Where the driver is asked for by a mount instead of a variable: JSON of a list of mounts. */}}
@@ -151,8 +185,15 @@ otherwise. */}}
 {{- else }}[]{{ end }}
 {{- end }}
 
-{{/* Where the pods of a pool may run: lines of a pod's spec. */}}
+{{/* What a user says of the pods of a pool, above all where they may run: lines of a pod's spec. */}}
 {{- define "vgpu-agent.where" -}}
+{{- with .podSecurityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .dnsPolicy }}
+dnsPolicy: {{ . }}
+{{- end }}
 {{- with .runtimeClassName }}
 runtimeClassName: {{ include "vgpu-agent.string" . | quote }}
 {{- end }}
