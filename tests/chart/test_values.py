@@ -1,6 +1,7 @@
 """What people give the chart by `--set`, files and parent charts, and what comes of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -581,3 +582,28 @@ def test_extra_values_that_are_wrong_or_the_charts_own_are_refused(
     message = helm.refusal(values)
     for each in words:
         assert each in message
+
+
+# What the notes on platforms say
+
+
+def yaml_blocks() -> list[Object]:
+    text = (CHART.parents[1] / "docs/platforms.md").read_text("utf-8")
+    return [
+        yaml.safe_load(each)
+        for each in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def test_the_values_of_the_platforms_are_taken_and_their_objects_known() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate")
+    objects = [each for each in yaml_blocks() if "kind" in each]
+    values = [each for each in yaml_blocks() if "kind" not in each]
+    assert (len(objects), len(values)) == (1, 4)
+    for each in objects:
+        validate.validate(each, "1.26.0", strict=True)
+        (rule,) = each["spec"]["scopeSelector"]["matchExpressions"]
+        assert rule["values"] == [pod(workloads()[0])["priorityClassName"]]
+    for each in values:
+        for one in helm.render(each):
+            validate.validate(one, "1.26.0", strict=True)
