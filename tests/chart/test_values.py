@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -20,7 +21,15 @@ LINUX = {"kubernetes.io/os": "linux"}
 
 def workloads(*sets: str, **values: Any) -> list[Object]:
     """The DaemonSets of these values: the agent's, then that of MPS."""
-    return list(of_kind(helm.render(values, sets=sets), "DaemonSet").values())
+    return list(of_kind(known(helm.render(values, sets=sets)), "DaemonSet").values())
+
+
+def known(objects: list[Object]) -> list[Object]:
+    """The same, after a look at every field and its type as the API server does."""
+    for each in objects:
+        if each["apiVersion"] != "monitoring.coreos.com/v1":
+            kubernetes_validate.validate(each, "1.26.0", strict=True)
+    return objects
 
 
 def variables(*sets: str, **values: Any) -> dict[str, str]:
@@ -109,7 +118,7 @@ def test_names_and_labels_that_are_numbers_or_switches_are_text() -> None:
     ]
     # A file has numbers as helm reads YAML: with a fraction inside.
     values = {"podLabels": {"large": 1234567}, "podAnnotations": {"off": False}}
-    objects = helm.render(values, sets=sets)
+    objects = known(helm.render(values, sets=sets))
     for each in objects:
         metadata = each["metadata"]
         assert metadata["labels"]["team"] == "7"
@@ -135,14 +144,24 @@ def test_names_and_labels_that_are_numbers_or_switches_are_text() -> None:
     }
 
 
-def test_a_name_that_is_a_number_is_text_everywhere() -> None:
-    text = helm.template({"fullnameOverride": "2"}, release="1")
-    names = [each["metadata"]["name"] for each in yaml.load_all(text, helm.Loader) if each]
-    assert {"2", "2-mps"} <= set(names)
-    (agent, _) = of_kind(
-        [each for each in yaml.load_all(text, helm.Loader) if each], "DaemonSet"
-    ).values()
-    assert agent["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "1"
+@pytest.mark.parametrize(
+    ("release", "full", "names"),
+    [
+        ("1", "2", {"2", "2-mps", "try-2"}),
+        ("1", 2, {"2", "2-mps", "try-2"}),
+        ("1e3", None, {"1e3-vgpu-agent", "1e3-vgpu-agent-mps"}),
+        # Names of releases may have dots, those of Services none.
+        ("my.gpus", None, {"my-gpus-vgpu-agent", "try-my-gpus-vgpu-agent"}),
+    ],
+)
+def test_names_of_releases_and_objects_are_names(
+    release: str, full: object, names: set[str]
+) -> None:
+    text = helm.template({"fullnameOverride": full}, release=release)
+    objects = known([each for each in yaml.load_all(text, helm.Loader) if each])
+    assert names <= {each["metadata"]["name"] for each in objects}
+    for each in objects:
+        assert each["metadata"]["labels"]["app.kubernetes.io/instance"] == release
 
 
 def test_quantities_are_text_without_exponents() -> None:
@@ -219,7 +238,7 @@ def test_null_for_everything_is_the_agents_own_defaults_and_no_more() -> None:
         for group in groups:
             parent = parent.setdefault(group, {})
         parent[key] = None
-    found = helm.installed(helm.render(nothing))
+    found = helm.installed(known(helm.render(nothing)))
     assert {each["kind"] for each in found} == {"DaemonSet"}
     (agent, mps) = of_kind(found, "DaemonSet").values()
     assert environment(containers(agent)["agent"]) == variables()
@@ -298,7 +317,7 @@ def test_labels_that_are_the_charts_too_stay_the_charts() -> None:
     }
     plain = helm.render({**values, "podLabels": {}, "monitoring": monitoring_without_labels()})
     for common in ({}, THEIRS):
-        objects = helm.render({**values, "commonLabels": common})
+        objects = known(helm.render({**values, "commonLabels": common}))
         for each, before in zip(objects, plain, strict=True):
             ours = before["metadata"]["labels"]
             assert each["metadata"]["labels"].items() >= ours.items()
@@ -409,7 +428,7 @@ def parent(tmp_path: Path) -> Path:
 
 
 def test_a_parent_chart_switches_it_on_and_off_and_may_have_global_values(parent: Path) -> None:
-    (agent, mps) = of_kind(helm.render(chart=parent), "DaemonSet").values()
+    (agent, mps) = of_kind(known(helm.render(chart=parent)), "DaemonSet").values()
     assert environment(containers(agent)["agent"])["VGPU_REPLICAS"] == "4"
     assert "tolerations" not in pod(agent)
     assert "tolerations" not in pod(mps)
@@ -596,14 +615,11 @@ def yaml_blocks() -> list[Object]:
 
 
 def test_the_values_of_the_platforms_are_taken_and_their_objects_known() -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate")
-    objects = [each for each in yaml_blocks() if "kind" in each]
+    objects = known([each for each in yaml_blocks() if "kind" in each])
     values = [each for each in yaml_blocks() if "kind" not in each]
     assert (len(objects), len(values)) == (1, 4)
     for each in objects:
-        validate.validate(each, "1.26.0", strict=True)
         (rule,) = each["spec"]["scopeSelector"]["matchExpressions"]
         assert rule["values"] == [pod(workloads()[0])["priorityClassName"]]
     for each in values:
-        for one in helm.render(each):
-            validate.validate(one, "1.26.0", strict=True)
+        assert workloads(**each)

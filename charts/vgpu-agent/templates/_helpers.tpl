@@ -33,7 +33,9 @@
 
 {{- define "vgpu-agent.fullname" -}}
 {{- $name := include "vgpu-agent.name" . }}
-{{- if not (contains $name .Release.Name) }}{{ $name = printf "%s-%s" .Release.Name $name }}{{ else }}{{ $name = .Release.Name }}{{ end }}
+{{- /* A Service's name has no dots, and a release's may. */}}
+{{- $release := replace "." "-" .Release.Name }}
+{{- if not (contains $name $release) }}{{ $name = printf "%s-%s" $release $name }}{{ else }}{{ $name = $release }}{{ end }}
 {{- include "vgpu-agent.string" (.Values.fullnameOverride | default $name) | trunc 59 | trimSuffix "-" }}
 {{- end }}
 
