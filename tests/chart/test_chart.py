@@ -647,56 +647,19 @@ def selects(selector: Object, workload: Object) -> bool:
     return selector["matchLabels"].items() <= labels.items()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "endpoints", "interval"),
-    [
-        ("everything", "PodMonitor", "podMetricsEndpoints", "15s"),
-        ("service-monitor", "ServiceMonitor", "endpoints", "30s"),
-    ],
-)
-def test_a_monitor_selects_agents_and_keeps_their_labels(
-    name: str, kind: str, endpoints: str, interval: str
-) -> None:
-    kinds = [each["kind"] for each in rendered(name) if each["kind"].endswith("Monitor")]
-    assert kinds == [kind]
-    (monitor,) = of_kind(rendered(name), kind).values()
+def test_the_pod_monitor_selects_agents_and_keeps_their_labels() -> None:
+    (monitor,) = of_kind(rendered("everything"), "PodMonitor").values()
     assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
-    (endpoint,) = monitor["spec"][endpoints]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["honorLabels"] is True
     assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
-    assert endpoint["interval"] == interval
+    assert endpoint["interval"] == "15s"
     assert endpoint["relabelings"] == [
         {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"}
     ]
-    if kind == "ServiceMonitor":
-        # The Service, and none of those that are there for `helm test`.
-        services = of_kind(rendered(name), "Service").values()
-        wanted = monitor["spec"]["selector"]["matchLabels"].items()
-        (service,) = [each for each in services if wanted <= each["metadata"]["labels"].items()]
-        assert service["metadata"]["name"] == "r-vgpu-agent"
-        selector = {"matchLabels": service["spec"]["selector"]}
-    else:
-        selector = monitor["spec"]["selector"]
-    for workload in daemon_sets(rendered(name)).values():
-        assert selects(selector, workload) == (component(workload) == "agent")
-
-
-def test_the_service_is_every_agent_and_nobody_else() -> None:
-    (service,) = of_kind(helm.installed(rendered("everything")), "Service").values()
-    assert service["metadata"]["name"] == "our-vgpus"
-    assert service["metadata"]["labels"]["example.com/scrape"] == "agents"
-    assert service["metadata"]["annotations"] == {"example.com/note": "headless"}
-    spec = service["spec"]
-    assert spec["clusterIP"] == "None"
-    assert spec["publishNotReadyAddresses"] is True
     for workload in daemon_sets(rendered("everything")).values():
-        is_agent = component(workload) == "agent"
-        assert selects({"matchLabels": spec["selector"]}, workload) == is_agent
-        if is_agent:
-            (port,) = spec["ports"]
-            (metrics,) = containers(workload)["agent"]["ports"]
-            assert (port["targetPort"], port["port"]) == ("metrics", metrics["containerPort"])
+        assert selects(monitor["spec"]["selector"], workload) == (component(workload) == "agent")
 
 
 def test_the_alerts_are_those_of_the_file_word_for_word() -> None:

@@ -603,6 +603,47 @@ def test_extra_values_that_are_wrong_or_the_charts_own_are_refused(
         assert each in message
 
 
+# Who scrapes
+
+
+def test_the_service_is_every_agent_and_nobody_else() -> None:
+    objects = helm.installed(helm.render(None, CI["everything"]))
+    (service,) = of_kind(objects, "Service").values()
+    assert service["metadata"]["name"] == "our-vgpus"
+    assert service["metadata"]["labels"]["example.com/scrape"] == "agents"
+    assert service["metadata"]["annotations"] == {"example.com/note": "headless"}
+    spec = service["spec"]
+    assert spec["clusterIP"] == "None"
+    assert spec["publishNotReadyAddresses"] is True
+    (port,) = spec["ports"]
+    for workload in of_kind(objects, "DaemonSet").values():
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        is_agent = labels["app.kubernetes.io/component"] == "agent"
+        assert (spec["selector"].items() <= labels.items()) == is_agent
+        if is_agent:
+            (metrics,) = containers(workload)["agent"]["ports"]
+            assert (port["targetPort"], port["port"]) == ("metrics", metrics["containerPort"])
+
+
+def test_a_service_monitor_scrapes_what_a_pod_monitor_does() -> None:
+    objects = helm.render(None, CI["service-monitor"])
+    assert not of_kind(objects, "PodMonitor")
+    (monitor,) = of_kind(objects, "ServiceMonitor").values()
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    pods = {"monitoring": {"podMonitor": {"enabled": True}}}
+    (other,) = of_kind(helm.render(pods), "PodMonitor").values()
+    assert monitor["spec"]["endpoints"] == other["spec"]["podMetricsEndpoints"]
+    # Its Service, and none of those that are there for `helm test`.
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    services = of_kind(objects, "Service")
+    assert len(services) == 2
+    found = [
+        name for name, each in services.items() if wanted <= each["metadata"]["labels"].items()
+    ]
+    assert found == ["r-vgpu-agent"]
+    assert services["r-vgpu-agent"]["spec"]["ports"][0]["name"] == "metrics"
+
+
 # What the notes on platforms say
 
 
