@@ -164,6 +164,13 @@ def test_names_of_releases_and_objects_are_names(
         assert each["metadata"]["labels"]["app.kubernetes.io/instance"] == release
 
 
+def test_numbers_of_kubernetes_itself_have_no_exponents() -> None:
+    toleration = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 31536000}
+    for workload in workloads(tolerations=[toleration], revisionHistoryLimit=1000000):
+        assert pod(workload)["tolerations"] == [toleration]
+        assert workload["spec"]["revisionHistoryLimit"] == 1000000
+
+
 def test_quantities_are_text_without_exponents() -> None:
     limits = {"cpu": 1.5, "memory": 268435456}
     (agent, mps) = workloads(
@@ -260,6 +267,29 @@ POOL_KEYS = json.loads((CHART / "values.schema.json").read_text())["properties"]
 def test_null_for_what_has_no_default_elsewhere_is_refused(key: str) -> None:
     group, _, name = key.partition(".")
     assert f"{group}: {name} is required" in helm.refusal({}, f"{key}=null")
+
+
+def test_null_in_labels_and_annotations_is_none(parent: Path) -> None:
+    maps: Object = {"podAnnotations": {"a": None, "b": "1"}, "podLabels": {"a": None, "b": "1"}}
+    maps["commonLabels"] = {"c": None}
+    maps["serviceAccount"] = {"annotations": {"a": None}}
+    for objects in (helm.render(maps), helm.render({"vgpu-agent": maps}, chart=parent)):
+        for workload in of_kind(known(objects), "DaemonSet").values():
+            metadata = workload["spec"]["template"]["metadata"]
+            assert metadata["annotations"] == {"b": "1"}
+            assert metadata["labels"]["b"] == "1"
+            assert not {"a", "c"} & set(metadata["labels"])
+
+
+def test_values_of_an_older_release_that_lack_new_keys_are_taken(tmp_path: Path) -> None:
+    # As `helm upgrade --reuse-values` has them: no default of this chart is under them.
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    needed = {"image": {"repository": "x"}, "metrics": {"address": "::", "port": 9408}}
+    groups = {"serviceAccount": {"create": True}, "monitoring": {}, "networkPolicy": {}}
+    (chart / "values.yaml").write_text(json.dumps(needed | groups))
+    found = of_kind(known(helm.render(chart=chart)), "DaemonSet")
+    assert environment(containers(found["r-vgpu-agent"])["agent"]) == variables()
 
 
 def test_null_in_a_pool_is_the_agents_default_and_not_the_common_value() -> None:

@@ -3,10 +3,12 @@
 {{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end }}
 {{- end }}
 
-{{/* YAML of a map whose values are all text. */}}
+{{/* YAML of a map whose values are all text, without those that are null. */}}
 {{- define "vgpu-agent.strings" -}}
 {{- $all := dict }}
-{{- range $key, $value := . }}{{ $all = set $all $key (include "vgpu-agent.string" $value) }}{{ end }}
+{{- range $key, $value := (include "vgpu-agent.over" (list .) | fromJson) }}
+{{- $all = set $all $key (include "vgpu-agent.string" $value) }}
+{{- end }}
 {{- toYaml $all }}
 {{- end }}
 
