@@ -417,6 +417,8 @@ def test_an_agent_mounts_what_its_settings_use_and_nothing_else(objects: list[Ob
         mps = variables.get("VGPU_MPS_DIRECTORY")
         if variables["VGPU_GPU_DRIVER"] == "nvml" and mps and not mps.startswith(f"{state}/"):
             expected[mps] = False
+        if not variables["VGPU_CORDON_DIRECTORY"].startswith(f"{state}/"):
+            expected[variables["VGPU_CORDON_DIRECTORY"]] = False
         if variables["VGPU_PROCESS_METRICS"] == "on":
             expected[str(LINKS)] = True
         if "cdi" in variables["VGPU_DEVICE_LIST"]:

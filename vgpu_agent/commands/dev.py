@@ -41,6 +41,7 @@ def embedded_settings(kubelet_dir: Path, metrics_address: Address) -> Settings:
         gpu_driver=GpuDriverKind.SIMULATED,
         kubelet_dir=kubelet_dir,
         state_directory=kubelet_dir / "state",
+        cordon_directory=kubelet_dir / "cordoned",
         metrics_address=metrics_address,
         health_interval=1,
         recovery_seconds=1,
