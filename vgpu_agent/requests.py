@@ -86,13 +86,19 @@ class Requests:
         raise ControlError("the agent is ending")
 
     async def _reset_done(self, gpu: GpuName) -> str:
-        """Has the GPU probed; what that found."""
+        """Has the GPU probed; how it is then. Raises ControlError where it needs a reset still."""
         self.watch.reset_done(gpu.uuid)
         with anyio.move_on_after(PROBE_SECONDS):
             async for snapshot in self.node.latest.follow():
                 if snapshot.driver.released_until is None and _probed(snapshot, gpu.uuid):
-                    return f"{gpu} was probed: {_state(snapshot, gpu.uuid)}"
-        return f"{gpu} has not answered a probe yet: see `vgpu-agent status`"
+                    break
+        snapshot = self.node.snapshot
+        state = _state(snapshot, gpu.uuid)
+        if not _probed(snapshot, gpu.uuid):
+            raise ControlError(f"{gpu} has not answered a probe since: {state}")
+        if snapshot.health[gpu.uuid].waits_for_reset:
+            raise ControlError(f"{gpu} was probed and needs a reset still: {state}")
+        return f"{gpu} was probed: {state}"
 
     # Cordons
 
@@ -174,7 +180,7 @@ def _state(snapshot: Snapshot, uuid: str) -> str:
     shared = snapshot.inventory.find(uuid)
     if shared is None:
         return "it gives no vGPUs now"
-    return f"still unhealthy: {shared.fault_text}" if shared.faults else "it is healthy"
+    return f"it is unhealthy: {shared.fault_text}" if shared.faults else "it is healthy"
 
 
 def drain_list(snapshot: Snapshot, gpu: GpuName) -> str:

@@ -200,7 +200,18 @@ def _preflight(settings: Settings, report: Report | None, other_mps: Path) -> di
             preflight.check_endpoint(endpoint, control_socket, report, settings.resource_name)
         ],
         "metrics address": lambda: [preflight.check_metrics(settings.metrics_address)],
-        "state directory": lambda: [preflight.check_state_directory(settings.state_directory)],
+        "state directory": lambda: [
+            preflight.check_kept_directory(
+                "state directory",
+                settings.state_directory,
+                "a restart of the agent would forget which GPUs wait for a reset",
+            )
+        ],
+        "cordon directory": lambda: [
+            preflight.check_kept_directory(
+                "cordon directory", settings.cordon_directory, "no GPU can be cordoned"
+            )
+        ],
     }
 
 
