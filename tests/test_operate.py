@@ -1,6 +1,7 @@
 """One GPU is taken out of service, reset and given back: the real commands on a running agent."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent_process import Agent, execute, running
+from tests.agent_process import REPOSITORY, Agent, execute, running
 from tests.kubelet.podresources_peer import PodResourcesPeer, a_pod, encoded
 from tests.kubelet.rig import RESOURCE
 from tests.kubelet_peer import KubeletPeer
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 ONE, TWO = (gpu.uuid for gpu in simulated_gpus(2, "M", 1, (0,)))
 NAMED = f"GPU 0 ({ONE})"
+RUNBOOK = REPOSITORY / "docs" / "runbook.md"
 
 
 class Machine:
@@ -75,38 +77,49 @@ def machine(kubelet_dir: Path) -> Iterator[Machine]:
         pods.stop()
 
 
-def test_a_gpu_is_drained_reset_and_given_back(machine):
-    """The steps of docs/runbook.md, "Resetting one GPU", in their order."""
-    machine.pods.answer = encoded(
-        a_pod("train-0", f"{ONE}::0", f"{ONE}::3", namespace="team a"),
-        a_pod("web-1", f"{TWO}::0"),
-    )
+def documented() -> list[str]:
+    """The steps of the runbook, as they are to be typed."""
+    section = RUNBOOK.read_text().partition("### Resetting one GPU")[2]
+    return section.split("```")[1].strip().splitlines()
+
+
+def test_a_gpu_is_reset_by_the_steps_of_the_runbook(machine):
+    cordon, drain, restart, release, reset, done, uncordon = documented()
+    assert (
+        " mps restart 0" in restart
+    )  # simulated GPUs have no MPS pod; test_daemon_command.py has it
+    assert reset == "nvidia-smi --gpu-reset -i 0"
+
+    def typed(step: str) -> str:
+        return machine.run(*shlex.split(step.removeprefix("agent vgpu-agent ")))
+
+    holding = a_pod("train-0", f"{ONE}::0", f"{ONE}::3", namespace="team a")
+    other = a_pod("web-1", f"{TWO}::0")
+    machine.pods.answer = encoded(holding, other)
     with machine.agent("0 1") as agent:
         machine.run("simulate", "ecc", "--gpu", "0")
         machine.wait("1")
 
-        answer = machine.run("cordon", "0", "--reason", "ECC errors, reset")
-        assert answer.startswith(f"{NAMED} is cordoned: no pod is given a vGPU of it until ")
+        assert typed(cordon).startswith(f"{NAMED} is cordoned: no pod is given a vGPU of it until ")
         agent.wait_line(r"WARNING .*ecc: .*; cordoned: ECC errors, reset\. Next: .* uncordon")
 
-        listed = machine.run("drain-list", "0").splitlines()
-        assert listed == [
+        assert typed(drain).splitlines() == [
             f"# Pods with vGPUs of {NAMED}: 1",
             "kubectl delete pod -n 'team a' train-0",
         ]
-        machine.pods.answer = encoded(a_pod("web-1", f"{TWO}::0"))
+        machine.pods.answer = encoded(other)
         none = f"# Pods with vGPUs of {NAMED}: none\n"
-        eventually(lambda: machine.run("drain-list", "0") == none, seconds=20)
+        eventually(lambda: typed(drain) == none, seconds=20)
 
-        answer = machine.run("release", "--for", "10m")
-        assert answer.startswith("released all GPUs until ")
+        assert typed(release).startswith("released all GPUs until ")
         assert machine.report()["driver"]["released_until"] is not None
+
         machine.run("simulate", "heal", "--gpu", "0")
-        answer = machine.run("release", "--reset-done", "0")
-        assert answer == f"{NAMED} was probed: it is unhealthy: cordoned: ECC errors, reset\n"
+        words = "it is unhealthy: cordoned: ECC errors, reset"
+        assert typed(done) == f"{NAMED} was probed: {words}\n"
         assert machine.report()["driver"]["released_until"] is None
 
-        assert machine.run("uncordon", "0") == f"{NAMED} is no longer cordoned: it is healthy\n"
+        assert typed(uncordon) == f"{NAMED} is no longer cordoned: it is healthy\n"
         machine.wait("0 1")
         assert agent.wait_line(r"healthy again \(no longer cordoned: ECC errors, reset\)")
 
