@@ -191,7 +191,7 @@ def execute(arguments: Sequence[str]) -> int:
     """
     options = parse(arguments)
     if options.command == "dev":
-        logs.configure(LogLevel.ERROR, LogFormat.TEXT)
+        logs.configure(LogLevel.INFO, LogFormat.TEXT)
         anyio.run(dev, options.seconds)
         return 0
     if options.command == "doctor":

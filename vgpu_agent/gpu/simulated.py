@@ -150,6 +150,10 @@ class SimulatedDriver(GpuDriver):
         """Every probe of the GPU reads this from now on."""
         self._change(uuid, reading=reading)
 
+    def use_memory(self, uuid: str, count: int) -> None:
+        """So many bytes of the GPU are in use from now on."""
+        self.show(uuid, replace(self._gpus[uuid].reading, memory_used_bytes=count))
+
     def run_processes(self, uuid: str, processes: Sequence[GpuProcess]) -> None:
         """These processes, and no others, have a context on the GPU from now on."""
         self._change(uuid, processes=tuple(processes))
