@@ -95,6 +95,10 @@ async def test_cordon_again_gives_another_reason_and_uncordon_takes_it_back(it):
     assert it.healthy == [0, 1, 2]
     assert await it.ask("uncordon", gpu="0") == (f"GPU 0 ({ONE}) was not cordoned: it is healthy\n")
     assert it.logged() == ["INFO 10 vGPUs are healthy again (no longer cordoned: fan 2)"]
+    assert it.snapshot.transitions == {
+        (ONE, "unhealthy", "cordoned"): 1,
+        (ONE, "healthy", "cordoned"): 1,
+    }
 
 
 async def test_without_a_reason_that_is_said(it):

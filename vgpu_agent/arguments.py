@@ -24,6 +24,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vgpu-agent",
         description="Shares each NVIDIA GPU of a Kubernetes node as many virtual GPUs.",
+        epilog="Exit codes: 0 done; 1 failed or refused; 2 wrong arguments or settings.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,7 +52,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "release", help="make the running agent close NVML, so that GPUs can be reset"
     )
     release.add_argument(
-        "--for", dest="seconds", type=_seconds, metavar="TIME", help="for how long: 90, 10m (60)"
+        "--for",
+        dest="seconds",
+        type=_seconds,
+        metavar="TIME",
+        help="for how long, such as 90 or 10m (60)",
     )
     release.add_argument(
         "--reset-done",
