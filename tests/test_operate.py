@@ -131,7 +131,7 @@ def test_a_reset_that_did_not_help_is_said_and_fails(machine):
         machine.run("release", "--for", "10m")
         why = machine.run("release", "--reset-done", "0", code=1)
         assert why.startswith(
-            f"vgpu-agent: {NAMED} has not answered a probe since: it is unhealthy"
+            f"vgpu-agent: {NAMED} has not answered a probe within 3 s: it is unhealthy"
         )
         assert "XID 79" in why
 
@@ -182,6 +182,8 @@ WRONG = {
     "release --reset-done 7": "there is no GPU '7': GPU 0 (",
     "release --for 2h": "seconds=7200.0: allowed is a number above 0, up to 3600",
     "simulate hang --gpu 7": "there is no GPU '7': GPU 0 (",
+    f"cordon 0 --reason {'x' * 201}": "reason='xxx",
+    f"cordon 0 --reason {'x' * 5000}": "cordon: the request has 50",
     "simulate xid 0 --gpu 1": "xid=0: allowed is a number from 1 to 65535",
 }
 

@@ -243,7 +243,8 @@ async def test_a_gpu_that_does_not_answer_is_not_said_to_be_reset(watching, monk
     it.driver.xid(ONE, RESET, falls_off_the_bus=True)
     await it.until(lambda: it.healthy == [1, 2])
     why = await it.refused("reset-done", gpu="0")
-    assert why.startswith(f"GPU 0 ({ONE}) has not answered a probe since: it is unhealthy: xid: ")
+    begin = f"GPU 0 ({ONE}) has not answered a probe within 0.5 s: it is unhealthy: xid: XID 95"
+    assert why.startswith(begin)
 
 
 async def test_a_cordon_outlives_the_reset(watching):

@@ -95,7 +95,10 @@ class Requests:
         snapshot = self.node.snapshot
         state = _state(snapshot, gpu.uuid)
         if not _probed(snapshot, gpu.uuid):
-            raise ControlError(f"{gpu} has not answered a probe since: {state}")
+            raise ControlError(
+                f"{gpu} has not answered a probe within {PROBE_SECONDS:g} s: {state}; if it is only"
+                " slow, `vgpu-agent status` shows it soon"
+            )
         if snapshot.health[gpu.uuid].waits_for_reset:
             raise ControlError(f"{gpu} was probed and needs a reset still: {state}")
         return f"{gpu} was probed: {state}"
