@@ -336,6 +336,7 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
         ("VGPU_MPS_SHM_DIRECTORY", "/mps/shm", "a directory", {"VGPU_MPS_DIRECTORY": "/mps"}),
         ("VGPU_STATE_DIRECTORY", "/dev/shm/vgpu-agent/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
         ("VGPU_CORDON_DIRECTORY", "/dev/shm/vgpu-agent/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
+        ("VGPU_CORDON_DIRECTORY", "/run/vgpu-agent", "not VGPU_STATE_DIRECTORY itself", {}),
     ],
 )
 def test_values_that_do_not_go_together_are_reported_at_one_of_them(

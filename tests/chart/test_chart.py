@@ -261,6 +261,8 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ({"mps": {"shmDirectory": "/dev/shm"}}, ["mps.shmDirectory: /dev/shm"]),
         ({"mps": {"shmDirectory": "/run"}}, ["mps.shmDirectory: /run", "/run/vgpu-agent/mps"]),
         ({"mps": {"shmDirectory": "/run/vgpu-agent/mps/shm"}}, ["is in mps.directory"]),
+        ({"mps": {"shmDirectory": "/c"}, "cordonDirectory": "/c/x"}, ["mps.shmDirectory: /c"]),
+        ({"cordonDirectory": "/run/vgpu-agent"}, ["cordonDirectory: /run/vgpu-agent is state"]),
         ({"mps": {"directory": "/" + "d" * 42}}, ["mps.directory: /ddd", "43 characters, and 42"]),
         ({"pools": [{"name": "a"}, {"name": "a"}]}, ['name "a" is there twice']),
         (
