@@ -31,6 +31,7 @@ REASONS = [
     "mps",
     "mps-fault",
     "compute-mode",
+    "cordoned",
 ]
 
 

@@ -48,6 +48,7 @@ and the values that are used where there is none. */}}
 {{- define "vgpu-agent.settings" -}}
 {{- $settings := dict
   "VGPU_CDI_KIND" .cdiKind
+  "VGPU_CORDON_DIRECTORY" .cordonDirectory
   "VGPU_CRITICAL_XIDS" .health.criticalXids
   "VGPU_DEVICE_LIST" .deviceList
   "VGPU_DEVICE_MEMORY" .deviceMemory
