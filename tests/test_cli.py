@@ -319,6 +319,7 @@ def test_ctrl_c_ends_it_with_0_and_without_its_socket(kubelet_dir):
     with KubeletPeer(kubelet_dir) as peer, running(kubelet_dir) as agent:
         peer.wait_list(1)
         assert len(sockets(kubelet_dir)) == 1
+        agent.wait_line("registered with the kubelet")
         code, took = agent.end(signal.SIGINT)
         assert peer.wait_stream_ends(1).code.name == "OK"
     assert (code, took < 2) == (0, True), agent.text
