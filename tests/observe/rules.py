@@ -226,7 +226,7 @@ def full_metrics(resource: str = RESOURCE) -> Metrics:
 
 
 def full_text(resource: str = RESOURCE) -> bytes:
-    return full_metrics(resource).render(SNAPSHOT, "")[0]
+    return full_metrics(resource).render(SNAPSHOT)[0]
 
 
 @cache

@@ -279,7 +279,7 @@ def test_what_is_said_of_a_container_carries_its_own_names_and_not_the_agents(sh
     for metric in (
         "vgpu_allocation_info",
         "vgpu_allocation_memory_share_bytes",
-        "vgpu_allocation_memory_limit_bytes_per_process",
+        "vgpu_allocation_process_memory_limit_bytes",
     ):
         for found in shared.prometheus.wait_query(metric + of_agent):
             labels = found["metric"]
