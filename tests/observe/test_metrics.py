@@ -73,6 +73,7 @@ TRANSITIONS = {("GPU-b", "unhealthy", "lost"): 2, ("GPU-b", "healthy", "lost"): 
 EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_build_info": [({"version": "1.2.3"}, 1)],
     "vgpu_nvml_up": [({}, 1)],
+    "vgpu_nvml_released": [({}, 0)],
     "vgpu_gpu_info": [
         (
             gpu("GPU-a", 0, model="NVIDIA L4", driver_version="580.65.06", numa_node="0"),
@@ -299,6 +300,12 @@ def test_before_the_driver_answers_there_is_no_gpu_and_everything_is_down(metric
     found = samples(metrics, Snapshot(), "vgpu_registrations_total")
     assert found == [({"result": result}, 0) for result in results]
     assert 'gpu_uuid="' not in text(metrics, Snapshot())
+
+
+def test_a_release_is_no_driver_that_is_down(metrics):
+    released = replace(SNAPSHOT, driver=Driver("580", "released for a reset", 1_700_000_000.0))
+    assert samples(metrics, released, "vgpu_nvml_up") == [({}, 0)]
+    assert samples(metrics, released, "vgpu_nvml_released") == [({}, 1)]
 
 
 def test_a_gpu_that_is_no_longer_listed_has_no_series_of_its_own(metrics):

@@ -58,6 +58,11 @@ def _c(holder: Holder) -> Labels:
 def _node(of: Source, s: Snapshot) -> Iterator[Metric]:
     yield _family("vgpu_build_info", "Version of the agent.", ("version",), [((of.version,), 1)])
     yield _one("vgpu_nvml_up", "Whether the GPU driver answers.", s.driver.up)
+    yield _one(
+        "vgpu_nvml_released",
+        "Whether NVML is closed on purpose, for a reset; `vgpu_nvml_up` is 0 meanwhile.",
+        s.driver.released_until is not None,
+    )
     yield _family(
         "vgpu_registrations_total",
         "Attempts to register with the kubelet, by result.",
