@@ -34,7 +34,7 @@ class Prometheus:
     def __init__(self, binary: str, directory: Path, config: dict[str, Any], lookback: str) -> None:
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         self._log = directory / "log"
-        self.port = _free_port()
+        self.port = free_port()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [
@@ -106,7 +106,8 @@ class Prometheus:
         self._process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
