@@ -6,7 +6,7 @@ A table goes between the lines `<!-- name -->` and `<!-- /name -->`, which its d
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import metrics_table, policy_table, report_table, settings_files
+from tests import metrics_table, policy_table, report_table, settings_files, sizes_table
 from tests.chart import values_table
 from tests.faults import promises
 from tests.observe import scenarios
@@ -33,6 +33,7 @@ FILES: dict[Path, Callable[[str], str]] = {
     ROOT / "docs/alerts.md": table("alerts", scenarios.markdown_table),
     ROOT / "docs/metrics.md": table("metrics", metrics_table.markdown_table),
     ROOT / "docs/status.md": table("report", report_table.markdown),
+    ROOT / "docs/sizing.md": table("sizes", sizes_table.markdown_table),
     ROOT / "docs/health.md": table("policy", policy_table.markdown_table),
     ROOT / "docs/reliability.md": table("promises", promises.markdown_table),
     CHART / "values.yaml": settings_files.values_yaml,

@@ -255,14 +255,26 @@ def test_restarts_of_the_agent_and_the_watcher_leave_daemon_server_and_clients_a
             client.wait()
 
 
-def test_changed_settings_wait_for_the_pod_and_say_so(kubelet_dir: Path, node: Node) -> None:
+def test_another_number_of_vgpus_concerns_one_gpu_and_waits_for_its_server(
+    kubelet_dir: Path, any_node: Node
+) -> None:
+    node = any_node
     with node.serving():
+        servers = [mps.start_server() for mps in (node.mps, node.mps.of(OTHER))]
+        time.sleep(1)  # for the watcher to see them
         node.agent.end()
         changed = {**node.variables, "VGPU_REPLICAS_BY_GPU": json.dumps({ONE: 4})}
         with running(kubelet_dir, **changed) as agent:
-            agent.wait_line("replaced: GPU 0 has 10 vGPUs instead of 4$")
+            agent.wait_line("GPU 0 has 10 vGPUs instead of 4 until its MPS daemon is restarted$")
             node.wait_healthy(20)
             assert "vgpu_mps_replacement_needed 1.0" in agent.get("/metrics")[1]
+            time.sleep(6)  # two looks of the watcher
+            assert node.healthy() == 20
+            os.kill(servers[0], signal.SIGKILL)
+            node.wait_healthy(14)
+            assert node.healthy(OTHER) == 10
+            assert "vgpu_mps_replacement_needed 0.0" in agent.get("/metrics")[1]
+            assert node.mps.of(OTHER).server_pids() == servers[1:]
 
 
 def test_beside_a_pod_of_the_release_before_no_vgpu_is_given_and_what_it_made_stays(

@@ -3,14 +3,14 @@
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests import metrics_table
+from tests import metrics_table, sizes_table
+from tests.documents import DOCUMENTS, ROOT, TEXTS, Document, read
+from tests.examples.test_examples import VERSIONS
 from vgpu_agent import __version__, cli
 from vgpu_agent import settings as configuration
 from vgpu_agent.model.container import grant
@@ -18,57 +18,11 @@ from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.settings import Settings
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = {
-    path.relative_to(ROOT).as_posix(): path
-    for path in [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "examples").rglob("*.md"),
-        *(ROOT / "charts").rglob("*.md"),
-    ]
-}
-TEXTS = DOCUMENTS | {
-    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "examples").rglob("*.yaml")
-}
-"""Documents, and the examples with their comments."""
-
 CHART = ROOT / "charts/vgpu-agent/values.yaml"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A document in its parts: prose with its inline code, that code, and fenced lines."""
-
-    prose: tuple[str, ...]
-    spans: tuple[str, ...]
-    fenced: tuple[str, ...]
-
-    @property
-    def code(self) -> str:
-        return "\n".join((*self.spans, *self.fenced))
-
-
-@cache
-def read(path: Path) -> Document:
-    fenced: list[str] = []
-    prose: list[str] = []
-    inside = False
-    for line in path.read_text("utf-8").splitlines():
-        if line.lstrip().startswith("```"):
-            inside = not inside
-        else:
-            (fenced if inside else prose).append(line)
-    assert not inside, f"{path.name}: a fence is not closed"
-    # Before spans: a command may go over lines.
-    found = re.findall(r"`([^`]+)`", "\n".join(prose))
-    spans = tuple(re.sub(r"\s+", " ", span) for span in found)
-    joined = "\n".join(fenced).replace("\\\n", " ")
-    return Document(tuple(prose), spans, tuple(joined.splitlines()))
-
-
 def test_the_readme_is_short():
-    assert len(DOCUMENTS["README.md"].read_text("utf-8").splitlines()) < 150
+    assert len(DOCUMENTS["README.md"].read_text("utf-8").splitlines()) < 180
 
 
 def test_the_changelog_is_of_this_version():
@@ -117,6 +71,55 @@ def test_every_link_within_the_repository_leads_somewhere():
         inside = there.exists() and there.is_relative_to(ROOT)
         assert inside, f"{name}: {target}: no such file"
         assert not anchor or anchor in anchors(there), f"{name}: {target}: no such heading"
+
+
+def test_the_readme_links_every_document_of_the_repository():
+    linked = {there for _, there, _ in links(DOCUMENTS["README.md"])}
+    pages = {path for name, path in DOCUMENTS.items() if name.startswith(("docs/", "charts/"))}
+    assert pages - linked == set()
+    assert DOCUMENTS["SECURITY.md"] in linked
+
+
+def test_links_to_elsewhere_are_of_pages_that_anybody_can_read():
+    found = {
+        target
+        for path in DOCUMENTS.values()
+        for target in re.findall(r"\]\(([a-z]+:[^)\s]+)\)", path.read_text("utf-8"))
+    }
+    assert len(found) > 20
+    assert {target for target in found if not target.startswith("https://")} == set()
+
+
+# Claims
+
+
+def test_the_versions_that_are_claimed_are_those_that_are_tested():
+    chart = yaml.safe_load((ROOT / "charts/vgpu-agent/Chart.yaml").read_text("utf-8"))
+    assert chart["kubeVersion"] == f">={VERSIONS[0]}.0-0"
+    for name in ("README.md", "examples/README.md"):
+        text = DOCUMENTS[name].read_text("utf-8")
+        assert f"schemas of {VERSIONS[0]} to {VERSIONS[-1]}" in text.replace("Kubernetes ", ""), (
+            name
+        )
+    assert f"{VERSIONS[0]} or newer" in DOCUMENTS["README.md"].read_text("utf-8")
+
+
+def test_the_share_that_the_readme_names_is_that_of_the_table():
+    text = DOCUMENTS["README.md"].read_text("utf-8")
+    memory, count, share = re.findall(r"a (\d+) GiB GPU as (\d+) vGPUs has (\d+) MiB", text)[0]
+    assert sizes_table.cell(int(memory), int(count)) == share
+
+
+def test_words_of_the_glossary_are_in_order_and_there_once():
+    rows = first_column(DOCUMENTS["docs/glossary.md"])
+    assert len(rows) > 30
+    assert rows == sorted(set(rows), key=str.casefold)
+
+
+def first_column(path: Path) -> list[str]:
+    """The first column of a document's table, without its head."""
+    lines = [line for line in read(path).prose if line.startswith("| ")]
+    return [line.split("|")[1].strip() for line in lines[2:]]
 
 
 # Commands
@@ -205,14 +208,20 @@ def has_key(values: object, dotted: str) -> bool:
     return True
 
 
+OTHER_CHART = re.compile(r"^\s*helm \w+ \S+ (?!charts/)[\w-]+/.*$", re.MULTILINE)
+"""A command with another one's chart."""
+OTHERS_VALUES = {"devicePlugin.enabled", "gfd.enabled", "mps.root"}
+"""Values of NVIDIA's charts."""
+
+
 def chart_keys(document: Document, top: set[str]) -> set[str]:
     """What is given to --set, and what reads like a key of a value, such as mps.limits."""
-    keys = set(re.findall(r"--set(?:-\w+)? ([\w.]+)=", document.code))
+    keys = set(re.findall(r"--set(?:-\w+)? ([\w.]+)=", OTHER_CHART.sub("", document.code)))
     for span in document.spans:
         match = re.match(r"(\w+(?:\.\w+)+)(?:$|=|: )", span)
         if match and match[1].split(".")[0] in top and not match[1].endswith((".md", ".py")):
             keys.add(match[1])
-    return keys
+    return keys - OTHERS_VALUES
 
 
 def test_every_value_of_the_chart_that_is_named_exists():
@@ -233,11 +242,16 @@ WORDS_OF_KUBERNETES = {
     "hostPath",
     "hostUsers",
     "runAsNonRoot",
+    "runAsUser",
 }
 
 
+OURS = ("beside", "compare", "faq", "from-aws-vgpu", "glossary", "sizing", "uninstall", "usage")
+"""Documents that name values of our chart and hardly any words of other projects."""
+
+
 @pytest.mark.parametrize(
-    "name", [each for each in DOCUMENTS if each.startswith(("README", "SECURITY", "docs/from-aws"))]
+    "name", ["README.md", "SECURITY.md", *(f"docs/{each}.md" for each in OURS)]
 )
 def test_every_word_in_camel_case_is_a_value_of_the_chart_or_of_kubernetes(name):
     values = yaml.safe_load(CHART.read_text("utf-8"))

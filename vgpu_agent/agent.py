@@ -73,7 +73,7 @@ def make_daemons(settings: Settings, driver: GpuDriver) -> Daemons | None:
         divided = {gpu.uuid: divide(gpu, rules) for gpu in driver.gpus}
         known = {uuid: each.replicas for uuid, each in divided.items() if isinstance(each, Divided)}
         return SimulatedDaemons(known, rules)
-    return RealDaemons(Directories(settings.mps_directory))
+    return RealDaemons(Directories(settings.mps_directory), rules)
 
 
 def make_node(settings: Settings) -> Node:

@@ -86,6 +86,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     restart.add_argument(
         "gpu", metavar="GPU", help="UUID of the GPU, or the name of the daemon's directory"
     )
+    steps.add_parser(
+        "compute-modes", help="give shared GPUs their compute mode again, such as after a reset"
+    )
     restore = steps.add_parser(
         "restore", help="leave the node as it was before MPS: compute modes, directories"
     )
@@ -290,6 +293,7 @@ def execute(arguments: Sequence[str]) -> int:
             "prepare": partial(mps.mps_prepare, settings),
             "daemon": partial(mps.mps_daemon, settings),
             "watch": partial(mps.mps_watch, settings),
+            "compute-modes": partial(mps.mps_compute_modes, settings),
             "restart": lambda: mps.mps_restart(settings, options.gpu),
             "restore": lambda: mps.mps_restore(settings, at_end=options.at_end),
         }

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vgpu_agent.errors import StoreError
@@ -102,7 +102,13 @@ def decoded(kind: Any, value: object, name: str, text: Callable[[str], str] = st
             raise ValueError(f"{name} has no {missing[0]}")
         return kind(**{each: decoded(hints[each], value[each], each, text) for each in names})
     if origin is UnionType:
-        return None if value is None else decoded(arguments[0], value, name, text)
+        *first, last = [each for each in arguments if each is not NoneType]
+        if value is None and NoneType in arguments:
+            return None
+        for each in first:
+            with suppress(ValueError):
+                return decoded(each, value, name, text)
+        return decoded(last, value, name, text)
     if origin is tuple and isinstance(value, list):
         return tuple(decoded(arguments[0], each, name, text) for each in value)
     if origin in (dict, Mapping) and isinstance(value, Mapping):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fake_nvml import XID_EVENTS, FakeGpu, FakeNvml
+from tests.mps.fixtures import eventually
 from vgpu_agent.gpu.nvml.calls import bus_id
 
 pytestmark = pytest.mark.slow
@@ -316,6 +317,23 @@ def test_events_of_other_gpus_come_while_a_registration_hangs(start, fake_nvml):
     assert child.ask("events", 9) == [["XidEvent", "GPU-a", 79]]
     assert child.ask("probe", "GPU-b", 0.1)["hung"]  # a call over its limit is a fault of its GPU
     fake_nvml.update("GPU-b", hang=0)
+
+
+@pytest.mark.parametrize(
+    "call", ["DeviceGetMemoryInfo_v2", "DeviceGetRemappedRows", "DeviceGetComputeMode"]
+)
+def test_a_registration_that_another_call_holds_up_is_made_when_the_gpu_answers(
+    start, fake_nvml, call
+):
+    child = start(L4, SECOND)
+    fake_nvml.update("GPU-b", hang=30, call=call)
+    assert child.ask("probe", "GPU-b", 0.1)["hung"]
+    child.ask("events", 9)
+    fake_nvml.update("GPU-b", hang=0)
+    eventually(lambda: not child.ask("probe", "GPU-b", 0.1)["hung"])
+    assert "does not answer" in child.ask("probe", "GPU-b")["missing"]["events"]
+    fake_nvml.xid("GPU-b", 79)  # the clock stands still
+    assert child.ask("events", 1) == [["XidEvent", "GPU-b", 79]]
 
 
 @pytest.mark.parametrize("code", [1, 3, 999])

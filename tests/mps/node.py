@@ -23,7 +23,13 @@ NODE = "+dac_override,+fowner"
 DEFAULT = "+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap"
 """What every container runtime gives to `daemon`."""
 
-CAPABILITIES = {"prepare": NODE, "daemon": DEFAULT, "restore": NODE, "restart": DEFAULT}
+CAPABILITIES = {
+    "prepare": NODE,
+    "daemon": DEFAULT,
+    "restore": NODE,
+    "restart": DEFAULT,
+    "compute-modes": NODE,
+}
 
 
 def limited(capabilities: str) -> list[str]:

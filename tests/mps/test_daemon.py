@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import anyio
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.model.strategies import a_look, tried
+from tests.mps.node import limited
 from vgpu_agent.errors import StoreError
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Reason
@@ -27,7 +30,7 @@ from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.daemon import STALE, MpsGuard, RealDaemons, SimulatedDaemons
-from vgpu_agent.mps.directories import Directories
+from vgpu_agent.mps.directories import PIPE_MODE, Directories
 from vgpu_agent.mps.log import Seen
 from vgpu_agent.mps.state import State, Watched, generation_of
 from vgpu_agent.observe import changes
@@ -90,7 +93,7 @@ def test_what_was_applied_is_served_until_the_pod_is_replaced():
     node.set_mps(a_look(**{ONE: 10, TWO: 20}))
     assert [shared.replicas for shared in node.snapshot.inventory.gpus] == [10, 20]
     assert node.snapshot.mps.replacement == (
-        "the MPS pod must be replaced: GPU 0 has 10 vGPUs instead of 20"
+        "GPU 0 has 10 vGPUs instead of 20 until its MPS daemon is restarted"
     )
 
 
@@ -104,7 +107,8 @@ def test_limits_of_the_daemons_own_come_and_go_only_with_its_pod(applied, wanted
         assert node.snapshot.mps.replacement is None
     else:
         assert node.snapshot.mps.replacement == (
-            f"the MPS pod must be replaced: it serves VGPU_MPS_LIMITS={applied} instead of {wanted}"
+            f"the daemons serve VGPU_MPS_LIMITS={applied} instead of {wanted} until the MPS pod is"
+            " replaced"
         )
 
 
@@ -189,7 +193,7 @@ def wrote(directories: Directories, *, late: float = 0, **looks: DaemonLook) -> 
 @pytest.mark.slow
 async def test_a_daemon_is_what_was_seen_of_it_until_it_dies_or_another_one_is_there(directories):
     pipe = directories.daemon(ONE).pipe
-    daemons = RealDaemons(directories)
+    daemons = RealDaemons(directories, SharingRules())
     assert "nobody has applied the limits yet" in (await daemons.look()).error
     with serving(pipe) as process:
         seen = DaemonLook(generation_of(pipe), APPLIED[ONE], servers=(812,), clients={ONE: 2})
@@ -229,9 +233,35 @@ async def test_a_state_that_makes_no_sense_gives_no_vgpu_and_says_so(directories
     directories.state.write_bytes(content)
     with pytest.raises(StoreError):
         state.read(directories.state)
-    look = await RealDaemons(directories).look()
+    look = await RealDaemons(directories, SharingRules()).look()
     assert str(directories.state) in look.error
     assert look.daemons == {}
+
+
+DIVIDED = SharingRules(replicas=7, replicas_by_gpu=MappingProxyType({"0": 3}), mps_threads=1.5)
+
+
+@pytest.mark.slow
+async def test_a_watcher_is_said_how_gpus_are_divided(directories, caplog):
+    daemons = RealDaemons(directories, DIVIDED)
+    await daemons.look()
+    assert not directories.division.exists()  # there is no watcher, or none any more
+    wrote(directories)
+    for spoil in (lambda _: None, Path.unlink, lambda path: path.write_text("{}"), Path.unlink):
+        spoil(directories.division)
+        await daemons.look()
+        assert state.with_division(directories.division, SharingRules()) == DIVIDED
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("change", [{"replicas": "7"}, {"mps_threads": "all"}, {"replicas": None}])
+def test_a_division_that_makes_no_sense_is_refused_as_a_whole(tmp_path, change):
+    path = tmp_path / "division"
+    assert state.with_division(path, DIVIDED) == DIVIDED
+    state.write_division(path, DIVIDED)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(StoreError, match=f"{path} is of another version, or damaged"):
+        state.with_division(path, SharingRules())
 
 
 looks = st.builds(
@@ -308,6 +338,24 @@ def test_whatever_a_tenant_leaves_in_the_pipe_directory_is_looked_at_without_wai
     left(tmp_path)
     assert (generation_of(tmp_path) is not None) is there
     assert generation_of(tmp_path / "none") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, who may drop capabilities")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [0, 0o600, 0o777])
+def test_a_mode_that_a_tenant_gave_the_pipe_directory_is_set_back(directories, mode):
+    pipe = directories.daemon(ONE).pipe
+    look = f"""
+from pathlib import Path
+from vgpu_agent.mps.state import generation_of
+print(generation_of(Path({str(pipe)!r})))
+"""
+    with serving(pipe):
+        pipe.chmod(mode)
+        program = [*limited("-all"), sys.executable, "-c", look]
+        found = subprocess.run(program, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == generation_of(pipe)
+    assert stat.S_IMODE(pipe.stat().st_mode) == PIPE_MODE
 
 
 def test_our_own_lock_is_not_the_daemons(tmp_path):

@@ -574,6 +574,21 @@ def test_shared_gpus_become_exclusive_once_and_are_restored(node):
     assert len(node.sets) == 4
 
 
+def test_a_gpu_that_was_reset_gets_its_mode_again_while_the_daemons_run(node):
+    node.run("prepare")
+    running = [hold(getattr(node.directories, name)) for name in ("restore", "daemons", "watch")]
+    with node.nvml.log.open("a") as file:
+        file.write("compute_mode GPU-a 0\n")
+    said = node.run("compute-modes")
+    assert node.sets == ["GPU-a 3", "GPU-b 3", "GPU-a 0", "GPU-a 3"]
+    assert "GPU-a: compute mode EXCLUSIVE_PROCESS, was DEFAULT" in said
+    assert node.remembered == {"GPU-a": 0, "GPU-b": 2}
+    for descriptor in running:
+        os.close(descriptor)
+    node.run("restore")
+    assert node.sets[4:] == ["GPU-a 0", "GPU-b 2"]
+
+
 def test_gpus_that_are_not_shared_are_not_touched(node):
     node.nvml.set_gpus(
         FakeGpu("GPU-a", bus="00000000:3B:00.0", mig=1),

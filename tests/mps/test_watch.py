@@ -55,10 +55,12 @@ mps_watch(configured)
 
 
 @asynccontextmanager
-async def watching(mps: Mps, plan: State, **pace: float) -> AsyncIterator[None]:
+async def watching(
+    mps: Mps, plan: State, divided: Callable[[], State] | None = None, **pace: float
+) -> AsyncIterator[None]:
     async def run() -> None:
         seconds = {"poll_seconds": 0.05, "look_seconds": 0.2, **pace}
-        await watch(plan, mps.directories, binary=mps.program, **seconds)
+        await watch(plan, mps.directories, binary=mps.program, divided=divided, **seconds)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
@@ -68,7 +70,7 @@ async def watching(mps: Mps, plan: State, **pace: float) -> AsyncIterator[None]:
 
 async def look_at(mps: Mps) -> MpsLook:
     """What the agent sees."""
-    return await RealDaemons(mps.directories).look()
+    return await RealDaemons(mps.directories, SharingRules()).look()
 
 
 async def becomes(
@@ -183,9 +185,43 @@ async def test_a_younger_server_is_none_also_for_a_watcher_that_comes_back(any_m
     server = any_mps.start_server()
     async with watching(any_mps, SERVER):
         await becomes(any_mps, lambda look: well(look) and look.servers == (server,))
-    # Other limits than those that it was started with: it is old.
-    async with watching(any_mps, a_plan(MpsLimits.SERVER, A, threads=20)):
-        await becomes(any_mps, lambda look: "is older than" in (look.problem or ""))
+
+
+def threads(percentage: int) -> State:
+    return a_plan(MpsLimits.SERVER, A, threads=percentage)
+
+
+async def test_a_gpu_is_divided_anew_when_no_server_has_the_limits_of_before(any_mps):
+    any_mps.start()
+    asked = threads(10)
+
+    async def becomes_well(percentage: int) -> None:
+        await becomes(any_mps, lambda look: well(look) and look.thread_percentage == percentage)
+
+    async with watching(any_mps, asked):
+        await becomes_well(10)
+        server = any_mps.start_server()
+        await becomes(any_mps, lambda look: look.servers)
+    # A watcher that comes back knows with what the server was started.
+    asked = threads(15)
+    async with watching(any_mps, asked, divided=lambda: asked):
+        await anyio.sleep(1)
+        await becomes_well(10)
+        os.kill(server, signal.SIGKILL)
+        await becomes_well(15)
+        server, asked = any_mps.start_server(), threads(20)
+        await anyio.sleep(1)
+        await becomes_well(15)
+        os.kill(server, signal.SIGKILL)
+        await becomes_well(20)
+        asked = threads(25)
+        await becomes_well(25)
+        any_mps.start_server()
+        await becomes(any_mps, lambda look: look.servers)
+        asked = threads(50)
+        any_mps.kill()
+        any_mps.start()
+        await becomes_well(50)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,10 @@ def _mps(mps: MpsReport | None) -> Iterator[Check]:
     if mps.unwatched is not None:
         yield Check("mps watch", WARN, mps.unwatched, _MPS_LOGS)
     if mps.replacement is not None:
-        advice = "drain the node's GPU pods, then delete its MPS pod"
+        advice = (
+            "drain the GPU, then run `vgpu-agent mps restart GPU`, by its UUID, in the MPS pod; for"
+            " other limits drain the node's GPU pods, then delete its MPS pod"
+        )
         yield Check("mps settings", WARN, mps.replacement, advice)
     for uuid, daemon in mps.daemons.items():
         if daemon.problem is not None and mps.problem is None:

@@ -9,7 +9,7 @@ import anyio
 
 from vgpu_agent import __version__
 from vgpu_agent.agent import make_driver
-from vgpu_agent.errors import MpsSetupError
+from vgpu_agent.errors import MpsSetupError, StoreError
 from vgpu_agent.model.devices import pci_order
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, Scan
 from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules
@@ -20,7 +20,7 @@ from vgpu_agent.mps.modes import ComputeModes
 from vgpu_agent.mps.prepare import prepare, remove, wait_for_end
 from vgpu_agent.mps.programs import hold
 from vgpu_agent.mps.serve import end, lives
-from vgpu_agent.mps.state import State, Watched
+from vgpu_agent.mps.state import State, Watched, with_division
 from vgpu_agent.mps.supervise import supervise
 from vgpu_agent.mps.watch import watch
 from vgpu_agent.settings import GpuDriverKind, MpsComputeMode, Settings
@@ -33,7 +33,22 @@ MULTIUSER_DRIVER = 555
 
 def mps_prepare(settings: Settings) -> None:
     """`vgpu-agent mps prepare`. Raises MpsSetupError and DriverError."""
-    anyio.run(_prepare, settings)
+    directories = _directories(settings)
+    prepare(directories)
+    mps_compute_modes(settings)
+    log.info("%s is ready for MPS daemons", directories.root)
+
+
+def mps_compute_modes(settings: Settings) -> None:
+    """`vgpu-agent mps compute-modes`: a reset of a GPU sets its mode to DEFAULT.
+
+    Raises MpsSetupError and DriverError.
+    """
+    modes = _compute_modes(settings)
+    if modes is None or settings.mps_compute_mode is not MpsComputeMode.EXCLUSIVE:
+        log.info("compute modes are left as they are")
+    else:
+        anyio.run(modes.take, settings.sharing_rules())
 
 
 def mps_restore(settings: Settings, *, at_end: bool) -> None:
@@ -60,7 +75,7 @@ def mps_daemon(settings: Settings) -> NoReturn:
     Raises MpsSetupError and DriverError.
     """
     scan = anyio.run(_scan, settings)
-    plan = watch_plan(scan, settings.sharing_rules())
+    plan = watch_plan(scan, _rules(settings))
     daemons = {
         name: ",".join(gpu.uuid for gpu in each.look.gpus) for name, each in plan.daemons.items()
     }
@@ -114,17 +129,6 @@ def mps_watch(settings: Settings) -> None:
     anyio.run(_watch, settings)
 
 
-async def _prepare(settings: Settings) -> None:
-    directories = _directories(settings)
-    prepare(directories)
-    modes = _compute_modes(settings)
-    if modes is None or settings.mps_compute_mode is not MpsComputeMode.EXCLUSIVE:
-        log.info("compute modes are left as they are")
-    else:
-        await modes.take(settings.sharing_rules())
-    log.info("%s is ready for MPS daemons", directories.root)
-
-
 async def _watch(settings: Settings) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with anyio.create_task_group() as tasks:
@@ -136,13 +140,29 @@ async def _watch(settings: Settings) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    plan = watch_plan(await _scan(settings), settings.sharing_rules())
-    await watch(plan, _directories(settings), measure=_measure(settings))
+    scan, directories = await _scan(settings), _directories(settings)
+
+    def divided() -> State:
+        rules = with_division(directories.division, settings.sharing_rules())
+        return watch_plan(scan, rules)
+
+    plan = watch_plan(scan, _rules(settings))
+    await watch(plan, directories, measure=_measure(settings), divided=divided)
 
 
 async def _scan(settings: Settings) -> Scan:
     async with make_driver(settings) as driver:
         return await driver.scan()
+
+
+def _rules(settings: Settings) -> SharingRules:
+    """Our settings, with GPUs divided as the agent does: this pod is older than its settings."""
+    rules = settings.sharing_rules()
+    try:
+        return with_division(_directories(settings).division, rules)
+    except StoreError as error:
+        log.warning("%s; GPUs are divided by the settings of this pod", error)
+        return rules
 
 
 def watch_plan(scan: Scan, rules: SharingRules) -> State:

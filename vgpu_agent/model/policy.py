@@ -124,7 +124,7 @@ class Fact(Enum):
         "probe",
         Effect.NOTE,
         None,
-        "see the MPS pod of the node: its container `prepare` sets the mode",
+        "`vgpu-agent mps compute-modes`, in the container `restore` of the MPS pod, sets it",
     )
     MPS_DOWN = Rule(
         "the MPS daemon does not answer, or its limits are not in effect",

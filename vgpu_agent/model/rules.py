@@ -149,6 +149,17 @@ class SharingRules:
         return replace(self, mps_limits=applied)
 
 
+DIVISION = (
+    "replicas",
+    "replicas_by_gpu",
+    "device_memory",
+    "memory_reserved",
+    "mps_threads",
+    "mps_max_clients",
+)
+"""The sharing rules that say how a GPU is divided: a daemon without servers takes others."""
+
+
 @dataclass(frozen=True, slots=True)
 class HealthRules:
     """When a GPU is unhealthy, and for how long. Times are in seconds.

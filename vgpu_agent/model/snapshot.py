@@ -133,9 +133,9 @@ class Inputs:
 class Mps:
     """What is known of the MPS daemons of the node, where GPUs are shared by MPS.
 
-    `problem` says why no vGPU at all can be given, `replacement` why the MPS pod must be replaced,
-    though it serves; None where all is well. `daemons` are by the UUID of the GPU that they serve,
-    without GPUs that have none.
+    `problem` says why no vGPU at all can be given, `replacement` what daemons serve otherwise than
+    the settings say, and until when; None where all is well. `daemons` are by the UUID of the GPU
+    that they serve, without GPUs that have none.
     """
 
     look: MpsLook
@@ -313,13 +313,19 @@ def _replacement(look: MpsLook, inputs: Inputs, sharing: SharingRules) -> str | 
         return None
     differing, server = [], MpsLimits.SERVER
     if (look.limits is server) != (sharing.mps_limits is server):
-        differing.append(f"it serves VGPU_MPS_LIMITS={look.limits} instead of {sharing.mps_limits}")
+        differing.append(
+            f"the daemons serve VGPU_MPS_LIMITS={look.limits} instead of {sharing.mps_limits} until"
+            " the MPS pod is replaced"
+        )
     for gpu in inputs.gpus.values():
         divided, has = _divided(gpu, inputs, sharing), look.applied_to(gpu.uuid)
         wanted = divided.replicas if isinstance(divided, Divided) else 0
         if has is not None and has.replicas != wanted:
-            differing.append(f"GPU {gpu.index} has {has.replicas} vGPUs instead of {wanted}")
-    return f"the MPS pod must be replaced: {', '.join(differing)}" if differing else None
+            differing.append(
+                f"GPU {gpu.index} has {has.replicas} vGPUs instead of {wanted} until its MPS daemon"
+                " is restarted"
+            )
+    return "; ".join(differing) or None
 
 
 @dataclass(frozen=True, slots=True)

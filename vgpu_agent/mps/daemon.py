@@ -3,8 +3,10 @@
 The agent asks no daemon: it reads what `mps watch` wrote, and checks that the daemons still live.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import anyio
@@ -18,6 +20,8 @@ from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.state import State
+
+log = logging.getLogger(__name__)
 
 STALE = 30.0
 """Seconds without a word of `mps watch` after which it counts as away."""
@@ -56,11 +60,17 @@ class SimulatedDaemons:
 
 
 class RealDaemons:
-    """The daemons of the node, by what `mps watch` says of them and by their files."""
+    """The daemons of the node, by what `mps watch` says of them and by their files.
 
-    def __init__(self, directories: Directories) -> None:
+    Where there is a watcher, it is said how GPUs are divided.
+    """
+
+    def __init__(self, directories: Directories, rules: SharingRules) -> None:
         self._directories = directories
+        self._rules = rules
         self._read: tuple[object, State | None] | None = None
+        self._said: object = None
+        self._problem = ""
 
     async def look(self) -> MpsLook:
         """See `Daemons`."""
@@ -75,6 +85,7 @@ class RealDaemons:
             return MpsLook(
                 "nobody has applied the limits yet: `vgpu-agent mps watch` does, in the MPS pod"
             )
+        self._say_division()
         daemons = {name: self._alive(name, found) for name in found.daemons}
         away = state.now() - found.beat > STALE
         unwatched = (
@@ -85,15 +96,25 @@ class RealDaemons:
     def _state(self) -> State | None:
         """What the file says; it is read when another one is there. Raises StoreError."""
         path = self._directories.state
-        try:
-            found = path.stat()
-            which: object = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-        except OSError:
-            which = None
+        which = _which(path)
         if self._read is None or self._read[0] != which:
             self._read = None
             self._read = which, state.read(path)
         return self._read[1]
+
+    def _say_division(self) -> None:
+        """Writes it, again where somebody else has since."""
+        path = self._directories.division
+        if self._said is not None and self._said == _which(path):
+            return
+        try:
+            state.write_division(path, self._rules)
+        except StoreError as error:
+            if str(error) != self._problem:
+                log.warning("%s: how GPUs are divided changes only with the MPS pod", error)
+            self._problem = str(error)
+        else:
+            self._said, self._problem = _which(path), ""
 
     def _alive(self, name: str, found: State) -> DaemonLook:
         """What was seen of a daemon, unless it is gone or another one is there since."""
@@ -106,6 +127,15 @@ class RealDaemons:
             return replace(look, generation=None, down=f"no MPS daemon serves {pipe}")
         problem = "the daemon is a new one, and its limits are not applied yet"
         return replace(look, generation=generation, down=None, problem=problem)
+
+
+def _which(path: Path) -> object:
+    """Identifies a file with its content; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @dataclass

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from vgpu_agent.model.rules import SHARED
 
+PIPE_MODE = 0o755
+"""Of a pipe directory: clients of every user pass through it."""
+
 
 @dataclass(frozen=True, slots=True)
 class DaemonDirectories:
@@ -55,8 +58,9 @@ class DaemonDirectories:
 class Directories:
     """The directories and files of MPS on a node; `shm` holds what clients share.
 
-    `state` is what `mps watch` saw of the daemons. `compute_modes` are those that were found before
-    ours. `watch`, `daemons` and `restore` are held (`flock`) by the process of that name.
+    `state` is what `mps watch` saw of the daemons, `division` how the agent divides their GPUs.
+    `compute_modes` are those that were found before ours. `watch`, `daemons` and `restore` are held
+    (`flock`) by the process of that name.
     """
 
     root: Path
@@ -75,6 +79,11 @@ class Directories:
     def state(self) -> Path:
         """See above."""
         return self.root / "state"
+
+    @property
+    def division(self) -> Path:
+        """See above."""
+        return self.root / "division"
 
     @property
     def watch(self) -> Path:

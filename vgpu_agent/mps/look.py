@@ -51,7 +51,7 @@ _DEFAULTS_SECONDS = 60.0
 _INITIALIZING_SECONDS = 60.0
 """A server that needs longer to start does not serve."""
 
-_IDLE = 3
+_IDLE = 5
 """So many times as long between two looks where there is no server: each costs lines of log."""
 
 _CLIENTS = "get_device_client_list"
@@ -72,8 +72,13 @@ def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float
     return None
 
 
-def _division(gpu: AppliedGpu) -> AppliedGpu:
-    return replace(gpu, server_bytes=None)
+def _uuids(look: DaemonLook) -> list[str]:
+    return [gpu.uuid for gpu in look.gpus]
+
+
+def _plan_of(look: DaemonLook) -> DaemonLook:
+    gpus = tuple(replace(gpu, server_bytes=None) for gpu in look.gpus)
+    return DaemonLook(gpus=gpus, thread_percentage=look.thread_percentage)
 
 
 class Watcher:
@@ -87,16 +92,14 @@ class Watcher:
         measure: Measure | None,
         known: Watched | None,
     ) -> None:
-        self._plan = plan
         self._control = control
         self._limits = limits
         self._measure = measure
         self._watched = known or Watched(plan)
-        if [_division(gpu) for gpu in self._look.gpus] != [_division(gpu) for gpu in plan.gpus]:
-            self._watched = replace(self._watched, look=plan)
-        self._wanted = Defaults(
-            plan.thread_percentage or 100, {g.ordinal: g.memory_limit_bytes for g in plan.gpus}
-        )
+        self._plan = _plan_of(self._look)
+        self._next = plan
+        if _uuids(plan) != _uuids(self._plan):
+            self._watched, self._plan = replace(self._watched, look=plan), plan
         self._defaults: Defaults | None = None
         self._defaults_at = 0.0
         self._statuses: dict[int, tuple[str, float]] = {}
@@ -106,6 +109,16 @@ class Watcher:
     @property
     def _look(self) -> DaemonLook:
         return self._watched.look
+
+    @property
+    def _wanted(self) -> Defaults:
+        limits = {gpu.ordinal: gpu.memory_limit_bytes for gpu in self._plan.gpus}
+        return Defaults(self._plan.thread_percentage or 100, limits)
+
+    def divide(self, plan: DaemonLook) -> None:
+        """Divides the same GPUs in another way, once no server has clients of the way before."""
+        if _uuids(plan) == _uuids(self._plan):
+            self._next = plan
 
     async def run(
         self, report: Callable[[Watched], None], poll_seconds: float, look_seconds: float
@@ -125,11 +138,16 @@ class Watcher:
                 await anyio.sleep(poll_seconds)
                 if generation_of(pipe) != generation or await self._read_log():
                     break
+                if self._next != self._plan and not self._look.servers:
+                    break
 
     async def look(self) -> None:
         """One look at the daemon and its log. Raises nothing but for bugs."""
         await self._read_log()
-        found = await self._asked(generation_of(self._control.directories.pipe))
+        generation = generation_of(self._control.directories.pipe)
+        if not self._look.servers or generation != self._look.generation:
+            self._plan = self._next
+        found = await self._asked(generation)
         seen, now = self._watched.log, state.now()
         failing = None
         if seen.failing(now):

@@ -83,8 +83,9 @@ def remove(directories: Directories) -> None:
     with suppress(OSError):
         daemons = [path for path in root.iterdir() if path.is_dir() and _is_daemon(path)]
         left += _remove_from(root, until, *daemons)
-    files = [directories.state, directories.watch, directories.daemons, directories.restore]
-    left += _remove_from(root, until, directories.compute_modes, *files)
+    files = [directories.state, directories.division, directories.compute_modes]
+    locks = [directories.watch, directories.daemons, directories.restore]
+    left += _remove_from(root, until, *files, *locks)
     if left:
         log.warning("%d entries in %s and %s could not be removed", left, root, directories.shm)
 

@@ -26,7 +26,7 @@ from typing import NoReturn
 from vgpu_agent import store
 from vgpu_agent.errors import MpsBinaryError, MpsError, MpsSetupError, StoreError
 from vgpu_agent.mps import processes, trees
-from vgpu_agent.mps.directories import DaemonDirectories, Directories
+from vgpu_agent.mps.directories import PIPE_MODE, DaemonDirectories, Directories
 from vgpu_agent.mps.processes import Process
 from vgpu_agent.mps.programs import CONTROL, SERVER, cannot_run, locked, open_lock
 
@@ -65,7 +65,7 @@ def start(
                 f"{_named(left)} of the MPS daemon {directories.name} cannot be killed: a call to"
                 " the driver hangs; drain and reboot the node"
             )
-        trees.renew(directories.pipe, 0o755, root, ours=SOCKETS, fresh=fresh)
+        trees.renew(directories.pipe, PIPE_MODE, root, ours=SOCKETS, fresh=fresh)
         with trees.made(directories.log, 0o700, root) as logs:
             output = os.open(
                 directories.control_log.name,

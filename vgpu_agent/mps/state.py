@@ -6,16 +6,20 @@ new daemon needs new words, while a watcher that has died changes nothing.
 
 import fcntl
 import os
+import stat
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from vgpu_agent import store
 from vgpu_agent.errors import StoreError
 from vgpu_agent.model.facts import DaemonLook
-from vgpu_agent.model.rules import MpsLimits
+from vgpu_agent.model.rules import DIVISION, MpsLimits, SharingRules
+from vgpu_agent.mps.directories import PIPE_MODE
 from vgpu_agent.mps.log import Seen
 
 FORMAT = 3
@@ -76,6 +80,26 @@ def read(path: Path) -> State | None:
     return state
 
 
+def write_division(path: Path, rules: SharingRules) -> None:
+    """Says how the agent divides the GPUs. Raises StoreError."""
+    said = {name: getattr(rules, name) for name in DIVISION}
+    said["replicas_by_gpu"] = dict(rules.replicas_by_gpu)  # JSON knows no other mapping
+    store.write(path, said)
+
+
+def with_division(path: Path, rules: SharingRules) -> SharingRules:
+    """These rules, with GPUs divided as the agent says, once it has. Raises StoreError."""
+    found = store.read(path)
+    if found is None:
+        return rules
+    hints = get_type_hints(SharingRules)
+    try:
+        said = {name: store.decoded(hints[name], found[name], name) for name in DIVISION}
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{path} is of another version, or damaged: {error}") from error
+    return replace(rules, **said)
+
+
 def generation_of(pipe_directory: Path) -> str | None:
     """Which daemon serves that directory, by its control socket; None where there is none.
 
@@ -84,12 +108,24 @@ def generation_of(pipe_directory: Path) -> str | None:
     lives, which every container sees, whatever its PIDs: a socket without it is left behind.
     """
     try:
+        _open_to_all(pipe_directory)
         found = (pipe_directory / "control").stat(follow_symlinks=False)
     except OSError:
         return None
     if _free(pipe_directory / "control_lock"):
         return None
     return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
+
+
+def _open_to_all(directory: Path) -> None:
+    """Sets the mode of a pipe directory back, which clients of its owner's UID can change.
+
+    As the owner: who has no capability could not look into it otherwise. Its name is in a
+    directory that no client sees. Raises OSError.
+    """
+    if stat.S_IMODE(directory.stat().st_mode) != PIPE_MODE:
+        with suppress(OSError):
+            directory.chmod(PIPE_MODE)
 
 
 _FLOCK = "hhqqi4x"

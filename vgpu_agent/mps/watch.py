@@ -6,6 +6,7 @@ servers are the daemons'. A watcher that comes back goes on from what the one be
 
 import logging
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +34,15 @@ async def watch(
     *,
     binary: str = CONTROL,
     measure: Measure | None = None,
+    divided: Callable[[], State] | None = None,
     poll_seconds: float = 0.5,
     look_seconds: float = 5.0,
 ) -> None:
     """Watches until cancelled. Raises MpsSetupError where another watcher runs.
 
     `plan` is what is to be in effect at each daemon. `measure` says, in a worker thread, how many
-    bytes of a GPU each process has; with it the memory of a server itself is reported.
+    bytes of a GPU each process has; with it the memory of a server itself is reported. `divided` is
+    asked, in a worker thread, how GPUs are to be divided now; it may raise StoreError.
     Whether there is a new daemon, and what one writes, is seen every `poll_seconds`; all else is
     asked for every `look_seconds`, and less often where there is no server.
     """
@@ -51,17 +54,46 @@ async def watch(
             log.warning("%s; it is replaced", error)
             known = {}
         report = _Report(directories.state, plan)
+        watchers = {
+            name: Watcher(
+                planned.look,
+                Control(directories.daemon(name), binary=binary),
+                plan.limits,
+                measure,
+                known.get(name),
+            )
+            for name, planned in plan.daemons.items()
+        }
         async with anyio.create_task_group() as tasks:
-            for name, planned in plan.daemons.items():
-                control = Control(directories.daemon(name), binary=binary)
-                one = Watcher(planned.look, control, plan.limits, measure, known.get(name))
+            for name, one in watchers.items():
                 found = partial(report.found, name)
                 tasks.start_soon(one.run, found, poll_seconds, look_seconds)
+            if divided is not None:
+                tasks.start_soon(_divide, watchers, divided, look_seconds)
             while True:
                 await anyio.sleep(poll_seconds)
                 await report.beat()
     finally:
         os.close(lock)
+
+
+async def _divide(
+    watchers: Mapping[str, Watcher], divided: Callable[[], State], seconds: float
+) -> None:
+    problem = ""
+    while True:
+        await anyio.sleep(seconds)
+        try:
+            plan = await anyio.to_thread.run_sync(divided)
+        except StoreError as error:
+            if str(error) != problem:
+                log.warning("%s: GPUs stay divided as they are", error)
+            problem = str(error)
+            continue
+        problem = ""
+        for name, planned in plan.daemons.items():
+            if name in watchers:
+                watchers[name].divide(planned.look)
 
 
 class _Report:

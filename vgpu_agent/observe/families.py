@@ -294,7 +294,7 @@ def _mps(of: Source, s: Snapshot) -> Iterator[Metric]:
         yield _family(name, what, _G, ((labels, value(each)) for labels, each in daemons))
     yield _one(
         "vgpu_mps_replacement_needed",
-        "Whether the MPS pod serves other settings than the agent's and must be replaced.",
+        "Whether MPS daemons serve other settings than the agent's, until they are restarted.",
         report.replacement is not None,
     )
     yield _one(

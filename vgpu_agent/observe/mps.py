@@ -33,7 +33,7 @@ class MpsReport:
     """The MPS daemons; null where GPUs are not shared by MPS. `up`: all are there.
 
     `limits_in_effect`: all limits were read back as this node needs them. `problem` says why no
-    vGPU at all can be given, `replacement` why the MPS pod must be replaced, though it serves,
+    vGPU at all can be given, `replacement` what daemons serve otherwise than the settings say,
     `unwatched` why all this may be out of date. `clients` counts clients by the UUID of their GPU,
     `waiting_clients` those of another user that wait. `daemons` are by the UUID of the GPU that
     they serve. `split_containers` hold vGPUs of several daemons and cannot start.

@@ -134,7 +134,7 @@ class NvmlDriver(GpuDriver):
         try:
             await lane.run(partial(self._session.register, uuid, lane.beat), CALL_LIMIT)
         except TimeoutError:
-            self._session.events.not_registered(uuid, f"the driver does not answer: {lane.doing}")
+            self._session.events.hangs(uuid, lane.doing)
 
     async def release(self) -> bool:
         """Closes NVML until the next scan; False where a call that hangs keeps it open."""

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pynvml
 
@@ -28,11 +28,15 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class _Retry:
-    """What failed, when it is tried again (monotonic), and for how many seconds it was put off."""
+    """What failed, when it is tried again (monotonic), and for how many seconds it was put off.
+
+    `behind`: another call to the GPU does not return, so it could not be asked for.
+    """
 
     why: str
     at: float
     pause: float
+    behind: bool = False
 
 
 class Events:
@@ -120,6 +124,17 @@ class Events:
         """A GPU has no events for now; `final`: it never will have."""
         first = math.inf if final else _FIRST_RETRY
         self._retries[uuid] = self._retry(self._retries.get(uuid), why, first, RETRY_MAX)
+
+    def hangs(self, uuid: str, doing: str) -> None:
+        """A GPU cannot be asked for its events, as `doing` does not return."""
+        self.not_registered(uuid, f"the driver does not answer: {doing}")
+        self._retries[uuid] = replace(self._retries[uuid], behind=True)
+
+    def answers(self, uuid: str) -> None:
+        """A GPU answers its probe: what another call held up is tried at once."""
+        retry = self._retries.get(uuid)
+        if retry is not None and retry.behind:
+            self._retries[uuid] = _Retry(retry.why, self._monotonic(), 0)
 
     def wait_failed(self, why: str) -> None:
         """There are no events of any GPU for now."""

@@ -212,6 +212,7 @@ class Session:
             if error.value in STALE:
                 return Reading(lost=True)
             return Reading(error=f"nvmlDeviceGetMemoryInfo: {error}")
+        self.events.answers(uuid)
         missing = {}
         if (why := self.events.missing(uuid)) is not None:
             missing[EVENTS] = why
