@@ -204,7 +204,7 @@ def test_the_dashboard_of_the_node_shows_the_agent_except_for_what_its_gpus_cann
 def test_a_container_with_more_than_its_share_is_reported_by_its_own_names(shared, node):
     alert = shared.prometheus.wait_alert("VgpuContainerOverShare", instance=node, **NAMES)
     assert alert["state"] == "pending"
-    assert alert["annotations"]["summary"].startswith("team-a/resnet-1 has more")
+    assert alert["annotations"]["summary"].startswith("team-a/resnet-1 uses more")
     assert f"on {node}" in alert["annotations"]["description"]
 
 
