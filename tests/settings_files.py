@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import yaml
+
 from vgpu_agent.settings import Settings, allowed, kind_of, variable
 
 
@@ -45,12 +47,19 @@ def values() -> Iterator[Value]:
             nullable=nullable,
             yaml="null" if nullable else _yaml(field.default, type_),
             comment=_comment(name),
-            schema={
-                "$comment": variable(name),
-                **kind.schema,
-                **({"type": [type_, "null"]} if nullable else {}),
-            },
+            schema={"$comment": variable(name), **_or_null(kind.schema)},
         )
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same or null, which helm leaves in a pool: there too it is the default of the agent."""
+    match schema:
+        case {"enum": words}:
+            return {"enum": [*words, None]}
+        case {"anyOf": kinds}:
+            return {"anyOf": [*kinds, {"type": "null"}]}
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    return {**schema, "type": [*types, "null"]}
 
 
 def _comment(name: str) -> str:
@@ -149,20 +158,12 @@ def values_schema(text: str) -> str:
         reference = {"$ref": f"#/definitions/{top}"}
         if rest:
             group = parts.setdefault(
-                top, {"type": "object", "additionalProperties": False, "properties": {}}
+                top, {"type": ["object", "null"], "additionalProperties": False, "properties": {}}
             )
             group["properties"][rest[0]] = value.schema
-            # A value that is null takes the key of the chart's own values away.
-            required = {"required": list(group["properties"])}
-            schema["properties"][top] = {"allOf": [reference, required]}
         else:
             parts[top] = value.schema
-            schema["properties"][top] = reference
-        every_pool[top] = reference
-    nullable = {value.key[0] for value in values() if value.nullable} | {"runtimeClassName"}
-    schema["required"] = [
-        name for name in schema["properties"] if name not in nullable | {"global"}
-    ]
+        schema["properties"][top] = every_pool[top] = reference
     return _json(schema) + "\n"
 
 
@@ -191,6 +192,18 @@ def _depth(value: object) -> int:
 
 # templates/_settings.tpl
 
+
+def _defaults() -> dict[str, Any]:
+    """The default of every value of the chart that has one."""
+    defaults: dict[str, Any] = {}
+    for value in values():
+        if not value.nullable:
+            *group, name = value.key
+            parent = defaults.setdefault(group[0], {}) if group else defaults
+            parent[name] = yaml.safe_load(value.yaml)
+    return defaults
+
+
 ONLY_WITH = {"mps": 'eq .sharing "mps"', "simulated": 'eq .gpuDriver "simulated"'}
 """When the settings of a map of the chart are set at all."""
 
@@ -211,7 +224,8 @@ def settings_template(_: str) -> str:
     )
     return (
         "{{/* Written from vgpu_agent/settings.py by `python -m tests.readme`: the value of each"
-        " setting, as JSON. */}}\n"
+        " setting, as JSON,\nand the values that are used where there is none. */}}\n"
+        f'{{{{- define "vgpu-agent.defaults" -}}}}\n{_json(_defaults())}\n{{{{- end }}}}\n'
         '{{- define "vgpu-agent.settings" -}}\n'
         f"{{{{- $settings := dict\n{always}\n}}}}\n{sometimes}"
         "{{- toJson $settings }}\n{{- end }}\n"

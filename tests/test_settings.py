@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,11 +99,12 @@ TABLE = {
         "a size such as 512Mi",
     ),
     "metrics_address": Row(
-        Address("0.0.0.0", 9408),
+        Address("::", 9408),
         {
             "127.0.0.1:0": Address("127.0.0.1", 0),
             "localhost:65535": Address("localhost", 65535),
             "[::]:9408": Address("::", 9408),
+            "0.0.0.0:9408": Address("0.0.0.0", 9408),
             "[2001:DB8::1]:80": Address("2001:DB8::1", 80),
         },
         "|9408|:9408|0.0.0.0|0.0.0.0:|0.0.0.0:65536|0.0.0.0:-1|0.0.0.0:http|::1:9408|[::1]"
@@ -495,17 +497,24 @@ CHART_IS_LOOSER = {
 }
 
 
-def in_chart(text: str, schema: Any) -> object:
-    """A variable's text as a value of the chart."""
-    kinds = [each.get("type") for each in schema.get("anyOf", [schema])]
+def in_chart(text: str, schema: Any) -> list[object]:
+    """A variable's text as a value of the chart: of all types that it may have there."""
+    kinds = {kind for each in schema.get("anyOf", [schema]) for kind in types(each)}
     if "array" in kinds:
-        return [in_chart(word.strip(), schema["items"]) for word in text.split(",") if text]
+        words = [word.strip() for word in text.split(",") if text]
+        return [[in_chart(word, schema["items"])[0] for word in words]]
     if "boolean" in kinds:
-        return {"on": True, "off": False}.get(text, text)
-    try:
-        return text if "string" in kinds or "enum" in schema else json.loads(text)
-    except ValueError:
-        return text or None
+        return [{"on": True, "off": False}.get(text, text)]
+    forms: list[object] = [text] if kinds & {"string", "enum"} else []
+    if kinds & {"number", "integer", "object"}:
+        with suppress(ValueError):
+            forms.insert(0, json.loads(text))
+    return forms or [text]
+
+
+def types(schema: Any) -> list[str]:
+    found = schema.get("type", "enum")
+    return found if isinstance(found, list) else [found]
 
 
 @pytest.mark.parametrize("value", [*settings_files.values()], ids=lambda value: value.variable)
@@ -513,11 +522,21 @@ def test_the_chart_allows_what_the_agent_allows(value):
     name = value.variable.removeprefix(configuration.PREFIX).lower()
     valid = jsonschema.Draft7Validator(value.schema).is_valid
     assert valid(yaml.safe_load(value.yaml))
+    assert valid(None)
     unset = {""} if value.nullable or name == "replicas_by_gpu" else set()
     for text in set(TABLE[name].good) - unset:
-        assert valid(in_chart(text.rstrip(" ,"), value.schema)), text
-    wrong = {text for text in TABLE[name].bad.split("|") if valid(in_chart(text, value.schema))}
+        assert any(map(valid, in_chart(text.rstrip(" ,"), value.schema))), text
+    bad = TABLE[name].bad.split("|")
+    wrong = {text for text in bad if any(map(valid, in_chart(text, value.schema)))}
     assert wrong - unset == CHART_IS_LOOSER.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["health_interval", "mps_threads"])
+def test_a_number_may_be_text_in_the_chart_as_helm_makes_it_of_one_that_is_not_whole(name):
+    (value,) = [each for each in settings_files.values() if each.variable == f"VGPU_{name.upper()}"]
+    valid = jsonschema.Draft7Validator(value.schema).is_valid
+    assert all(valid(each) for each in (2, 2.5, "2", "2.5", "10"))
+    assert not any(valid(each) for each in (0, -1, "0", "-1", "0.0", "2.5s", "1e3", ""))
 
 
 @pytest.mark.parametrize("path", readme.FILES, ids=lambda path: path.name)

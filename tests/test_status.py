@@ -387,6 +387,8 @@ def test_an_agent_says_what_it_says():
     with answering(http(text)) as address:
         answer = ask.by_http(address)
         assert ask.by_http(Address("0.0.0.0", address.port)) == answer
+        # It listens at [::], and the machine's loopback has no IPv6.
+        assert ask.by_http(Address("::", address.port)) == answer
     assert answer == Answer(text, report())
 
 

@@ -159,8 +159,9 @@ class Settings(BaseSettings):
         "Seconds for which a lost GPU stays listed, as unhealthy.")
     state_directory: AbsolutePath = setting("/run/vgpu-agent", "stateDirectory",
         "Where the agent remembers which GPUs wait for a reset.", "not in VGPU_MPS_SHM_DIRECTORY")
-    metrics_address: kinds.ListenAddress = setting("0.0.0.0:9408", "metrics.address",
-        "Where the page, /metrics, /healthz, /readyz and /status.json are served.")
+    metrics_address: kinds.ListenAddress = setting("[::]:9408", "metrics.address",
+        "Where the page, /metrics, /healthz, /readyz and /status.json are served. `[::]` is IPv6"
+        " and IPv4, or IPv4 alone where the machine has no IPv6.")
     status_hosts: kinds.HostNames = setting("", "statusHosts",
         "Names under which the page and /status.json are served, besides localhost and IP"
         " addresses.")

@@ -73,9 +73,10 @@ def whole(least: int, most: int) -> Kind:
     )
 
 
-def number(words: str, bound: Schema, check: Callable[[float], bool]) -> Kind:
-    """A number, whole or not."""
-    return Kind(words, {"type": "number", **bound}, check=check)
+def number(words: str, bound: Schema, pattern: str, check: Callable[[float], bool]) -> Kind:
+    """A number, whole or not; in the chart also such text: helm's `--set` makes it of 1.5."""
+    schema: Schema = {"type": ["number", "string"], **bound, "pattern": f"^{pattern}$"}
+    return Kind(words, schema, check=check)
 
 
 def matching(words: str, pattern: str, check: Callable[[str], bool] = lambda _: True) -> Kind:
@@ -89,7 +90,7 @@ def matching(words: str, pattern: str, check: Callable[[str], bool] = lambda _: 
 
 def size(least: int, words: str, pattern: str = r"[0-9]+(\.[0-9]+)?([KMGT]i?)?B?") -> Kind:
     """A Kubernetes quantity of bytes, such as 8Gi; a bare number is bytes."""
-    schema: Schema = {"type": "string", "pattern": f"^{pattern}$"}
+    schema: Schema = {"type": ["string", "integer"], "minimum": least, "pattern": f"^{pattern}$"}
     return Kind(words, schema, _bytes, lambda value: least <= value < _MAX_BYTES)
 
 
@@ -138,13 +139,20 @@ _LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 
 _HOST = "[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?"
 
+_ABOVE_0 = r"([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)"
+
 _ON_OFF = {"on": True, "off": False}
 _PATH: Schema = {"type": "string", "pattern": "^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$"}
 
 Switch = Annotated[bool, Kind(_listed(_ON_OFF), {"type": "boolean"}, _ON_OFF.__getitem__)]
 Seconds = Annotated[
     float,
-    number("a number of seconds from 1", {"minimum": 1}, lambda value: 1 <= value < math.inf),
+    number(
+        "a number of seconds from 1",
+        {"minimum": 1},
+        r"[1-9][0-9]*(\.[0-9]+)?",
+        lambda value: 1 <= value < math.inf,
+    ),
 ]
 AbsolutePath = Annotated[Path, Kind("an absolute path", _PATH, check=Path.is_absolute)]
 OptionalPath = Annotated[
@@ -197,12 +205,17 @@ DeviceMemory = Annotated[
 Reserved = Annotated[int | None, or_word(size(0, "a size such as 512Mi"), {"auto": None})]
 SimulatedMemory = Annotated[
     int,
-    size(1, "a size such as 24Gi", r"([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)([KMGT]i?)?B?"),
+    size(1, "a size such as 24Gi", rf"{_ABOVE_0}([KMGT]i?)?B?"),
 ]
 ThreadLimit = Annotated[
     Threads | float,
     or_word(
-        number("a factor above 0", {"exclusiveMinimum": 0}, lambda value: 0 < value < math.inf),
+        number(
+            "a factor above 0",
+            {"exclusiveMinimum": 0},
+            _ABOVE_0,
+            lambda value: 0 < value < math.inf,
+        ),
         {"share": Threads.SHARE, "none": Threads.NONE},
     ),
 ]

@@ -38,22 +38,33 @@ def run(command: str, *arguments: str | Path, values: object = None) -> Any:
     )
 
 
-def template(values: object = None, *files: Path, chart: Path = CHART, release: str = "r") -> str:
-    """What would be installed, as text, in namespace `gpu`."""
+def template(
+    values: object = None,
+    *files: Path,
+    sets: Sequence[str] = (),
+    chart: Path = CHART,
+    release: str = "r",
+) -> str:
+    """What would be installed, as text, in namespace `gpu`; `sets` are those of `--set`."""
     chosen = [word for file in files for word in ("--values", str(file))]
+    chosen += [word for each in sets for word in ("--set", each)]
     done = run("template", release, chart, "--namespace", "gpu", *chosen, values=values)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def render(values: object = None, *files: Path) -> list[Object]:
+def render(
+    values: object = None, *files: Path, sets: Sequence[str] = (), chart: Path = CHART
+) -> list[Object]:
     """The same, parsed."""
-    return [each for each in yaml.load_all(template(values, *files), Loader) if each]
+    text = template(values, *files, sets=sets, chart=chart)
+    return [each for each in yaml.load_all(text, Loader) if each]
 
 
-def refusal(values: Mapping[str, object]) -> str:
+def refusal(values: Mapping[str, object], *sets: str) -> str:
     """Why these values are not taken, in one line; all of the chart's own words are in it."""
-    done = run("template", "r", CHART, values=values)
+    chosen = [word for each in sets for word in ("--set", each)]
+    done = run("template", "r", CHART, *chosen, values=values)
     assert done.returncode != 0, "the values were taken"
     return " ".join(done.stderr.split())
 
@@ -104,8 +115,10 @@ def environment(container: Object) -> dict[str, str]:
 
 
 def mounts(workload: Object, name: str) -> dict[str, Object]:
-    """A container's mounts by their path in it, each with its `host` path and `type`."""
-    volumes = {each["name"]: each["hostPath"] for each in pod(workload)["volumes"]}
+    """A container's mounts of the host by their path in it, each with `host` path and `type`."""
+    volumes = {
+        each["name"]: each["hostPath"] for each in pod(workload)["volumes"] if "hostPath" in each
+    }
     return {
         each["mountPath"]: {
             "host": volumes[each["name"]]["path"],
@@ -113,6 +126,7 @@ def mounts(workload: Object, name: str) -> dict[str, Object]:
             "read_only": each.get("readOnly", False),
         }
         for each in containers(workload)[name]["volumeMounts"]
+        if each["name"] in volumes
     }
 
 

@@ -204,7 +204,7 @@ def test_the_schema_is_closed_at_every_level() -> None:
         ({"repicas": 4}, ["repicas is not allowed"]),
         ({"health": {"intervall": 5}}, ["health: Additional property intervall"]),
         ({"mps": {"directory": "/run/../mps"}}, ["mps.directory", "Does not match pattern"]),
-        ({"mps": None}, ["mps is required"]),
+        ({"metrics": None}, ["metrics is required"]),
         ({"image": {"repository": "r.example/vgpu-agent:0.1.0"}}, ["image.repository"]),
         ({"image": {"repository": "REGISTRY/vgpu-agent"}}, ["image.repository"]),
         ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),
@@ -226,6 +226,7 @@ def test_the_schema_refuses(values: Object, words: list[str]) -> None:
         assert each in message
 
 
+ON = {"enabled": True}
 POOLS = {"nodeSelector": {"kind": "a"}}
 
 
@@ -248,6 +249,7 @@ POOLS = {"nodeSelector": {"kind": "a"}}
             {"replicas": 31, "mps": {"maxClients": 30}},
             ["replicas: 31", "at most mps.maxClients (30)"],
         ),
+        ({"replicas": 4, "deviceMemory": 2**33}, ["replicas: 4 and deviceMemory: 8589934592: "]),
         ({"replicasByGpu": {"NVIDIA L4": 64}}, ["replicasByGpu.NVIDIA L4: 64", "(60)"]),
         (
             {"health": {"ignoredXids": [13, 31], "criticalXids": [31]}},
@@ -273,6 +275,18 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ),
         ({"pools": [{"name": "mps-a"}]}, ['name "mps-a" begins with mps']),
         (
+            {"monitoring": {"podMonitor": ON, "serviceMonitor": ON}, "service": ON},
+            ["monitoring.podMonitor.enabled", "serviceMonitor.enabled", "twice", "to false"],
+        ),
+        (
+            {"monitoring": {"serviceMonitor": ON}},
+            ["monitoring.serviceMonitor.enabled", "set service.enabled to true"],
+        ),
+        (
+            {"service": ON, "fullnameOverride": "2gpus"},
+            ["service.enabled: the name 2gpus begins with a digit", "set fullnameOverride"],
+        ),
+        (
             {"fullnameOverride": "f" * 59, "pools": [{"name": "abc"}]},
             ['name "abc"', "67 characters", "63 are allowed"],
         ),
@@ -295,6 +309,12 @@ def test_rules_over_several_keys_are_told_in_words(values: Object, words: list[s
             "pools": [
                 {"name": "a", "nodeSelector": {"kind": "a"}},
                 {"name": "b", "nodeSelector": {"kind": "b"}},
+            ]
+        },
+        {
+            "pools": [
+                {"name": "a", "nodeSelector": {"kind": "1"}},
+                {"name": "b", "nodeSelector": {"kind": True}},
             ]
         },
         {"pools": [{"name": "a"}, {"name": "b", "affinity": {"nodeAffinity": {}}}]},
@@ -502,7 +522,7 @@ def test_daemons_are_not_short_of_cpu_unless_somebody_says_so() -> None:
     (default,) = mps_pods(rendered("default"))
     assert set(containers(default)["daemon"]["resources"]["limits"]) == {"memory"}
     (everything,) = mps_pods(rendered("everything"))
-    assert containers(everything)["daemon"]["resources"]["limits"] == {"cpu": 2, "memory": "4Gi"}
+    assert containers(everything)["daemon"]["resources"]["limits"] == {"cpu": "2", "memory": "4Gi"}
 
 
 def test_a_pod_that_ends_has_time_for_daemons_and_for_what_was_before(
@@ -560,6 +580,7 @@ def test_a_pool_has_the_common_values_where_it_has_none_of_its_own() -> None:
     # Maps are merged.
     for name in ("inference", "mps-inference"):
         assert pod(sets[f"r-vgpu-agent-{name}"])["nodeSelector"] == {
+            "kubernetes.io/os": "linux",
             "k8s.amazonaws.com/accelerator": "vgpu",
             "example.com/gpus": "inference",
         }
@@ -576,6 +597,7 @@ def test_who_comes_from_the_aws_plugin_gets_nearly_the_defaults() -> None:
     (compatible,) = agents(rendered("aws-compatible"))
     (default,) = agents(rendered("default"))
     assert pod(compatible)["nodeSelector"] == {
+        "kubernetes.io/os": "linux",
         "k8s.amazonaws.com/accelerator": "vgpu",
         "vgpu-plugin": "agent",
     }

@@ -1,12 +1,44 @@
+{{/* Text, also of the number or switch that `--set` and YAML make of 7 and true. Never 1e+06. */}}
+{{- define "vgpu-agent.string" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end }}
+{{- end }}
+
+{{/* YAML of a map whose values are all text, without those that are null. */}}
+{{- define "vgpu-agent.strings" -}}
+{{- $all := dict }}
+{{- range $key, $value := (include "vgpu-agent.over" (list .) | fromJson) }}
+{{- $all = set $all $key (include "vgpu-agent.string" $value) }}
+{{- end }}
+{{- toYaml $all }}
+{{- end }}
+
+{{/* JSON of maps over each other, from a list of them: later ones win, and null takes a key away. */}}
+{{- define "vgpu-agent.over" -}}
+{{- $all := dict }}
+{{- range . }}
+{{- range $key, $value := . }}
+{{- if kindIs "map" $value }}
+{{- $under := ternary (get $all $key) dict (kindIs "map" (get $all $key)) }}
+{{- $_ := set $all $key (include "vgpu-agent.over" (list $under $value) | fromJson) }}
+{{- else if kindIs "invalid" $value }}{{ $_ := unset $all $key }}
+{{- else }}{{ $_ := set $all $key $value }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- toJson $all }}
+{{- end }}
+
 {{/* Names. 59 characters leave room for "-mps"; validate.yaml looks at those with a pool's name. */}}
 {{- define "vgpu-agent.name" -}}
-{{- .Values.nameOverride | default .Chart.Name | trunc 59 | trimSuffix "-" }}
+{{- include "vgpu-agent.string" (.Values.nameOverride | default .Chart.Name) | trunc 59 | trimSuffix "-" }}
 {{- end }}
 
 {{- define "vgpu-agent.fullname" -}}
-{{- $name := .Values.nameOverride | default .Chart.Name }}
-{{- if not (contains $name .Release.Name) }}{{ $name = printf "%s-%s" .Release.Name $name }}{{ else }}{{ $name = .Release.Name }}{{ end }}
-{{- .Values.fullnameOverride | default $name | trunc 59 | trimSuffix "-" }}
+{{- $name := include "vgpu-agent.name" . }}
+{{- /* A Service's name has no dots, and a release's may. */}}
+{{- $release := replace "." "-" .Release.Name }}
+{{- if not (contains $name $release) }}{{ $name = printf "%s-%s" $release $name }}{{ else }}{{ $name = $release }}{{ end }}
+{{- include "vgpu-agent.string" (.Values.fullnameOverride | default $name) | trunc 59 | trimSuffix "-" }}
 {{- end }}
 
 {{/* A DaemonSet's name, from (dict "root" "pool" "component"). */}}
@@ -18,44 +50,49 @@
 {{- end }}
 
 {{- define "vgpu-agent.serviceAccountName" -}}
-{{- .Values.serviceAccount.name | default (ternary (include "vgpu-agent.fullname" .) "default" .Values.serviceAccount.create) }}
+{{- $own := ternary (include "vgpu-agent.fullname" .) "default" (.Values.serviceAccount.create | default false) }}
+{{- include "vgpu-agent.string" (.Values.serviceAccount.name | default $own) }}
 {{- end }}
 
 {{- define "vgpu-agent.image" -}}
 {{- with .Values.image }}
-{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
+{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ include "vgpu-agent.string" (.tag | default $.Chart.AppVersion) }}{{ end }}
 {{- end }}
 {{- end }}
 
-{{/* Labels of every object, and those of them that never change: DaemonSets are found by these. */}}
-{{- define "vgpu-agent.labels" -}}
-{{ include "vgpu-agent.ours" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
-{{- end }}
-
-{{- define "vgpu-agent.ours" -}}
-app.kubernetes.io/name: {{ include "vgpu-agent.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name | quote }}
-{{- end }}
-
-{{/* What a workload's pods are selected by, from (dict "root" "pool" "component"). */}}
+{{/* The labels that things are found by, and that never change: from (dict "root" "component"
+"pool"), the latter two where it has them. */}}
 {{- define "vgpu-agent.selector" -}}
-{{ include "vgpu-agent.ours" .root }}
-app.kubernetes.io/component: {{ .component }}
-vgpu-agent/pool: {{ .pool.name | quote }}
+app.kubernetes.io/name: {{ include "vgpu-agent.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- with .pool }}
+vgpu-agent/pool: {{ .name | quote }}
+{{- end }}
 {{- end }}
 
-{{/* The pools with their own values over the common ones: JSON of {pools: [...]}. */}}
+{{/* Labels of an object, from the same and "also", a map. Those of the chart win: things are found by
+them. */}}
+{{- define "vgpu-agent.labels" -}}
+{{- $chart := printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- $about := dict "app.kubernetes.io/version" .root.Chart.AppVersion "app.kubernetes.io/managed-by" .root.Release.Service "helm.sh/chart" $chart }}
+{{- $ours := include "vgpu-agent.selector" . | fromYaml }}
+{{- include "vgpu-agent.over" (list .root.Values.commonLabels .also $about $ours) | fromJson | include "vgpu-agent.strings" }}
+{{- end }}
+
+{{/* The pools with their own values over the common ones, and what every template may count on: JSON
+of {pools: [...]}. A null takes the default away; where a setting is needed, the agent's holds. */}}
 {{- define "vgpu-agent.pools" -}}
 {{- $pools := list }}
+{{- $base := include "vgpu-agent.defaults" . | fromJson }}
+{{- $base = set $base "resources" (dict "agent" dict "prepare" dict "daemon" dict "watch" dict "restore" dict) }}
+{{- $base = set (set $base "updateStrategy" dict) "nodeSelector" dict }}
 {{- range .Values.pools | default (list dict) }}
-{{- $common := set (deepCopy (omit $.Values "pools")) "name" "" }}
-{{- $pools = append $pools (mergeOverwrite $common .) }}
+{{- $own := include "vgpu-agent.over" (list (omit $.Values "pools") .) | fromJson }}
+{{- $pool := include "vgpu-agent.over" (list $base $own) | fromJson }}
+{{- $pools = append $pools (set $pool "name" (include "vgpu-agent.string" (get . "name"))) }}
 {{- end }}
 {{- dict "pools" $pools | toJson }}
 {{- end }}
@@ -79,37 +116,70 @@ has a value. Both workloads have the same, so that the agent and MPS agree. */}}
   value: {{ include "vgpu-agent.text" $value | quote }}
 {{- end }}
 {{- end }}
+{{- range .extraEnv }}
+- name: {{ .name | quote }}
+{{- with .valueFrom }}
+  valueFrom:
+    {{- toYaml . | nindent 4 }}
+{{- else }}
+  value: {{ include "vgpu-agent.string" (get . "value") | quote }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* A value as the agent reads it: on/off, 5, text, 79,13, {"0":4}. Numbers never as 1e+06. */}}
 {{- define "vgpu-agent.text" -}}
 {{- if kindIs "bool" . }}{{ ternary "on" "off" . }}
-{{- else if kindIs "string" . }}{{ . }}
 {{- else if kindIs "slice" . }}{{ toJson . | trimAll "[]" | replace "\"" "" }}
-{{- else }}{{ toJson . }}
+{{- else }}{{ include "vgpu-agent.string" . }}
 {{- end }}
 {{- end }}
 
 {{/* Directories of the host, each at its own path in the container: the mounts and the volumes of a
 list of (dict "name" "path"), with "type" DirectoryOrCreate and "at" the same path unless it says
-otherwise. */}}
+otherwise. From a list of the pool, whose own come after them, and that list. */}}
 {{- define "vgpu-agent.mounts" -}}
-{{- range . }}
+{{- range last . }}
 - name: {{ .name }}
   mountPath: {{ .at | default .path }}
 {{- if .readOnly }}
   readOnly: true
 {{- end }}
 {{- end }}
+{{- $pool := first . }}
+{{- $taken := list }}
+{{- range last . }}{{ $taken = append $taken (.at | default .path) }}{{ end }}
+{{- range $pool.extraVolumeMounts }}
+{{- if has .mountPath $taken }}
+{{- fail (printf "\n\nextraVolumeMounts: mountPath %s%s is there already, by the chart or by another one: any other path is allowed\n" .mountPath (include "vgpu-agent.inPool" $pool)) }}
+{{- end }}
+{{- $taken = append $taken .mountPath }}
+{{ list . | toYaml }}
+{{- end }}
 {{- end }}
 
 {{- define "vgpu-agent.volumes" -}}
-{{- range . }}
+{{- range last . }}
 - name: {{ .name }}
   hostPath:
     path: {{ .path }}
     type: {{ .type | default "DirectoryOrCreate" }}
 {{- end }}
+{{- $pool := first . }}
+{{- $taken := list }}
+{{- range last . }}{{ $taken = append $taken .name }}{{ end }}
+{{- range $pool.extraVolumes }}
+{{- if has .name $taken }}
+{{- fail (printf "\n\nextraVolumes: name %s%s is there already, by the chart or by another one: any other name is allowed\n" .name (include "vgpu-agent.inPool" $pool)) }}
+{{- end }}
+{{- $taken = append $taken .name }}
+{{ list . | toYaml }}
+{{- end }}
+{{- end }}
+
+{{/* Where a value is that is refused. */}}
+{{- define "vgpu-agent.inPool" -}}
+{{- with .name }}{{ printf " in pool %q" . }}{{ end }}
 {{- end }}
 
 {{/* Where the driver is asked for by a mount instead of a variable: JSON of a list of mounts. */}}
@@ -119,18 +189,23 @@ otherwise. */}}
 {{- else }}[]{{ end }}
 {{- end }}
 
-{{/* Where the pods of a pool may run: lines of a pod's spec. */}}
+{{/* What a user says of the pods of a pool, above all where they may run: lines of a pod's spec. */}}
 {{- define "vgpu-agent.where" -}}
-{{- with .runtimeClassName }}
-runtimeClassName: {{ . | quote }}
-{{- end }}
-{{- with .priorityClassName }}
-priorityClassName: {{ . }}
-{{- end }}
-{{- with .nodeSelector }}
-nodeSelector:
+{{- with .podSecurityContext }}
+securityContext:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .dnsPolicy }}
+dnsPolicy: {{ . }}
+{{- end }}
+{{- with .runtimeClassName }}
+runtimeClassName: {{ include "vgpu-agent.string" . | quote }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ include "vgpu-agent.string" . | quote }}
+{{- end }}
+nodeSelector:
+  {{- include "vgpu-agent.over" (list .nodeSelector (dict "kubernetes.io/os" "linux")) | fromJson | include "vgpu-agent.strings" | nindent 2 }}
 {{- with .affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
@@ -144,22 +219,27 @@ tolerations:
 {{/* A pod's metadata, from (dict "root" "pool" "component"). */}}
 {{- define "vgpu-agent.podMetadata" -}}
 labels:
-  {{- include "vgpu-agent.labels" .root | nindent 2 }}
-  app.kubernetes.io/component: {{ .component }}
-  vgpu-agent/pool: {{ .pool.name | quote }}
-{{- with .root.Values.podLabels }}
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+  {{- include "vgpu-agent.labels" (dict "root" .root "component" .component "pool" .pool "also" .root.Values.podLabels) | nindent 2 }}
 {{- with .root.Values.podAnnotations }}
 annotations:
-  {{- toYaml . | nindent 2 }}
+  {{- include "vgpu-agent.strings" . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* A container's resources, from its requests and limits, where it has them. */}}
+{{- define "vgpu-agent.resources" -}}
+{{- if or .requests .limits }}
+{{- range $kind, $quantities := . }}
+{{- with $quantities }}
+{{ $kind }}:
+  {{- include "vgpu-agent.strings" . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- else }}{}
 {{- end }}
 {{- end }}
 
 {{/* Requests equal to limits. */}}
 {{- define "vgpu-agent.guaranteed" -}}
-requests:
-  {{- toYaml .limits | nindent 2 }}
-limits:
-  {{- toYaml .limits | nindent 2 }}
+{{- include "vgpu-agent.resources" (dict "requests" .limits "limits" .limits) }}
 {{- end }}

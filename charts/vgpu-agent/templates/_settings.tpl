@@ -1,4 +1,50 @@
-{{/* Written from vgpu_agent/settings.py by `python -m tests.readme`: the value of each setting, as JSON. */}}
+{{/* Written from vgpu_agent/settings.py by `python -m tests.readme`: the value of each setting, as JSON,
+and the values that are used where there is none. */}}
+{{- define "vgpu-agent.defaults" -}}
+{
+  "gpuDriver": "nvml",
+  "sharing": "mps",
+  "mps": {
+    "maxClients": "auto",
+    "limits": "client",
+    "computeMode": "exclusive",
+    "threads": "share",
+    "daemons": "gpu",
+    "directory": "/run/vgpu-agent/mps",
+    "multiuser": false,
+    "shm": true,
+    "shmDirectory": "/dev/shm/vgpu-agent"
+  },
+  "replicasByGpu": {},
+  "resourceName": "k8s.amazonaws.com/vgpu",
+  "kubeletDir": "/var/lib/kubelet",
+  "deviceList": "envvar",
+  "cdiKind": "nvidia.com/gpu",
+  "memoryReserved": "auto",
+  "placement": "spread",
+  "health": {
+    "interval": 5,
+    "recoverySeconds": 60,
+    "checks": true,
+    "ignoredXids": [],
+    "criticalXids": [],
+    "driverWait": 300,
+    "lostCardSeconds": 3600
+  },
+  "stateDirectory": "/run/vgpu-agent",
+  "statusHosts": [],
+  "statusPage": true,
+  "podResourcesInterval": 10,
+  "processMetrics": false,
+  "log": {"level": "info", "format": "text"},
+  "simulated": {
+    "gpus": 2,
+    "model": "NVIDIA Simulated 24GB",
+    "memory": "24Gi",
+    "numaNodes": [0, 1]
+  }
+}
+{{- end }}
 {{- define "vgpu-agent.settings" -}}
 {{- $settings := dict
   "VGPU_CDI_KIND" .cdiKind
