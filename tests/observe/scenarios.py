@@ -5,7 +5,7 @@ the table.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import cycle
 from math import inf
@@ -139,6 +139,11 @@ async def hang(machine: Machine) -> None:
     machine.driver.show(machine.uuids[0], Reading(hung=True, error="the driver did not answer"))
 
 
+@scenario("a GPU is lost; later it leaves the list", "VgpuGpuUnhealthy", "VgpuGpuGone")
+async def lost(machine: Machine) -> None:
+    machine.driver.fall_off(machine.uuids[1])
+
+
 @scenario("a GPU is lost while the agent is replaced", "VgpuGpuGone")
 async def lost_during_an_upgrade(machine: Machine) -> None:
     machine.driver.fall_off(machine.uuids[1])
@@ -158,6 +163,16 @@ async def upgrade_during_a_fault(machine: Machine) -> None:
             machine.replace_pod("vgpu-agent-new")
 
     machine.before_look = replace_later
+
+
+@scenario(
+    "a GPU that nobody holds is put into MIG mode; its MPS daemon is still there",
+    "VgpuGpuExcluded",
+    "VgpuMpsReplacementNeeded",
+)
+async def mig(machine: Machine) -> None:
+    machine.held.popitem()
+    machine.driver.insert(replace(machine.driver.gpus[1], mig=True))
 
 
 @scenario("XIDs of an application, one a minute", "VgpuXidsRising")

@@ -192,6 +192,15 @@ def test_a_snapshot_is_exposed_in_exactly_these_families_and_samples(metrics):
     assert found == EXPECTED
 
 
+def test_the_unit_is_last_in_a_name(metrics):
+    """But for what says that it is a counter, or a part of a histogram."""
+    names = [family.name for family in parse_text(text(metrics))]
+    units = ("bytes", "seconds")
+    assert [name for name in names if any(f"_{unit}" in name for unit in units)] == [
+        name for name in names if name.endswith(units)
+    ]
+
+
 def test_no_series_repeats_and_none_is_of_creation_times(metrics):
     metrics.observe_rpc("Allocate", "OK", 0.002)
     for in_openmetrics in FORMATS:
