@@ -84,6 +84,19 @@ def test_an_alert_says_how_bad_it_is_what_it_means_and_where_to_read_on(alert):
     assert not annotations["summary"].endswith(".")
 
 
+@pytest.mark.parametrize("alert", alerts(), ids=NAMES)
+def test_an_alert_goes_on_when_the_pod_of_the_agent_is_replaced(alert):
+    """It has no label that the new pod has another of, and bridges the time in between."""
+    if alert["alert"] == "VgpuAgentDown":
+        return  # is about the pod
+    if "vgpu_container_memory_used_bytes" not in alert["expr"]:  # whose pod is the holder
+        assert re.match(
+            r"(sum|max|count) (without \([^)]*\bpod\)|by \((cluster|resource|, )+\))", alert["expr"]
+        )
+    if alert["labels"]["severity"] == "critical" or alert["alert"] == "VgpuGpuGone":
+        assert alert["keep_firing_for"] in ("5m", "10m")
+
+
 def test_the_wait_of_an_alert_has_its_reason_beside_it_or_above_it():
     lines = ALERTS.read_text().splitlines()
     for number, line in enumerate(lines):
