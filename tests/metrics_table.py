@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from tests.observe.rules import SNAPSHOT, full_metrics
-from vgpu_agent.observe.metrics import PARTS
+from vgpu_agent.observe.families import PARTS
 
 
 def _families() -> Iterator[tuple[str, str, tuple[str, ...], str, str]]:
     """Name, type, labels and text of each, and when it is there."""
     metrics = full_metrics()
     for part, only in PARTS:
-        for family in part(metrics, SNAPSHOT):
+        for family in part(metrics.source, SNAPSHOT):
             name = family.samples[0].name
             yield name, family.type, tuple(family.samples[0].labels), family.documentation, only
     for family in metrics.timings.collect():

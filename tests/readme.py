@@ -9,6 +9,7 @@ from pathlib import Path
 from tests import metrics_table, policy_table, report_table, settings_files, sizes_table
 from tests.chart import values_table
 from tests.faults import promises
+from tests.observe import scenarios
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "charts/vgpu-agent"
@@ -29,6 +30,7 @@ def table(name: str, make: Callable[[], str]) -> Callable[[str], str]:
 
 FILES: dict[Path, Callable[[str], str]] = {
     ROOT / "docs/settings.md": table("settings", settings_files.docs_table),
+    ROOT / "docs/alerts.md": table("alerts", scenarios.markdown_table),
     ROOT / "docs/metrics.md": table("metrics", metrics_table.markdown_table),
     ROOT / "docs/status.md": table("report", report_table.markdown),
     ROOT / "docs/sizing.md": table("sizes", sizes_table.markdown_table),

@@ -274,7 +274,8 @@ def test_release_lets_go_of_the_driver_and_nothing_else_stops(
         assert "reset them now" in done.stdout
         it.agent.wait_line("released all GPUs; reset them now")
         assert it.status()["driver"]["released_until"] is not None
-        assert "vgpu_nvml_up 0.0" in it.get("/metrics")
+        assert "vgpu_nvml_up 0.0\n" in (metrics := it.get("/metrics"))
+        assert "vgpu_nvml_released 1.0\n" in metrics
         assert it.kubelet.allocate([f"{UUIDS[1]}::0"])
     without = execute("release", **settings | {"VGPU_STATE_DIRECTORY": str(kubelet_dir)})
     assert without.returncode == 1

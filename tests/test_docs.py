@@ -189,10 +189,15 @@ def metric_names() -> set[str]:
     return metrics_table.names() | {"vgpu_memory_used_ratio"}
 
 
+RENAMED = {"vgpu_allocation_memory_limit_bytes_per_process"}
+"""Metrics of releases before, for what is said of an upgrade."""
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_metric_that_is_named_exists(name):
     named = set(re.findall(r"\bvgpu_[a-z0-9_]*[a-z0-9]\b", TEXTS[name].read_text("utf-8")))
-    assert named - metric_names() - {"vgpu_agent", "vgpu_bytes"} == set()
+    before = RENAMED if name in ("CHANGELOG.md", "docs/upgrade.md") else set()
+    assert named - metric_names() - {"vgpu_agent", "vgpu_bytes"} - before == set()
 
 
 def has_key(values: object, dotted: str) -> bool:

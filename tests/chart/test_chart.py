@@ -660,8 +660,13 @@ def test_the_pod_monitor_selects_agents_and_keeps_their_labels() -> None:
     assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
     assert endpoint["interval"] == "15s"
     assert endpoint["relabelings"] == [
-        {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"}
+        {"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": label}
+        for label in ("node", "instance")
     ]
+    (restored,) = endpoint["metricRelabelings"]
+    assert restored["action"] == "labelmap"
+    assert re.fullmatch(restored["regex"], "exported_pod").expand(r"\1") == "pod"
+    assert restored["replacement"] == "$1"
     for workload in daemon_sets(rendered("everything")).values():
         assert selects(monitor["spec"]["selector"], workload) == (component(workload) == "agent")
 
@@ -683,11 +688,21 @@ def test_alerts_link_to_the_runbook_where_it_can_be_read() -> None:
         each["annotations"]["runbook_url"]
         for group in rule["spec"]["groups"]
         for each in group["rules"]
+        if "alert" in each
     ]
     assert "https://docs.example.com/vgpu.html#vgpuagentdown" in links
 
 
-def test_each_dashboard_is_a_config_map_with_the_file_as_it_is() -> None:
+def boards(release: str = "r", **values: object) -> dict[str, Any]:
+    """The dashboards of a release, by the name of their ConfigMap."""
+    text = helm.template(
+        {"monitoring": {"dashboards": {"enabled": True}}, **values}, release=release
+    )
+    maps = of_kind(list(yaml.safe_load_all(text)), "ConfigMap")
+    return {name: json.loads(data) for name, each in maps.items() for data in each["data"].values()}
+
+
+def test_each_dashboard_is_a_config_map_with_the_file_but_for_uid_title_and_link() -> None:
     files = {path.stem: path.read_text("utf-8") for path in CHART.glob("files/dashboards/*.json")}
     maps = of_kind(rendered("everything"), "ConfigMap")
     assert len(files) == len(maps) > 0
@@ -696,7 +711,25 @@ def test_each_dashboard_is_a_config_map_with_the_file_as_it_is() -> None:
         assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
         assert found["metadata"]["annotations"] == {"grafana_folder": "GPUs"}
         (data,) = found["data"].values()
-        assert json.loads(data) == json.loads(text)
+        board, file = json.loads(data), json.loads(text)
+        assert board["title"] == f"{file['title']}, gpu/our-vgpus"
+        for each in (board, file):
+            del each["uid"], each["title"], each["links"][0]["url"]
+        assert board == file
+
+
+def test_the_dashboards_of_two_releases_have_their_own_uids_and_lead_to_each_other() -> None:
+    releases = [boards("r"), boards("s"), boards("r", fullnameOverride="x" * 63)]
+    uids = [board["uid"] for release in releases for board in release.values()]
+    titles = [board["title"] for release in releases for board in release.values()]
+    assert len(set(uids)) == len(set(titles)) == 6
+    for release in releases:
+        fleet, node = release.values()
+        assert fleet["links"][0]["url"] == f"/d/{node['uid']}?${{datasource:queryparam}}"
+        assert node["links"][0]["url"] == f"/d/{fleet['uid']}?${{datasource:queryparam}}"
+        for board in (fleet, node):
+            assert re.fullmatch(r"vgpu-(fleet|node)-[0-9a-f]{10}", board["uid"])
+            assert len(board["uid"]) <= 40, "longer than Grafana takes"
 
 
 def test_the_network_is_closed_but_for_metrics() -> None:

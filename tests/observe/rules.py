@@ -31,11 +31,23 @@ TARGET_LABELS = {
 }
 """What a PodMonitor attaches; the node and the cluster where it is set to."""
 
+EXPORTED = {"exported_namespace", "exported_pod", "exported_container"}
+"""Where a Prometheus does not honor our labels, these are the holder's."""
+
 
 @cache
-def alerts() -> list[dict[str, Any]]:
+def _rules() -> list[dict[str, Any]]:
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for rule in _rules() if "alert" in rule]
+
+
+def recorded() -> dict[str, str]:
+    """The queries whose results are kept, by their names."""
+    return {rule["record"]: rule["expr"] for rule in _rules() if "record" in rule}
 
 
 def runbook_of(name: str) -> str:
@@ -226,7 +238,7 @@ def full_metrics(resource: str = RESOURCE) -> Metrics:
 
 
 def full_text(resource: str = RESOURCE) -> bytes:
-    return full_metrics(resource).render(SNAPSHOT, "")[0]
+    return full_metrics(resource).render(SNAPSHOT)[0]
 
 
 @cache

@@ -16,6 +16,7 @@ import yaml
 from tests.observe.rules import (
     ALERTS,
     DASHBOARDS,
+    EXPORTED,
     RUNBOOK,
     TARGET_LABELS,
     alert_tests,
@@ -24,6 +25,7 @@ from tests.observe.rules import (
     metric_labels,
     panels,
     queries,
+    recorded,
     runbook_of,
     variable_queries,
 )
@@ -51,7 +53,8 @@ def run(*command: str) -> str:
 
 @pytest.mark.slow
 def test_promtool_takes_the_rules(promtool):
-    assert f"SUCCESS: {len(NAMES)} rules found" in run(promtool, "check", "rules", str(ALERTS))
+    rules = len(NAMES) + len(recorded())
+    assert f"SUCCESS: {rules} rules found" in run(promtool, "check", "rules", str(ALERTS))
 
 
 @pytest.mark.slow
@@ -79,6 +82,19 @@ def test_an_alert_says_how_bad_it_is_what_it_means_and_where_to_read_on(alert):
     assert annotations["runbook"] == runbook_of(alert["alert"])
     assert annotations["description"].endswith(".")
     assert not annotations["summary"].endswith(".")
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=NAMES)
+def test_an_alert_goes_on_when_the_pod_of_the_agent_is_replaced(alert):
+    """It has no label that the new pod has another of, and bridges the time in between."""
+    if alert["alert"] == "VgpuAgentDown":
+        return  # is about the pod
+    if "vgpu_container_memory_used_bytes" not in alert["expr"]:  # whose pod is the holder
+        assert re.match(
+            r"(sum|max|count) (without \([^)]*\bpod\)|by \((cluster|resource|, )+\))", alert["expr"]
+        )
+    if alert["labels"]["severity"] == "critical" or alert["alert"] == "VgpuGpuGone":
+        assert alert["keep_firing_for"] in ("5m", "10m")
 
 
 def test_the_wait_of_an_alert_has_its_reason_beside_it_or_above_it():
@@ -109,7 +125,14 @@ def test_every_link_of_the_runbook_has_an_end():
 def test_the_rules_are_no_template_of_helm():
     """They are included as they are: what is in braces is Prometheus's."""
     name = r"\$labels\.\w+"
-    ours = rf"(?:(?:or|with) )?(?:{name} ?)+|else|end|\.|\$value(?: \| .+)?"
+    asked = (
+        rf'(?:with|range)\s+printf\s+"(?:\\.|[^"\\])+"(?: {name})+\s+\| query'
+        r'(?: \| sortByLabel "\w+")?'
+    )
+    ours = (
+        rf"(?:(?:or|with) )?(?:{name} ?)+|{asked}|\. \| first \| value|\.Labels\.\w+"
+        r"|else|end|\.|\$value(?: \| .+)?"
+    )
     for inside in re.findall(r"{{(.*?)}}", ALERTS.read_text(), re.DOTALL):
         assert re.fullmatch(ours, inside.strip()), inside
 
@@ -144,7 +167,7 @@ def check(expr: str, words: str = "") -> None:
     assert names <= known.keys(), names - known.keys()
     for metric, label in matched(expr):
         assert label in known[metric] | TARGET_LABELS, (metric, label)
-    labels = set().union(TARGET_LABELS, *(known[name] for name in names))
+    labels = set().union(TARGET_LABELS, EXPORTED, *(known[name] for name in names))
     said = {
         *grouped(expr),
         *re.findall(r"{{(\w+)}}", words),
@@ -153,9 +176,48 @@ def check(expr: str, words: str = "") -> None:
     assert said <= labels, said - labels
 
 
+def asked_in(words: str) -> list[tuple[str, list[str]]]:
+    """Each query that a text is filled in from, with the labels that are shown of its result."""
+    asked = r'printf\s+"((?:\\.|[^"\\])+)"[^}]*}}(.*?){{\s*(?:else|end)\s*}}'
+    return [
+        (query.replace("%q", '"x"').replace("\\", ""), re.findall(r"\.Labels\.(\w+)", shown))
+        for query, shown in re.findall(asked, words, re.DOTALL)
+    ]
+
+
 @pytest.mark.parametrize("alert", alerts(), ids=NAMES)
 def test_an_alert_speaks_of_metrics_and_labels_that_there_are(alert):
-    check(alert["expr"], " ".join(alert["annotations"].values()))
+    words = " ".join(alert["annotations"].values())
+    check(alert["expr"], words)
+    for query, shown in asked_in(words):
+        check(query, " ".join(f"$labels.{label}" for label in shown))
+    # What a reader is to run.
+    check(re.sub(r"{{.*?}}", "x", words))
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=NAMES)
+def test_an_alert_that_pages_counts_the_pods_and_has_the_query_that_lists_them(alert):
+    if alert["labels"]["severity"] != "critical":
+        return
+    words = alert["annotations"]["description"]
+    counted = [query for query, _ in asked_in(words) if query.startswith("count(count by")]
+    assert counted
+    assert re.search(r"listed by (last_over_time\()?vgpu_allocation_info{instance=", words)
+    assert "node $labels.instance" in " ".join(alert["annotations"].values())
+    if "gpu_uuid" in grouped(alert["expr"]) and "without (gpu_uuid" not in alert["expr"]:
+        assert "$labels.gpu_index" in alert["annotations"]["summary"]
+        assert "gpu_uuid=%q" in words
+
+
+@pytest.mark.parametrize("name", recorded())
+def test_what_is_recorded_speaks_of_metrics_that_there_are_and_is_used(name):
+    check(recorded()[name])
+    assert any(name in alert["expr"] for alert in alerts())
+
+
+def test_no_alert_asks_for_what_is_not_recorded():
+    for alert in alerts():
+        assert set(re.findall(r"\bvgpu:[\w:]+", alert["expr"])) <= recorded().keys()
 
 
 @BOARDS

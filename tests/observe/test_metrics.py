@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -16,9 +18,10 @@ from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules, Snapshot
-from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.metrics import CALLS, Metrics, prefers_openmetrics
 
-OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+FORMATS = (False, True)
+"""Prometheus's own text format, and OpenMetrics."""
 
 REASONS = [
     "xid",
@@ -65,10 +68,13 @@ SHARES = [
     (held("GPU-b", 1, LLAMA), QUARTER_OF_B),
 ]
 
-# Every sample of every name with its labels.
+TRANSITIONS = {("GPU-b", "unhealthy", "lost"): 2, ("GPU-b", "healthy", "lost"): 1}
+
+# Every sample of every name with its labels. What calls took is apart, below.
 EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_build_info": [({"version": "1.2.3"}, 1)],
     "vgpu_nvml_up": [({}, 1)],
+    "vgpu_nvml_released": [({}, 0)],
     "vgpu_gpu_info": [
         (
             gpu("GPU-a", 0, model="NVIDIA L4", driver_version="580.65.06", numa_node="0"),
@@ -107,8 +113,10 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
         ({"gpu_uuid": "GPU-x", "gpu_index": "", "xid": "31"}, 1),
     ],
     "vgpu_health_transitions_total": [
-        (gpu("GPU-b", 1, to="unhealthy", reason="lost"), 2),
-        (gpu("GPU-b", 1, to="healthy", reason="lost"), 1),
+        (gpu(uuid, index, to=to, reason=reason), TRANSITIONS.get((uuid, to, reason), 0))
+        for uuid, index in (("GPU-a", 0), ("GPU-b", 1))
+        for to in ("healthy", "unhealthy")
+        for reason in REASONS
     ],
     "vgpu_registrations_total": [
         ({"result": "registered"}, 2),
@@ -146,7 +154,7 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
         (holding("GPU-b", 1, 0, SHRUNK), 1),
     ],
     "vgpu_allocation_memory_share_bytes": SHARES,
-    "vgpu_allocation_memory_limit_bytes_per_process": SHARES,
+    "vgpu_allocation_process_memory_limit_bytes": SHARES,
     "vgpu_orphaned_allocations": [({"resource": RESOURCE}, 2)],
     "vgpu_largest_free_share": [({"resource": RESOURCE}, 1)],
     "vgpu_container_memory_used_bytes": [(held("GPU-a", 0, RESNET), 9 * GIB)],
@@ -160,8 +168,8 @@ def metrics() -> Metrics:
     return Metrics("1.2.3", RESOURCE, RULES)
 
 
-def text(metrics: Metrics, snapshot: Snapshot = SNAPSHOT, accept: str = "") -> str:
-    return metrics.render(snapshot, accept)[0].decode()
+def text(metrics: Metrics, snapshot: Snapshot = SNAPSHOT, *, in_openmetrics: bool = False) -> str:
+    return metrics.render(snapshot, in_openmetrics=in_openmetrics)[0].decode()
 
 
 def samples(metrics: Metrics, snapshot: Snapshot, name: str) -> list[tuple[dict[str, str], float]]:
@@ -178,15 +186,27 @@ def test_a_snapshot_is_exposed_in_exactly_these_families_and_samples(metrics):
     for family in parse_text(text(metrics)):
         assert family.documentation.endswith(".")
         for sample in family.samples:
+            if family.type == "histogram":
+                continue
             assert family.type == ("counter" if sample.name.endswith("_total") else "gauge")
             found.setdefault(sample.name, []).append((sample.labels, sample.value))
     assert found == EXPECTED
 
 
+def test_the_unit_is_last_in_a_name(metrics):
+    """But for what says that it is a counter, or a part of a histogram."""
+    names = [family.name for family in parse_text(text(metrics))]
+    units = ("bytes", "seconds")
+    assert [name for name in names if any(f"_{unit}" in name for unit in units)] == [
+        name for name in names if name.endswith(units)
+    ]
+
+
 def test_no_series_repeats_and_none_is_of_creation_times(metrics):
     metrics.observe_rpc("Allocate", "OK", 0.002)
-    for accept in ("", OPENMETRICS):
-        lines = [line for line in text(metrics, accept=accept).splitlines() if line[0] != "#"]
+    for in_openmetrics in FORMATS:
+        body = text(metrics, in_openmetrics=in_openmetrics)
+        lines = [line for line in body.splitlines() if line[0] != "#"]
         series = [line.rpartition(" ")[0] for line in lines]
         assert len(series) == len(set(series))
         assert "_created" not in "\n".join(lines)
@@ -195,29 +215,75 @@ def test_no_series_repeats_and_none_is_of_creation_times(metrics):
 # Formats
 
 
-@pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/html,*/*;q=0.8", "nonsense"])
-def test_the_text_format_is_the_default(metrics, accept):
-    body, content_type = metrics.render(SNAPSHOT, accept)
-    assert content_type.startswith("text/plain; version=")
-    assert "charset=utf-8" in content_type
-    assert "# EOF" not in body.decode()
+def test_each_format_has_its_content_type_and_both_the_same_families(metrics):
+    metrics.observe_rpc("Allocate", "OK", 0.002)
+    (plain, of_plain), (marked, of_marked) = (
+        metrics.render(SNAPSHOT, in_openmetrics=each) for each in FORMATS
+    )
+    assert of_plain == "text/plain; version=0.0.4; charset=utf-8"
+    assert of_marked == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    assert b"# EOF" not in plain
+    assert marked.endswith(b"# EOF\n")
+    as_text = {family.name for family in parse_text(plain.decode())}
+    assert {family.name for family in parse_openmetrics(marked.decode())} == as_text
+
+
+OPENMETRICS = "application/openmetrics-text"
+PROMETHEUS_2 = (
+    f"{OPENMETRICS}; version=1.0.0,{OPENMETRICS}; version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;"
+    f"encoding=delimited;q=0.6,{OPENMETRICS};version=1.0.0;escaping=allow-utf-8;q=0.5,"
+    f"{OPENMETRICS};version=0.0.1;q=0.4,text/plain;version=1.0.0;escaping=allow-utf-8;"
+    "q=0.3,text/plain;version=0.0.4;q=0.2,/;q=0.1"
+)
 
 
 @pytest.mark.parametrize(
-    "accept",
+    ("accept", "preferred"),
     [
-        OPENMETRICS,
-        # What Prometheus sends.
-        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1",
+        ("", False),
+        ("*/*", False),
+        ("text/html,*/*;q=0.8", False),
+        ("nonsense", False),
+        (";;;,,,==;q", False),
+        ('text/plain; version="0.0.4"', False),
+        ("text/plain;version=" + "9" * 5000, False),
+        (OPENMETRICS, True),
+        (f"{OPENMETRICS}; version=1.0.0", True),
+        (f'{OPENMETRICS}; version="1.0.0"; charset=utf-8', True),
+        (f'{OPENMETRICS} ; q = 0.5 ; version = "1.0.0"', True),
+        (f"{OPENMETRICS.upper()};VERSION=1.0.0", True),
+        (f'{OPENMETRICS};version="0.0.4"', False),
+        (f"{OPENMETRICS};version=0.0.1", False),
+        (f"{OPENMETRICS};version=2.0.0", False),
+        (f"{OPENMETRICS};version=1.x.y", True),  # whatever it is: 1.0.0 is what is answered
+        (f"{OPENMETRICS};version=a.b", False),
+        (f"{OPENMETRICS};version=", True),
+        (f"{OPENMETRICS};q=0", False),
+        (f"{OPENMETRICS};q=0.0,text/plain", False),
+        (f"{OPENMETRICS};q=often", False),
+        (f"{OPENMETRICS};q=nan", False),
+        (f"{OPENMETRICS};q=-1", False),
+        (f"{OPENMETRICS};q=inf", False),
+        (f"{OPENMETRICS};q=0.5,text/plain;q=0.9", False),
+        (f"{OPENMETRICS};q=0.9,text/plain;q=0.5", True),
+        (f"{OPENMETRICS};version=0.0.1;q=1,{OPENMETRICS};version=1.0.0;q=0.3", True),
+        # What releases of Prometheus send.
+        (PROMETHEUS_2, True),
+        (PROMETHEUS_3, True),
     ],
 )
-def test_openmetrics_is_served_to_whoever_accepts_it(metrics, accept):
-    metrics.observe_rpc("Allocate", "OK", 0.002)
-    body, content_type = metrics.render(SNAPSHOT, accept)
-    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
-    assert body.decode().endswith("# EOF\n")
-    as_text = {family.name for family in parse_text(text(metrics))}
-    assert {family.name for family in parse_openmetrics(body.decode())} == as_text
+def test_openmetrics_is_for_whoever_asks_for_it_by_name_and_for_text_no_more(accept, preferred):
+    assert prefers_openmetrics(accept) is preferred
+
+
+@given(st.text(st.characters(max_codepoint=255)))
+def test_no_accept_header_is_an_error(accept):
+    for each in (accept, f"{OPENMETRICS};{accept}", f'{OPENMETRICS};version="{accept}'):
+        assert prefers_openmetrics(each) in FORMATS
 
 
 @pytest.mark.slow
@@ -226,7 +292,7 @@ def test_promtool_finds_nothing_to_criticise(metrics):
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: package prometheus)")
     metrics.observe_rpc("Allocate", "OK", 0.002)
-    body, _ = metrics.render(SNAPSHOT, "")
+    body, _ = metrics.render(SNAPSHOT)
     done = subprocess.run(
         [promtool, "check", "metrics"], input=body, capture_output=True, timeout=30, check=False
     )
@@ -244,6 +310,12 @@ def test_before_the_driver_answers_there_is_no_gpu_and_everything_is_down(metric
     found = samples(metrics, Snapshot(), "vgpu_registrations_total")
     assert found == [({"result": result}, 0) for result in results]
     assert 'gpu_uuid="' not in text(metrics, Snapshot())
+
+
+def test_a_release_is_no_driver_that_is_down(metrics):
+    released = replace(SNAPSHOT, driver=Driver("580", "released for a reset", 1_700_000_000.0))
+    assert samples(metrics, released, "vgpu_nvml_up") == [({}, 0)]
+    assert samples(metrics, released, "vgpu_nvml_released") == [({}, 1)]
 
 
 def test_a_gpu_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
@@ -271,27 +343,45 @@ def test_a_gpu_that_is_no_longer_listed_has_no_series_of_its_own(metrics):
 def test_an_odd_model_name_survives_both_formats(metrics, model):
     odd = Gpu("GPU-a", 0, model, GIB, "00000000:01:00.0")
     snapshot = Snapshot(inventory=Inventory((SharedGpu(odd, 1),)), driver=Driver("1", None))
-    for accept, parse in (("", parse_text), (OPENMETRICS, parse_openmetrics)):
-        families = {family.name: family for family in parse(text(metrics, snapshot, accept))}
+    for in_openmetrics, parse in zip(FORMATS, (parse_text, parse_openmetrics), strict=True):
+        body = text(metrics, snapshot, in_openmetrics=in_openmetrics)
+        families = {family.name: family for family in parse(body)}
         (sample,) = families["vgpu_gpu_info"].samples
         assert sample.labels["model"] == model
 
 
 # Calls of the kubelet
 
+NO_CALLS = {(method, code): 0.0 for method, codes in CALLS.items() for code in codes}
+
+
+def test_how_calls_usually_end_is_counted_from_0_on(metrics):
+    """`increase` sees no step from nothing: the first refusal would be none."""
+    counts = {(of["method"], of["code"]): count for of, count in _rpc(metrics, "count")}
+    assert counts == NO_CALLS
+    assert counts.keys() >= {("Allocate", "INVALID_ARGUMENT"), ("Allocate", "FAILED_PRECONDITION")}
+
 
 def test_calls_are_timed_by_method_and_code(metrics):
     metrics.observe_rpc("Allocate", "OK", 0.0004)
     metrics.observe_rpc("Allocate", "OK", 0.004)
     metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 20.0)
-    counts = samples(metrics, SNAPSHOT, "vgpu_rpc_duration_seconds_count")
-    assert sorted((each["method"], each["code"], count) for each, count in counts) == [
-        ("Allocate", "INVALID_ARGUMENT", 1),
-        ("Allocate", "OK", 2),
-    ]
-    sums = {each["code"]: value for each, value in _rpc(metrics, "sum")}
+    metrics.observe_rpc("PreStartContainer", "CANCELLED", 20.0)
+    counts = {(of["method"], of["code"]): count for of, count in _rpc(metrics, "count")}
+    assert counts == {
+        **NO_CALLS,
+        ("Allocate", "OK"): 2,
+        ("Allocate", "INVALID_ARGUMENT"): 1,
+        ("PreStartContainer", "CANCELLED"): 1,
+    }
+    allocate = [(of, value) for of, value in _rpc(metrics, "sum") if of["method"] == "Allocate"]
+    sums = {of["code"]: value for of, value in allocate if value}
     assert sums == {"OK": pytest.approx(0.0044), "INVALID_ARGUMENT": 20.0}
-    buckets = {(each["code"], each["le"]): value for each, value in _rpc(metrics, "bucket")}
+    buckets = {
+        (of["code"], of["le"]): value
+        for of, value in _rpc(metrics, "bucket")
+        if of["method"] == "Allocate"
+    }
     assert buckets["OK", "0.0005"] == 1
     assert buckets["OK", "0.0025"] == 1
     assert buckets["OK", "0.005"] == 2
@@ -308,7 +398,7 @@ def test_timings_stay_over_scrapes_and_belong_to_one_agent(metrics):
     other = Metrics("1.2.3", RESOURCE, RULES)
     metrics.observe_rpc("Allocate", "OK", 0.1)
     assert text(metrics) == text(metrics)
-    assert _rpc(other, "count") == []
+    assert {count for _, count in _rpc(other, "count")} == {0}
 
 
 def test_calls_are_timed_while_metrics_are_rendered(metrics):
@@ -367,7 +457,7 @@ def test_a_limit_is_shown_only_where_there_is_one(sharing, applied):
     if applied is not None:
         mps = replace(SNAPSHOT.mps, look=replace(SNAPSHOT.mps.look, limits=applied))
     snapshot = replace(SNAPSHOT, mps=mps)
-    assert samples(metrics, snapshot, "vgpu_allocation_memory_limit_bytes_per_process") == []
+    assert samples(metrics, snapshot, "vgpu_allocation_process_memory_limit_bytes") == []
     assert len(samples(metrics, snapshot, "vgpu_allocation_memory_share_bytes")) == len(SHARES)
 
 
@@ -395,14 +485,16 @@ def test_a_share_is_what_the_container_was_given(metrics):
 
 
 def test_768_vgpus_are_rendered_without_a_series_for_each(metrics):
-    gpus = tuple(
-        SharedGpu(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", GIB, f"00000000:{n:02x}:00.0"), 48)
-        for n in range(16)
-    )
-    snapshot = Snapshot(inventory=Inventory(gpus), driver=Driver("1", None))
+    def node_of(replicas: int) -> Snapshot:
+        gpus = tuple(
+            SharedGpu(Gpu(f"GPU-{n:036d}", n, "NVIDIA L4", GIB, f"00000000:{n:02x}:00.0"), replicas)
+            for n in range(16)
+        )
+        return Snapshot(inventory=Inventory(gpus), driver=Driver("1", None))
+
     start = time.perf_counter()
-    body = text(metrics, snapshot)
+    body = text(metrics, node_of(48))
     assert time.perf_counter() - start < 1
-    advertised = samples(metrics, snapshot, "vgpu_devices")
+    advertised = samples(metrics, node_of(48), "vgpu_devices")
     assert sum(value for labels, value in advertised if labels["health"] == "healthy") == 768
-    assert len(body.splitlines()) < 768
+    assert len(body.splitlines()) == len(text(metrics, node_of(1)).splitlines())

@@ -206,8 +206,14 @@ async def test_metrics_are_those_of_the_newest_snapshot(own_site):
         (b'Accept: application/openmetrics-text; q=0.5; version="1.0.0"', True),
         (b"Accept: application/openmetrics-text; version=a.b", False),
         (b"Accept: text/plain; version=" + b"9" * 5000, False),
+        (b"Accept:", False),
+        (b"X-No-Accept: at all", False),
+        (b'Accept: application/openmetrics-text; version="0.0.4"', False),
+        (b'Accept: ;;,=,"application/openmetrics-text";q=;version=";', False),
+        (b"Accept: application/openmetrics-text;q=0.2, text/plain;q=0.7, */*;q=0.1", False),
+        (b"Accept: application/openmetrics-text;q=0", False),
     ],
-    ids=range(9),
+    ids=range(15),
 )
 async def test_metrics_are_served_in_the_format_that_is_accepted(site, accept, openmetrics):
     answer = await site.raw(
@@ -559,7 +565,7 @@ async def test_the_port_is_free_again_after_the_end():
 class Huge(Metrics):
     """Metrics that do not fit into the buffers of a connection."""
 
-    def render(self, *_: object) -> tuple[bytes, str]:
+    def render(self, *_: object, **__: object) -> tuple[bytes, str]:
         return b"x" * 50_000_000, "text/plain"
 
 
@@ -613,11 +619,11 @@ class Slow(Metrics):
         self.go_on = threading.Event()
         self.renders = 0
 
-    def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+    def render(self, snapshot: Snapshot, *, in_openmetrics: bool = False) -> tuple[bytes, str]:
         self.renders += 1
         self.asked.set()
         self.go_on.wait(5)
-        return super().render(snapshot, accept)
+        return super().render(snapshot, in_openmetrics=in_openmetrics)
 
 
 async def test_a_request_under_way_is_answered_before_the_end():
@@ -774,7 +780,7 @@ async def test_who_asks_and_goes_leaves_nothing_behind(own_site, monkeypatch):
 @pytest.mark.slow
 async def test_rendering_takes_a_share_of_the_time_at_most():
     class Heavy(Metrics):
-        def render(self, *_: object) -> tuple[bytes, str]:
+        def render(self, *_: object, **__: object) -> tuple[bytes, str]:
             time.sleep(0.05)
             return b"", "text/plain"
 
@@ -811,7 +817,7 @@ async def test_the_scrapes_of_many_gpus_do_not_hold_up_the_loop(own_site):
 
 async def test_a_page_that_fails_is_a_500_and_the_next_one_is_answered(caplog):
     class Broken(Metrics):
-        def render(self, *_: object) -> tuple[bytes, str]:
+        def render(self, *_: object, **__: object) -> tuple[bytes, str]:
             raise LookupError("broken")
 
     with caplog.at_level(logging.ERROR):

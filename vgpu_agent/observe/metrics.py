@@ -1,304 +1,53 @@
-"""The metrics of the agent: families made from one snapshot of the node, and the duration of calls.
+"""What /metrics answers: the families of a snapshot and the duration of calls, in either format."""
 
-Names, units and types follow the Prometheus conventions; docs/metrics.md is made from `PARTS`.
-Families are made at each scrape, so no series outlives the GPU that it speaks of.
-"""
-
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from vgpu_agent.model.devices import Gpu, Reason, device_id
-from vgpu_agent.model.holders import Holder, Used
-from vgpu_agent.model.share import max_vgpus
-from vgpu_agent.model.snapshot import RegistrationResult, Rules, Snapshot
-from vgpu_agent.observe.mps import METRICS as MPS_METRICS
-from vgpu_agent.observe.mps import mps_report
+from vgpu_agent.model.snapshot import Rules, Snapshot
+from vgpu_agent.observe.families import PARTS, Source
 
-Labels = tuple[str, ...]
-Samples = Iterable[tuple[Labels, float]]
+OPENMETRICS = "application/openmetrics-text"
+TEXT = "text/plain"
 
-_G = ("gpu_uuid", "gpu_index")
-_C = ("namespace", "pod", "container")
-
-
-def _family(name: str, text: str, labels: Labels, samples: Samples) -> Metric:
-    """A metric; its name says of which kind."""
-    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-    family = kind(name.removesuffix("_total"), text, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, float(value))
-    return family
+CALLS = {
+    "GetDevicePluginOptions": ("OK",),
+    "Allocate": ("OK", "INVALID_ARGUMENT", "FAILED_PRECONDITION"),
+    "GetPreferredAllocation": ("OK",),
+    "PreStartContainer": ("OK", "FAILED_PRECONDITION"),
+}
+"""How calls of the kubelet usually end: counted from 0 on, so that the first is an increase."""
 
 
-def _one(name: str, text: str, value: float) -> Metric:
-    return _family(name, text, (), [((), value)])
+def prefers_openmetrics(accept: str) -> bool:
+    """Whether an Accept header names OpenMetrics 1, and plain text with no more weight.
+
+    What is not understood of it counts for nothing. The text format is for everybody else.
+    """
+    weights = {OPENMETRICS: 0.0, TEXT: 0.0}
+    for each in accept.split(","):
+        kind, *rest = (part.strip() for part in each.lower().split(";"))
+        options = {
+            name.strip(): value.strip(' \t"') for name, _, value in (p.partition("=") for p in rest)
+        }
+        version = options.get("version", "")
+        if kind in weights and (kind != OPENMETRICS or not version or version.split(".")[0] == "1"):
+            weights[kind] = max(weights[kind], _weight(options.get("q", "1")))
+    return weights[OPENMETRICS] > 0 and weights[OPENMETRICS] >= weights[TEXT]
 
 
-def _g(gpu: Gpu) -> Labels:
-    return gpu.uuid, str(gpu.index)
-
-
-def _c(holder: Holder) -> Labels:
-    return holder.namespace, holder.pod, holder.container
-
-
-def _node(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
-    yield _family("vgpu_build_info", "Version of the agent.", ("version",), [((of.version,), 1)])
-    yield _one("vgpu_nvml_up", "Whether the GPU driver answers.", s.driver.up)
-    yield _family(
-        "vgpu_registrations_total",
-        "Attempts to register with the kubelet, by result.",
-        ("result",),
-        (((result.value,), s.registrations.get(result, 0)) for result in RegistrationResult),
-    )
-    yield _one(
-        "vgpu_list_and_watch_updates_total", "Device lists sent to the kubelet.", s.lists_sent
-    )
-    yield _one(
-        "vgpu_kubelet_connected",
-        "Whether the kubelet is registered with and follows the device list.",
-        s.kubelet.connected,
-    )
-    yield _one(
-        "vgpu_podresources_up",
-        "Whether the kubelet said who holds which vGPU when it was last asked.",
-        s.holders.up,
-    )
-
-
-def _gpus(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
-    gpus, version = s.inventory.gpus, s.driver.version or ""
-
-    def index(uuid: str | None) -> str:
-        shared = s.inventory.find(uuid or "")
-        return "" if shared is None else str(shared.gpu.index)
-
-    def memory() -> Samples:
-        for gpu in (shared.gpu for shared in gpus):
-            if gpu.memory_bytes is not None:
-                yield (*_g(gpu), "total"), gpu.memory_bytes
-                yield (*_g(gpu), "reserved"), gpu.reserved_bytes
-            if (used := s.memory_used.get(gpu.uuid)) is not None:
-                yield (*_g(gpu), "used"), used
-
-    described = len(s.gpus.keys() & s.present)
-    for name, what, count in (
-        ("vgpu_gpus_counted", "How many GPUs the driver counts.", described + len(s.undescribed)),
-        ("vgpu_gpus_described", "How many GPUs of those say what they are.", described),
-    ):
-        yield _one(name, what, count)
-    yield _family(
-        "vgpu_gpu_info",
-        "What a GPU is.",
-        (*_G, "model", "driver_version", "numa_node"),
-        (
-            ((*_g(gpu), gpu.model, version, "" if gpu.numa_node is None else str(gpu.numa_node)), 1)
-            for gpu in (shared.gpu for shared in gpus)
-        ),
-    )
-    yield _family(
-        "vgpu_gpu_healthy",
-        "Whether the vGPUs of a GPU may be given to pods.",
-        _G,
-        ((_g(shared.gpu), shared.healthy) for shared in gpus),
-    )
-    yield _family(
-        "vgpu_gpu_unhealthy_reason",
-        "1 for each reason for which a GPU is unhealthy now, 0 for the others.",
-        (*_G, "reason"),
-        (
-            ((*_g(shared.gpu), reason.value), reason in {fault.reason for fault in shared.faults})
-            for shared in gpus
-            for reason in Reason
-        ),
-    )
-    yield _family(
-        "vgpu_gpu_unread",
-        "1 for what NVML does not say of a GPU now, though it should; `events` are its XIDs.",
-        (*_G, "what"),
-        (
-            ((*_g(shared.gpu), what.replace(" ", "-")), 1)
-            for shared in gpus
-            for what in s.missing.get(shared.gpu.uuid, ())
-        ),
-    )
-    yield _family(
-        "vgpu_gpu_recovery_wait_seconds",
-        "For how long the probes of a GPU must pass before it is healthy; grows with relapses.",
-        _G,
-        ((_g(shared.gpu), shared.recovery_wait) for shared in gpus),
-    )
-    yield _family(
-        "vgpu_gpu_memory_bytes",
-        "Memory of a GPU: all of it, what the driver reserves of it, and what is in use.",
-        (*_G, "kind"),
-        memory(),
-    )
-    yield _family(
-        "vgpu_gpu_excluded",
-        "GPUs of the node that are not shared.",
-        (*_G, "reason"),
-        (((*_g(each.gpu), each.reason), 1) for each in s.excluded),
-    )
-    yield _family(
-        "vgpu_devices",
-        "Advertised vGPUs, by GPU and health.",
-        ("resource", *_G, "health"),
-        (
-            ((of.resource, *_g(shared.gpu), words), shared.replicas * (shared.healthy is healthy))
-            for shared in gpus
-            for words, healthy in (("healthy", True), ("unhealthy", False))
-        ),
-    )
-    yield _family(
-        "vgpu_xid_errors_total",
-        "XIDs that the driver reported. gpu_uuid is empty where it could not name the GPU.",
-        (*_G, "xid"),
-        (((uuid or "", index(uuid), str(xid)), count) for (uuid, xid), count in s.xids.items()),
-    )
-    yield _family(
-        "vgpu_health_transitions_total",
-        "GPUs that became healthy or unhealthy, and the reason that did it or ended.",
-        (*_G, "to", "reason"),
-        (
-            ((uuid, index(uuid), to, reason.value), count)
-            for (uuid, to, reason), count in s.transitions.items()
-        ),
-    )
-
-
-def _holders(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
-    if s.assignments is None:
-        return
-    held = [(part, n) for part in s.parts for n in part.numbers]
-    numbers = {(part.shared.gpu.uuid, n) for part, n in held}
-    shares = [
-        ((*_g(part.shared.gpu), *_c(part.holder)), memory)
-        for part in s.parts
-        if part.whole and (memory := part.shared.share_bytes(len(part.numbers))) is not None
-    ]
-    yield _family(
-        "vgpu_device_allocated",
-        "Whether a container holds the vGPU.",
-        ("resource", *_G, "device_id"),
-        (
-            ((of.resource, *_g(gpu), device_id(gpu.uuid, n)), (gpu.uuid, n) in numbers)
-            for gpu, replicas in ((shared.gpu, shared.replicas) for shared in s.inventory.gpus)
-            for n in range(replicas)
-        ),
-    )
-    yield _family(
-        "vgpu_allocation_info",
-        "Which container holds the vGPU.",
-        ("resource", *_G, "device_id", *_C),
-        (
-            ((of.resource, *_g(gpu), device_id(gpu.uuid, n), *_c(holder)), 1)
-            for gpu, n, holder in ((part.shared.gpu, n, part.holder) for part, n in held)
-        ),
-    )
-    yield _family(
-        "vgpu_allocation_memory_share_bytes",
-        "Memory of the GPU that the vGPUs of the container are worth together.",
-        (*_G, *_C),
-        shares,
-    )
-    limited = s.mps and of.rules.sharing.with_applied_limits(s.mps.look.limits).limits_memory
-    yield _family(
-        "vgpu_allocation_memory_limit_bytes_per_process",
-        "Memory of the GPU that MPS lets each process of the container have, where it limits it.",
-        (*_G, *_C),
-        shares if limited else (),
-    )
-    yield _family(
-        "vgpu_orphaned_allocations",
-        "How many vGPUs containers hold though the node no longer has them.",
-        ("resource",),
-        [((of.resource,), len(s.orphans))],
-    )
-    yield _family(
-        "vgpu_largest_free_share",
-        "How many vGPUs the largest request may ask for that still fits on one GPU.",
-        ("resource",),
-        [((of.resource,), s.largest_free)],
-    )
-
-
-def _usage(of: "Metrics", s: Snapshot) -> Iterator[Metric]:  # noqa: ARG001
-    usage, find = s.usage, s.inventory.find
-    if usage is None:
-        return
-
-    def used(value: Callable[[Used], int | None]) -> Samples:
-        for (uuid, holder), used in usage.containers.items():
-            shared, count = find(uuid), value(used)
-            if shared is not None and count is not None:
-                yield (*_g(shared.gpu), *_c(holder)), count
-
-    yield _family(
-        "vgpu_container_memory_used_bytes",
-        "Memory of the GPU that the processes of the container have together.",
-        (*_G, *_C),
-        used(lambda each: each.memory_bytes),
-    )
-    yield _family(
-        "vgpu_container_processes",
-        "Processes of the container with a context on the GPU.",
-        (*_G, *_C),
-        used(lambda each: each.processes),
-    )
-    yield _family(
-        "vgpu_unattributed_processes",
-        "Processes on the GPU that belong to no container that is known.",
-        _G,
-        (
-            (_g(shared.gpu), usage.unattributed[shared.gpu.uuid])
-            for shared in s.inventory.gpus
-            if shared.gpu.uuid in usage.unattributed
-        ),
-    )
-
-
-def _mps(of: "Metrics", s: Snapshot) -> Iterator[Metric]:
-    if s.mps is None:
-        return
-    report = mps_report(s.mps, s, of.rules.sharing)
-    daemons = [(_g(gpu.gpu), report.daemons[gpu.gpu.uuid]) for gpu in s.inventory.gpus]
-    for name, what, value in MPS_METRICS:
-        yield _family(name, what, _G, ((labels, value(each)) for labels, each in daemons))
-    yield _one(
-        "vgpu_mps_replacement_needed",
-        "Whether MPS daemons serve other settings than the agent's, until they are restarted.",
-        report.replacement is not None,
-    )
-    yield _one(
-        "vgpu_mps_watch_up",
-        "Whether `mps watch` is heard of; if not, the daemons are shown as it saw them last.",
-        report.unwatched is None,
-    )
-    yield _one(
-        "vgpu_mps_split_containers",
-        "Containers that cannot start: they were given vGPUs of several MPS daemons.",
-        report.split_containers,
-    )
-    yield _one(
-        "vgpu_mps_max_clients",
-        "Most MPS client contexts of a GPU.",
-        min((max_vgpus(gpu.gpu, of.rules.sharing) for gpu in s.inventory.gpus), default=0),
-    )
-
-
-PARTS: tuple[tuple[Callable[["Metrics", Snapshot], Iterator[Metric]], str], ...] = (
-    (_node, ""),
-    (_gpus, ""),
-    (_holders, "while it is known who holds what"),
-    (_usage, "with `VGPU_PROCESS_METRICS=on`"),
-    (_mps, "under MPS"),
-)
-"""What makes the metrics, and when they are there: of what is unknown there is no series."""
+def _weight(text: str) -> float:
+    """A quality of an Accept header (RFC 9110, 12.4.2); what is none counts as 0."""
+    try:
+        weight = float(text)
+    except ValueError:
+        return 0.0
+    return weight if 0 <= weight <= 1 else 0.0
 
 
 class Metrics:
@@ -307,9 +56,7 @@ class Metrics:
     _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
     def __init__(self, version: str, resource: str, rules: Rules) -> None:
-        self.version = version
-        self.resource = resource
-        self.rules = rules
+        self.source = Source(version, resource, rules)
         self.timings = CollectorRegistry()
         # Nobody asked for these series, and they double the others.
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -320,18 +67,24 @@ class Metrics:
             buckets=self._BUCKETS,
             registry=self.timings,
         )
+        for method, codes in CALLS.items():
+            for code in codes:
+                self._rpc.labels(method, code)
 
     def observe_rpc(self, method: str, code: str, seconds: float) -> None:
         """A call of `method` ended with a gRPC status code after so many seconds."""
         self._rpc.labels(method, code).observe(seconds)
 
-    def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
-        """The metrics as text and its content type, in the format that `accept` asks for.
+    def render(self, snapshot: Snapshot, *, in_openmetrics: bool = False) -> tuple[bytes, str]:
+        """The metrics as text and its content type: Prometheus's own, or OpenMetrics 1.
 
         Takes 1 ms and more for every 10 vGPUs: call it in a worker thread.
         """
-        encode, content_type = choose_encoder(accept)
-        return encode(_Families(self, snapshot)), content_type
+        families = _Families(self, snapshot)
+        if in_openmetrics:
+            body: bytes = openmetrics.generate_latest(families)  # type: ignore[no-untyped-call]
+            return body, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(families), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _Families(Collector):
@@ -341,6 +94,6 @@ class _Families(Collector):
         self._metrics, self._snapshot = metrics, snapshot
 
     def collect(self) -> Iterator[Metric]:
-        for part, _ in PARTS:
-            yield from part(self._metrics, self._snapshot)
-        yield from self._metrics.timings.collect()
+        metrics = self._metrics
+        parts = (part(metrics.source, self._snapshot) for part, _ in PARTS)
+        yield from chain(*parts, metrics.timings.collect())

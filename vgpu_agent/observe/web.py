@@ -28,7 +28,7 @@ from vgpu_agent.errors import is_shortage
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.observe.logs import Repeats
-from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
 
 log = logging.getLogger(__name__)
@@ -78,15 +78,6 @@ def _hashes(html: bytes, tag: bytes) -> str:
     digests = (base64.b64encode(hashlib.sha256(each).digest()).decode() for each in inline)
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
-
-OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-
-_OPENMETRICS = re.compile(
-    r"application/openmetrics-text\s*(;(?!\s*version\s*=)[^,;]*)*"
-    r"(;\s*version\s*=\s*\"?1\.[^,]*)?(,|$)",
-    re.IGNORECASE,
-)
-"""Accepts OpenMetrics 1, or any."""
 
 FOREIGN_HOST = (
     b"not served under this name: ask for an IP address or localhost, or add the name to"
@@ -237,11 +228,10 @@ class Web:
         return await page(scope)
 
     async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
-        # Only what the encoder understands: it raises for many a version.
-        accept = OPENMETRICS if _OPENMETRICS.search(_header(scope, b"accept")) else ""
+        preferred = prefers_openmetrics(_header(scope, b"accept"))
         return await self._render(
-            f"metrics {accept}",
-            lambda snapshot: Answer(200, *self._metrics.render(snapshot, accept)),
+            "metrics, OpenMetrics" if preferred else "metrics",
+            lambda snapshot: Answer(200, *self._metrics.render(snapshot, in_openmetrics=preferred)),
         )
 
     async def _status_json(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002

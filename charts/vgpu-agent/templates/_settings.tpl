@@ -32,6 +32,7 @@ and the values that are used where there is none. */}}
     "lostCardSeconds": 3600
   },
   "stateDirectory": "/run/vgpu-agent",
+  "cordonDirectory": "/var/lib/vgpu-agent/cordoned",
   "statusHosts": [],
   "statusPage": true,
   "podResourcesInterval": 10,
