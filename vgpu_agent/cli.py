@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ import anyio
 from vgpu_agent import __version__, control, signals
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address, parse_address
-from vgpu_agent.agent import Agent, make_daemons, make_driver, make_watch
+from vgpu_agent.agent import Agent, make_daemons, make_driver, make_place, make_watch
 from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
 from vgpu_agent.observe import logs
 from vgpu_agent.observe.logs import LogFormat, LogLevel, Repeats
@@ -52,6 +53,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=_seconds,
         metavar="SECONDS",
         help="show it again every 2 seconds, or at that interval, until Ctrl-C",
+    )
+    status.add_argument(
+        "--wide",
+        action="store_true",
+        help="with UUID, PCI address and NUMA node of each GPU, and nothing cut",
     )
     status.add_argument(
         "--address",
@@ -200,9 +206,9 @@ def status(options: argparse.Namespace) -> None:
         directory = configuration.read(os.environ, "state_directory").state_directory
         look = partial(ask.by_socket, directory)
     if options.watch is None:
-        show(look, sys.stdout, as_json=options.json)
+        show(look, sys.stdout, as_json=options.json, wide=options.wide)
     else:
-        watch(look, sys.stdout, options.watch)
+        watch(look, sys.stdout, options.watch, wide=options.wide)
 
 
 async def _until_ended(
@@ -276,6 +282,11 @@ def execute(arguments: Sequence[str]) -> int:
         else:
             release(settings, options.seconds)
         return 0
+    if options.command == "run":
+        place = make_place(settings)
+        names = asdict(place) if place.in_pod else {"node": place.node}
+        fields = {"version": __version__, **names}
+        log.info("vgpu-agent starts", extra={"fields": fields})
     for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)
     if options.command == "mps":

@@ -199,7 +199,7 @@ def test_without_health_checks_a_gpu_that_is_gone_is_no_fault():
 def test_a_release_says_until_when_and_keeps_what_is_known(node):
     node.xid((ONE.uuid, RESET))
     node.driver_released(1060.0)
-    assert node.snapshot.driver == Driver("1", "released for a reset", 1060.0)
+    assert node.snapshot.driver == Driver("1", "released for a reset", 1060.0, since=1000.0)
     assert (node.listed, node.healthy) == (["gpu-0", "gpu-1"], ["gpu-1"])
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TypeVar
 
+from vgpu_agent.model.advice import Place
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.facts import EVENTS, DaemonLook, MpsLook
 from vgpu_agent.model.health import GpuHealth
@@ -45,12 +46,14 @@ class RegistrationResult(StrEnum):
 class Driver:
     """The source of GPUs: its version, or why it cannot be asked.
 
-    `released_until`: NVML is closed for a reset until then, in seconds since the epoch.
+    `released_until`: NVML is closed for a reset until then, in seconds since the epoch; `since`:
+    since then it is up, or not, None where it was never otherwise.
     """
 
     version: str | None = None
     error: str | None = "not asked yet"
     released_until: float | None = None
+    since: float | None = None
 
     @property
     def up(self) -> bool:
@@ -63,13 +66,17 @@ class Kubelet:
     """The session with the kubelet. `streams` counts the ListAndWatch streams open now.
 
     `error` says why the last attempt to register failed, or why the registration ended; `away` that
-    it is for want of a kubelet.
+    it is for want of a kubelet. `rival` names another plugin that seems to serve our resource.
+    `since`: since then, in seconds since the epoch, it is connected, or not; None where it was
+    never otherwise.
     """
 
     registered: bool = False
     streams: int = 0
     error: str | None = None
     away: bool = False
+    rival: str | None = None
+    since: float | None = None
 
     @property
     def connected(self) -> bool:
@@ -183,11 +190,12 @@ class Snapshot(Inputs):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings that the model's decisions depend on, and the name of what is shared."""
+    """The settings that the model's decisions depend on, and the names of what is shared where."""
 
     sharing: SharingRules = SharingRules()
     health: HealthRules = HealthRules()
     resource: str = "k8s.amazonaws.com/vgpu"
+    place: Place = Place()
 
 
 # From inputs to a snapshot
