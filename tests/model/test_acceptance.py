@@ -68,6 +68,12 @@ FOUR = ((), (), (), ())
             ),
             (),
         ),
+        # Under limits of the MPS daemon a container may have one.
+        (
+            node((), (), held=(10, 3), one_each=True),
+            "This node accepts vGPU pods: 7 of 20 free, largest block 1 (GPU 1)",
+            (),
+        ),
         # A GPU that is healthy while all of them cannot be asked is given on.
         (
             node((), (LOST,), driver=Driver(None, "hangs")),

@@ -135,6 +135,7 @@ def test_the_same_request_has_the_same_answer_whatever_the_mps_server_takes(serv
         (a_look(**{"gpu-0": 4}), {"mps_limits": MpsLimits.SERVER}, 4, "instead of server"),
         (a_look(**{"gpu-0": 30}), {"device_memory": 4 * GIB}, 30, "30 vGPUs instead of 3"),
         (None, {}, 4, None),
+        (None, {"mps_limits": MpsLimits.SERVER}, 4, None),
     ],
 )
 def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
@@ -145,6 +146,8 @@ def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
     (shared,) = snapshot.inventory.gpus
     assert shared.replicas == expected
     assert shared.share_bytes(expected) <= shared.usable_bytes
+    limits = rules.get("mps_limits") if look is None else look.limits
+    assert snapshot.one_each is (limits is MpsLimits.SERVER)
     said = snapshot.mps.replacement
     assert said is None if words is None else words in said
 

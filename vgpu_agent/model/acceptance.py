@@ -100,7 +100,7 @@ def acceptance(snapshot: Snapshot, resource: str, now: float) -> Acceptance:
 def _largest(snapshot: Snapshot) -> str:
     largest, of_gpus = snapshot.largest_free, gpu_counts(snapshot)
     for shared in snapshot.inventory.gpus:
-        if of_gpus[shared.gpu.uuid].free == largest:
+        if (of_gpus[shared.gpu.uuid].free or 0) >= largest:
             return f", largest block {largest} (GPU {shared.gpu.index})"
     return ""
 
