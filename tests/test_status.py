@@ -41,8 +41,8 @@ from vgpu_agent.address import Address
 from vgpu_agent.commands import ask, status
 from vgpu_agent.commands.ask import Answer
 from vgpu_agent.commands.paste import command_lines
-from vgpu_agent.commands.status import WIDE, show
-from vgpu_agent.commands.tables import GOOD, page, ranges, size
+from vgpu_agent.commands.status import show
+from vgpu_agent.commands.tables import GOOD, WIDEST, page, ranges, size
 from vgpu_agent.errors import ControlError, NoAgentError, SettingsError
 from vgpu_agent.model.acceptance import Acceptance, Counts
 from vgpu_agent.model.advice import Place, Remedy, for_gpu
@@ -155,11 +155,11 @@ def body(**changes: Any) -> str:
     return to_json(report(**changes)).decode()
 
 
-def shown(what: Report, width: int = WIDE, *, wide: bool = False) -> str:
+def shown(what: Report, width: int = WIDEST, *, wide: bool = False) -> str:
     """The page as it is written where there is no terminal, or on one of that width."""
     what = from_json(to_json(what))
     out = io.StringIO()
-    if width == WIDE:
+    if width == WIDEST:
         show(lambda: Answer("", what), out, wide=wide)
     else:
         console = Console(file=out, width=width, markup=False, emoji=False, highlight=False)

@@ -2,28 +2,22 @@
 
 from collections.abc import Iterable, Iterator
 
-from rich.text import Text
-
 from vgpu_agent.model.advice import Step
 
 
 def command_lines(steps: Iterable[Step], width: int, indent: str) -> Iterator[str]:
     """Lines of at most so many columns, as far as their words are short enough."""
     for step in steps:
-        yield from _folded(f"# {step.words}", width, indent, indent + "# ", "")
-        yield from _folded(step.command, width, indent, indent + "  ", " \\")
+        yield from folded(f"# {step.words}", width, indent, indent + "# ")
+        yield from folded(step.command, width, indent, indent + "  ", " \\")
 
 
-def commands_text(steps: Iterable[Step], width: int, indent: str) -> Text:
-    """The same for a terminal."""
-    return Text("\n".join(command_lines(steps, width, indent)), overflow="fold")
-
-
-def _folded(text: str, width: int, first: str, next_: str, end: str) -> Iterator[str]:
-    line = first
+def folded(text: str, width: int, first: str, next_: str, end: str = "") -> Iterator[str]:
+    """Text in lines that begin so, and end so where it goes on."""
+    line, empty = first, True
     for word in text.split(" "):
-        if line.strip() and len(f"{line}{word} {end}") > width:
+        if not empty and len(f"{line}{word} {end}") > width:
             yield line.rstrip() + end
             line = next_
-        line += f"{word} "
+        line, empty = f"{line}{word} ", False
     yield line.rstrip()

@@ -13,11 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from vgpu_agent.commands.ask import Ask
-from vgpu_agent.commands.tables import ODD, page
+from vgpu_agent.commands.tables import ODD, WIDEST, page
 from vgpu_agent.errors import NoAgentError
-
-WIDE = 100_000
-"""Columns of what is no terminal: programs find the row of a container on its line."""
 
 
 def show(ask: Ask, out: TextIO, *, as_json: bool = False, wide: bool = False) -> None:
@@ -91,5 +88,6 @@ def _pages(ask: Ask, now: Callable[[], datetime], *, wide: bool) -> Iterator[Ren
 def _console(out: TextIO) -> Console:
     if isinstance(out, io.TextIOWrapper):
         out.reconfigure(errors="backslashreplace")
-    width = None if out.isatty() else WIDE
+    # Where there is no terminal a container is one line, which programs find.
+    width = None if out.isatty() else WIDEST
     return Console(file=out, width=width, markup=False, emoji=False, highlight=False)

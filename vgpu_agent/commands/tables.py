@@ -8,7 +8,7 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from vgpu_agent.commands.paste import commands_text
+from vgpu_agent.commands.paste import command_lines, folded
 from vgpu_agent.model.acceptance import Refusal
 from vgpu_agent.model.advice import Step
 from vgpu_agent.model.rules import GIB, MIB
@@ -20,6 +20,9 @@ COLOURS = {Verdict.OK: "", Verdict.WARN: ODD, Verdict.FAIL: BAD}
 
 TABLE_WIDTH = 80
 """Columns of a terminal from which on a table that does not fit is folded within its cells."""
+
+WIDEST = 100_000
+"""Columns of what is not folded."""
 
 CELL = 16
 """Columns of a model and of the reasons of a GPU, so that its row fits into TABLE_WIDTH."""
@@ -33,7 +36,7 @@ def page(report: Report, *, wide: bool = False) -> RenderableType:
     """
     parts: list[RenderableType] = [_verdict(report), Text(), _pairs(_facts(report)), Text()]
     parts += _gpus(report, wide=wide)
-    if todo := list(_todo(report)):
+    if todo := list(_todo(report, wide=wide)):
         parts += [Text(), *todo]
     node = Constrain(Group(*parts), None if wide else TABLE_WIDTH)
     return Group(node, Text(), *_holders(report))
@@ -185,7 +188,7 @@ def _row(gpu: GpuReport, *, wide: bool) -> list[Text]:
 # What to do
 
 
-def _todo(report: Report) -> Iterator[Text]:
+def _todo(report: Report, *, wide: bool) -> Iterator[Text]:
     """What is wrong with GPUs, or worth knowing, and each advice once, with its commands."""
     shown = {gpu.uuid for gpu in report.gpus}
     groups: dict[tuple[str, tuple[Step, ...]], list[Check]] = {}
@@ -197,10 +200,11 @@ def _todo(report: Report) -> Iterator[Text]:
             # What is wrong with the node stands above.
             colon = ":" if check.gpu is None else f": {check.detail}"
             yield _line((check.name, COLOURS[check.verdict]), colon)
-        if advice:
-            yield _line("  -> ", advice)
-        if steps:
-            yield commands_text(steps, TABLE_WIDTH, "     ")
+        width = WIDEST if wide else TABLE_WIDTH
+        lines = [*folded(advice, width, "  -> ", "     ")] if advice else []
+        lines += command_lines(steps, TABLE_WIDTH, "     ")
+        if lines:
+            yield _line("\n".join(lines))
 
 
 # Who holds what

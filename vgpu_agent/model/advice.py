@@ -41,12 +41,17 @@ class Place:
         return f"kubectl -n {self.namespace} logs {self.pod} -c agent --tail=50"
 
     @property
+    def mps_pods(self) -> str:
+        """Finds the node's MPS pod."""
+        return (
+            f"kubectl -n {self.namespace} get pods -l app.kubernetes.io/component=mps"
+            f" --field-selector spec.nodeName={self.node}"
+        )
+
+    @property
     def mps_pod(self) -> str:
         """The node's MPS pod, as an argument."""
-        return (
-            f"$(kubectl -n {self.namespace} get pods -o name"
-            f" -l app.kubernetes.io/component=mps --field-selector spec.nodeName={self.node})"
-        )
+        return f"$({self.mps_pods} -o name)"
 
     def mps_log(self, container: str) -> str:
         """The log of a container of the node's MPS pod."""
@@ -210,6 +215,7 @@ def _reboot(place: Place) -> list[Step]:
 
 def _mps_logs(place: Place) -> list[Step]:
     return [
+        Step("is it there?", place.mps_pods),
         Step("what the daemons do", place.mps_log("daemon")),
         Step("what they say", place.mps_log("watch")),
     ]
