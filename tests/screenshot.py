@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from tests.model.strategies import a_look
+from vgpu_agent import __version__
 from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.advice import Place
@@ -206,14 +207,16 @@ CASES: dict[str, Callable[[ShownNode], None]] = {
 
 
 @asynccontextmanager
-async def site(node: Node, address: Address = LOOPBACK) -> AsyncIterator[Address]:
+async def site(
+    node: Node, address: Address = LOOPBACK, version: str = "1.2.3"
+) -> AsyncIterator[Address]:
     """Serves that node; where it does."""
     resource = "k8s.amazonaws.com/vgpu"
 
     def report(snapshot: Snapshot) -> bytes:
-        return to_json(make_report(snapshot, node.rules, time.time(), version="1.2.3"))
+        return to_json(make_report(snapshot, node.rules, time.time(), version=version))
 
-    metrics = Metrics("1.2.3", resource, node.rules)
+    metrics = Metrics(version, resource, node.rules)
     web = Web(listener=listen(address), node=node, metrics=metrics, report=report)
     async with anyio.create_task_group() as tasks:
         await tasks.start(web.run)
@@ -225,7 +228,7 @@ async def picture(browser: "Browser", case: str, path: Path, width: int, scheme:
     """Makes a picture of the page in that case, as wide as that, `light` or `dark`."""
     node = ShownNode()
     CASES[case](node)
-    async with site(node) as address:
+    async with site(node, version=__version__) as address:
         page = await browser.new_page(viewport={"width": width, "height": 700}, color_scheme=scheme)
         await page.goto(f"http://{address}/")
         await page.locator("#report").wait_for()
