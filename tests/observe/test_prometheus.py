@@ -123,7 +123,8 @@ def shared() -> Iterator[Scene]:
     """A scene that the tests leave as it is."""
     with scene() as it:
         it.prometheus.wait_query(f'vgpu_allocation_info{{instance="{HERE}"}}')
-        it.prometheus.wait_query(f'vgpu_build_info{{instance="{FULL}"}}')
+        for instance in (FULL, OVERRIDDEN):
+            it.prometheus.wait_query(f'vgpu_build_info{{instance="{instance}"}}')
         yield it
 
 
