@@ -45,6 +45,7 @@ class Agent:
             "VGPU_GPU_DRIVER": "simulated",
             "VGPU_KUBELET_DIR": str(kubelet_dir),
             "VGPU_STATE_DIRECTORY": str(kubelet_dir / "state"),
+            "VGPU_CORDON_DIRECTORY": str(kubelet_dir / "cordoned"),
             "VGPU_METRICS_ADDRESS": "127.0.0.1:0",
         }
         code = f"{changes}\nfrom vgpu_agent.__main__ import main\nmain()"

@@ -11,6 +11,7 @@ def markdown_table() -> str:
         Effect.NOTE: "nothing to end",
         Effect.COUNT: "nothing to end",
         Effect.UNTIL_BACK: "at once when it is back",
+        Effect.UNTIL_UNCORDONED: "by `vgpu-agent uncordon GPU`, not by a restart or a reboot",
         Effect.UNTIL_GOOD: "after `VGPU_RECOVERY_SECONDS` of passed probes",
         Effect.UNTIL_RESET: reset,
         Effect.UNTIL_REBOOT: f"{reset}, such as a reboot is",

@@ -89,7 +89,17 @@ def sockets(kubelet_dir: Path) -> list[str]:
         ("run", {}),
         ("dev", {"seconds": None}),
         ("dev --for 1e1", {"seconds": 10.0}),
-        ("release", {"seconds": 60.0, "reset_done": False}),
+        ("release", {"seconds": None, "reset_done": None}),
+        ("release --for 10m --reset-done 0", {"seconds": 600.0, "reset_done": "0"}),
+        ("release --for 1.5h", {"seconds": 5400.0, "reset_done": None}),
+        ("release --reset-done --for 90s", {"seconds": 90.0, "reset_done": ""}),
+        ("cordon GPU-a", {"gpu": "GPU-a", "reason": ""}),
+        ("cordon 0 --reason fan", {"gpu": "0", "reason": "fan"}),
+        ("uncordon 0", {"gpu": "0"}),
+        ("drain-list 0", {"gpu": "0"}),
+        ("simulate xid 79 --gpu 0", {"fault": "xid", "xid": 79, "gpu": "0"}),
+        ("simulate ecc --gpu 0", {"fault": "ecc", "gpu": "0"}),
+        ("simulate heal", {"fault": "heal", "gpu": None}),
         ("doctor --json", {"json": True}),
         ("status", {"json": False, "watch": None, "address": None}),
         ("status --watch", {"json": False, "watch": 2.0, "address": None}),
@@ -119,6 +129,15 @@ def test_arguments(arguments, options):
         (["dev", "--for", "inf"], "'inf' is not a number of seconds above 0"),
         (["dev", "--for", "nan"], "'nan' is not a number of seconds above 0"),
         (["dev", "--for", "soon"], "'soon' is not a number of seconds above 0"),
+        (["release", "--for", "10d"], "'10d' is not a number of seconds above 0, nor a time such"),
+        (["release", "--for", "m"], "'m' is not a number of seconds"),
+        (["cordon"], "required: GPU"),
+        (["drain-list"], "required: GPU"),
+        (["simulate"], "required: fault"),
+        (["simulate", "burn", "--gpu", "0"], "'burn'"),
+        (["simulate", "xid", "--gpu", "0"], "required: XID"),
+        (["simulate", "xid", "x", "--gpu", "0"], "'x'"),
+        (["simulate", "hang"], "required: --gpu"),
         (["status", "--watch", "0"], "'0' is not a number of seconds above 0"),
         (["status", "--json", "--watch"], "not allowed with"),
         (["status", "--address", "9408"], "'9408' is not host:port or [IPv6]:port"),
@@ -300,6 +319,7 @@ def test_ctrl_c_ends_it_with_0_and_without_its_socket(kubelet_dir):
     with KubeletPeer(kubelet_dir) as peer, running(kubelet_dir) as agent:
         peer.wait_list(1)
         assert len(sockets(kubelet_dir)) == 1
+        agent.wait_line("registered with the kubelet")
         code, took = agent.end(signal.SIGINT)
         assert peer.wait_stream_ends(1).code.name == "OK"
     assert (code, took < 2) == (0, True), agent.text

@@ -33,7 +33,7 @@ STORY = [
     r"kubelet: a plugin registered k8s\.amazonaws\.com/vgpu",
     r"kubelet: its first list has 20 vGPUs, all healthy",
     r"look yourself: http://127\.0\.0\.1:\d+/ in a browser, curl http://127\.0\.0\.1:\d+/metrics",
-    r"vgpu-agent status --address 127\.0\.0\.1:\d+",
+    r"shell after `\. /\S+/env`, vgpu-agent status and doctor$",
     r"kubelet: pod resnet-0 admitted with GPU-\S+::\d+$",
     r"NVIDIA_VISIBLE_DEVICES=GPU-\S+$",
     r"VGPU_SHARE=1/10$",
@@ -56,6 +56,7 @@ STORY = [
     r"\(the kubelet stops and starts again\)",
     r"kubelet: the plugin registered again; its list has 20 vGPUs, all healthy",
     r"kubelet: pod resnet-1 admitted with GPU-\S+$",
+    r"vgpu-agent simulate ecc --gpu 1",
     r"all of it worked: .*MPS.*",
     r"serving until 15 s",
 ]
@@ -99,6 +100,24 @@ def in_order(patterns: list[str], lines: list[str]) -> list[str]:
     return missing
 
 
+LOG = [
+    r"driver simulated answers gpus=2",
+    r"registered with the kubelet",
+    r"Allocate: ",
+    r"XID 79",
+    r"healthy again",
+    r"registration ended",
+    r"registered with the kubelet",
+]
+"""The agent's own, beside the story."""
+
+
+def no_log_lines(errors: str) -> list[str]:
+    """Lines that are none of the agent's log, such as a warning of Python's."""
+    form = r"\d{4}-\d\d-\d\dT[\d:.]+Z (?:INFO|WARNING) "
+    return [line for line in errors.splitlines() if not re.match(form, line)]
+
+
 # As a process
 
 
@@ -112,7 +131,8 @@ def test_the_whole_story_is_told_in_time_whatever_is_set_or_taken_on_the_machine
     assert in_order(STORY, told.splitlines()) == []
     assert "curl http://127.0.0.1:9408/" not in told
     assert list(temporary.iterdir()) == []
-    assert errors == ""
+    assert in_order(LOG, errors.splitlines()) == []
+    assert no_log_lines(errors) == []
 
 
 @pytest.mark.slow
@@ -120,11 +140,10 @@ def test_too_short_a_time_fails_and_names_the_step(temporary):
     with start(temporary, "--for", "2") as process:
         told, errors = process.communicate(timeout=20)
     assert process.returncode == 1
-    first, _, rest = errors.partition("\n")
-    assert re.fullmatch(r"vgpu-agent: the time ended at step '[a-z0-9 -]+': all of it .*", first)
+    (last,) = no_log_lines(errors)
+    assert re.fullmatch(r"vgpu-agent: the time ended at step '[a-z0-9 -]+': all of it .*", last)
     assert "all of it worked" not in told
     assert list(temporary.iterdir()) == []
-    assert rest == ""
 
 
 @pytest.mark.slow
@@ -144,7 +163,44 @@ def test_a_signal_in_the_middle_ends_it_cleanly(temporary, number):
         errors = process.stderr.read()
     assert (code, took < 2) == (0, True), errors
     assert list(temporary.iterdir()) == []
-    assert errors == ""
+    assert no_log_lines(errors) == []
+
+
+@pytest.mark.slow
+def test_beside_it_all_commands_work_and_the_doctor_finds_nothing_wrong(temporary):
+    """As a second shell is told to."""
+
+    def typed(command: str) -> subprocess.CompletedProcess[str]:
+        words = ["sh", "-c", f". {file} && vgpu-agent {command}"]
+        return subprocess.run(
+            words, env=environment(), capture_output=True, text=True, check=False, timeout=30
+        )
+
+    with start(temporary) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told = ""
+        while "serving until" not in told:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            told += line
+        file = re.search(r"`\. (\S+)`", told)[1]
+        doctor = typed("doctor")
+        status = typed("status")
+        assert typed("simulate ecc --gpu 1").returncode == 0
+        while not (ill := typed("doctor")).returncode:
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+    assert doctor.stdout.splitlines()[-1].endswith(" ok, 0 warn, 0 fail"), doctor.stdout
+    assert (doctor.returncode, doctor.stderr) == (0, "")
+    assert "GPU 1 health" in ill.stdout
+    assert no_log_lines(errors) == []
+    # What the pods have in use, of a GPU as drivers report it.
+    assert re.findall(r"[\d.]+ GiB of [\d.]+ GiB", status.stdout) == [
+        "39.1 GiB of 79.6 GiB",
+        "7 GiB of 79.6 GiB",
+    ]
 
 
 # Inside this process

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import Effect, Fault, Reason
-from vgpu_agent.model.facts import ComputeMode, MpsLook, Reading
+from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading
 from vgpu_agent.model.health import Counters
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
@@ -97,6 +98,7 @@ def settings_in(kubelet_dir: Path, **changes: object) -> EmbeddedSettings:
         "gpu_driver": "simulated",
         "kubelet_dir": kubelet_dir,
         "state_directory": kubelet_dir / "state",
+        "cordon_directory": kubelet_dir / "cordoned",
         "mps_directory": kubelet_dir / "mps",
         "mps_shm_directory": kubelet_dir / "shm",
         "metrics_address": "127.0.0.1:0",
@@ -314,6 +316,9 @@ def test_a_report_where_all_is_well_is_all_ok():
 
 
 ILL = gpu(0, healthy=False, faults=(FAULT,), vgpus=Counts(10, 0, 4, 6, 4))
+CORDONED = replace(
+    ILL, faults=(replace(FAULT, reason="cordoned", detail="fan", until_reset=False),)
+)
 MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
 
 
@@ -340,6 +345,11 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
             FAIL,
             "fallen off the bus (until a reset) reset the GPU",
         ),
+        ({"gpus": (CORDONED,)}, "GPU 0", WARN, "no vGPU can be given"),
+        ({"gpus": (CORDONED,)}, "GPU 0 health", WARN, "cordoned since 2026-03-04T05:00:00"),
+        ({"gpus": (gpu(0, healthy=False, faults=(*CORDONED.faults, FAULT)),)}, "GPU 0", FAIL, ""),
+        ({"cordoned": {"GPU-x": "fan"}}, "cordoned", WARN, "GPU-x is cordoned, and gives no"),
+        ({"cordoned": {"GPU-x": ""}}, "cordoned", WARN, "vGPUs: no reason given"),
         ({"gpus": (gpu(0, notes=("a row waits",)),)}, "GPU 0 note", WARN, "a row waits"),
         ({"gpus": (gpu(0, memory_bytes=None, vgpu_bytes=None),)}, "GPU 0", OK, "memory not known"),
         ({"gpus": (gpu(0, unattributed_processes=2),)}, "GPU 0 processes", WARN, "2 processes"),
@@ -628,6 +638,20 @@ def keep(directory: Path, uuid: str) -> None:
     store.write(directory / memory.FILE, asdict(kept))
 
 
+async def test_cordons_are_shown_as_the_next_agent_will(kubelet_dir):
+    directory = kubelet_dir / "cordoned"
+    store.write(directory / f"{UUID}.json", asdict(Cordon(1.0, "fan")))
+    store.write(directory / "GPU-gone.json", asdict(Cordon(1.0, "sent in")))
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+    expect(found, "GPU 0 health", WARN, "cordoned since 1970-01-01T00:00:01+00:00: fan")
+    expect(found, "cordoned", WARN, "GPU-gone is cordoned, and gives no vGPUs: sent in")
+    assert worst(found) is WARN
+    shutil.rmtree(directory)
+    directory.write_text("")
+    found = await looked(SimulatedDriver(GPUS), kubelet_dir)
+    expect(found, "cordons", WARN, f"cannot read {directory}: Not a directory")
+
+
 async def test_gpus_that_wait_for_a_reset_are_shown_as_the_next_agent_will(kubelet_dir):
     state = kubelet_dir / "state"
     found = await looked(SimulatedDriver(GPUS), kubelet_dir)
@@ -804,9 +828,11 @@ def test_the_metrics_address_is_the_agents_taken_or_free(answer, verdict, words)
         expect([preflight.check_metrics(free)], "metrics address", OK, "is free")
 
 
-def test_the_state_directory_should_be_writable(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["state directory", "cordon directory"])
+def test_what_is_kept_should_be_writable(tmp_path, monkeypatch, name):
     def check(path: Path, verdict: Verdict, words: str) -> None:
-        expect([preflight.check_state_directory(path)], "state directory", verdict, words)
+        found = preflight.check_kept_directory(name, path, "it forgets")
+        expect([found], name, verdict, words)
 
     file = tmp_path / "file"
     file.touch()
@@ -816,4 +842,5 @@ def test_the_state_directory_should_be_writable(tmp_path, monkeypatch):
     check(file / "below", WARN, "Not a directory")
     monkeypatch.setattr(os, "access", lambda *_: False)
     for path in (tmp_path, tmp_path / "a"):
-        check(path, WARN, "would forget")
+        variable = f"VGPU_{name.upper().replace(' ', '_')}"
+        check(path, WARN, f"or set {variable}: without it it forgets")

@@ -160,6 +160,12 @@ TABLE = {
         "an extended resource domain/name, not of kubernetes.io",
     ),
     "sharing": one_of(SharingKind.MPS, "|MPS|timeslicing"),
+    "cordon_directory": Row(
+        Path("/var/lib/vgpu-agent/cordoned"),
+        {"/var/lib/x": Path("/var/lib/x")},
+        "|run|./x",
+        "an absolute path",
+    ),
     "simulated_gpus": Row(2, {"0": 0, "64": 64}, "|-1|65|two", "from 0 to 64"),
     "simulated_memory": Row(
         24 * GIB,
@@ -331,6 +337,8 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
         ("VGPU_MPS_SHM_DIRECTORY", "/k", "a directory of", {"VGPU_DEVICE_PLUGIN_DIR": "/k/p"}),
         ("VGPU_MPS_SHM_DIRECTORY", "/mps/shm", "a directory", {"VGPU_MPS_DIRECTORY": "/mps"}),
         ("VGPU_STATE_DIRECTORY", "/dev/shm/vgpu-agent/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
+        ("VGPU_CORDON_DIRECTORY", "/dev/shm/vgpu-agent/x", "not in VGPU_MPS_SHM_DIRECTORY", {}),
+        ("VGPU_CORDON_DIRECTORY", "/run/vgpu-agent", "not VGPU_STATE_DIRECTORY itself", {}),
     ],
 )
 def test_values_that_do_not_go_together_are_reported_at_one_of_them(

@@ -132,6 +132,7 @@ def report(**changes: Any) -> Report:
         problems=(),
         gpus=(gpu(0), gpu(1)),
         excluded=(),
+        cordoned={},
         allocations=(allocation(0),),
         orphaned=(),
     )

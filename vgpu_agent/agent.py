@@ -10,7 +10,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from anyio.abc import TaskStatus
 
 from vgpu_agent import __version__, control
 from vgpu_agent.address import Address
-from vgpu_agent.errors import ControlError
+from vgpu_agent.gpu.cordons import Cordons
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
@@ -39,12 +39,10 @@ from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.server import listen_when_possible
 from vgpu_agent.observe.web import Web
+from vgpu_agent.requests import Requests
 from vgpu_agent.settings import GpuDriverKind, Settings
 
 log = logging.getLogger(__name__)
-
-MAX_RELEASE = 3600.0
-"""Seconds for which NVML may be closed on request: faults are not noticed meanwhile."""
 
 
 def make_driver(settings: Settings) -> GpuDriver:
@@ -153,6 +151,14 @@ class Agent:
         )
         self.metrics_address = web.address
         keeper = Keeper(settings.state_directory, node)
+        cordons = Cordons(settings.cordon_directory, node)
+        requests = Requests(
+            node=node,
+            watch=self.watch,
+            cordons=cordons,
+            driver=self._driver,
+            report=lambda: self.report(node.snapshot),
+        )
         encoder = ListEncoder()
         session = KubeletSession(
             directory=settings.plugin_directory,
@@ -172,10 +178,11 @@ class Agent:
             tasks.start_soon(self._note_end)
             await tasks.start(endless, web.run)
             log.info("metrics at http://%s/metrics", web.address)
-            tasks.start_soon(endless, control.serve, settings.state_directory, self._control)
+            tasks.start_soon(endless, control.serve, settings.state_directory, requests.answer)
             if self._daemons is not None:
                 await tasks.start(endless, MpsGuard(self._daemons, node).run)
             await keeper.recall()
+            await tasks.start(endless, cordons.run)
             tasks.start_soon(endless, keeper.run)
             if watch_gpus:
                 await tasks.start(endless, self.watch.run)
@@ -200,32 +207,3 @@ class Agent:
         identity = self._identity if names_pods else replace(self._identity, names_pods=False)
         made = report.make_report(snapshot, self.node.rules, identity, time.time())
         return report.to_json(made)
-
-    async def _control(self, request: Mapping[str, object]) -> bytes:
-        """Answers a request of the control socket. Raises ControlError."""
-        match request:
-            case {"command": "report"}:
-                return self.report(self.node.snapshot)
-            case {"command": "release", "seconds": int() | float() as seconds} if (
-                0 < seconds <= MAX_RELEASE
-            ):
-                return await self._released(seconds)
-            case {"command": "release"}:
-                raise ControlError(
-                    f"seconds={request.get('seconds')!r}: allowed is a number above 0, up to"
-                    f" {MAX_RELEASE:.0f}"
-                )
-            case {"command": "reset-done"}:
-                self.watch.reset_done()
-                return b""
-            case _:
-                raise ControlError(f"unknown command {request.get('command')!r}")
-
-    async def _released(self, seconds: float) -> bytes:
-        """Releases NVML; the report that says so."""
-        before = self.node.snapshot.driver.released_until
-        self.watch.release(seconds)
-        async for snapshot in self.node.latest.follow():
-            if snapshot.driver.released_until not in (None, before):
-                return self.report(snapshot)
-        raise ControlError("the agent is ending")

@@ -1,4 +1,4 @@
-"""The commands: `run`, `status`, `release`, `doctor` and `mps` on a node, `dev` on a desk.
+"""The commands, carried out: what `arguments` read.
 
 What only one command needs is imported in it: `run` stays small.
 """
@@ -11,124 +11,28 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import anyio
 
-from vgpu_agent import __version__, control, signals
+from vgpu_agent import control, signals
 from vgpu_agent import settings as configuration
-from vgpu_agent.address import Address, parse_address
 from vgpu_agent.agent import Agent, make_daemons, make_driver, make_watch
+from vgpu_agent.arguments import parse
 from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
 from vgpu_agent.observe import logs
 from vgpu_agent.observe.logs import LogFormat, LogLevel, Repeats
-from vgpu_agent.observe.report import from_json
+from vgpu_agent.observe.report import from_json, visible
 from vgpu_agent.settings import Settings, SharingKind
 from vgpu_agent.settings_unknown import unknown_setting_warnings
 
 log = logging.getLogger(__name__)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. Exits with 2 and a message where it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="vgpu-agent",
-        description="Shares each NVIDIA GPU of a Kubernetes node as many virtual GPUs.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("run", help="run the agent; settings are VGPU_* variables")
-    status = commands.add_parser(
-        "status", help="show the GPUs, their vGPUs and who holds them, as the running agent says"
-    )
-    form = status.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="what the agent says, as JSON")
-    form.add_argument(
-        "--watch",
-        nargs="?",
-        const=2.0,
-        type=_seconds,
-        metavar="SECONDS",
-        help="show it again every 2 seconds, or at that interval, until Ctrl-C",
-    )
-    status.add_argument(
-        "--address",
-        type=_address,
-        metavar="HOST:PORT",
-        help="ask an agent over HTTP instead of the one whose VGPU_STATE_DIRECTORY this is",
-    )
-    release = commands.add_parser(
-        "release", help="make the running agent close NVML, so that GPUs can be reset"
-    )
-    release.add_argument(
-        "--for",
-        dest="seconds",
-        type=_seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="for how long (60)",
-    )
-    release.add_argument(
-        "--reset-done",
-        action="store_true",
-        help="end a release: the GPUs that wait for a reset were reset",
-    )
-    mps = commands.add_parser("mps", help="set up and watch MPS, in the MPS pod of a node")
-    steps = mps.add_subparsers(dest="step", required=True)
-    steps.add_parser("prepare", help="make the node ready for MPS daemons")
-    steps.add_parser("daemon", help="run the MPS daemons, in the foreground")
-    steps.add_parser("watch", help="set the limits of the daemons and watch them")
-    restart = steps.add_parser(
-        "restart", help="end the MPS daemon of one GPU in order; it is started again"
-    )
-    restart.add_argument(
-        "gpu", metavar="GPU", help="UUID of the GPU, or the name of the daemon's directory"
-    )
-    steps.add_parser(
-        "compute-modes", help="give shared GPUs their compute mode again, such as after a reset"
-    )
-    restore = steps.add_parser(
-        "restore", help="leave the node as it was before MPS: compute modes, directories"
-    )
-    restore.add_argument(
-        "--at-end", action="store_true", help="after SIGTERM, when the daemons have ended"
-    )
-    doctor = commands.add_parser(
-        "doctor",
-        help="check all that the agent needs; exit code 1 if something would stop it",
-    )
-    doctor.add_argument("--json", action="store_true", help="the report as JSON")
-    dev = commands.add_parser(
-        "dev", help="run the agent with simulated GPUs and a stand-in kubelet, and watch it work"
-    )
-    dev.add_argument(
-        "--for",
-        dest="seconds",
-        type=_seconds,
-        metavar="SECONDS",
-        help="end after so many seconds; exit code 0 only if all of it worked",
-    )
-    return parser.parse_args(arguments)
+OPERATE = ("release", "cordon", "uncordon", "drain-list", "simulate")
 
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _address(text: str) -> Address:
-    with suppress(ValueError):
-        if (address := parse_address(text)).port:
-            return address
-    raise argparse.ArgumentTypeError(f"{text!r} is not host:port or [IPv6]:port")
-
+RELEASE_SECONDS = 60.0
 
 END_SECONDS = 5
 """Whatever hangs at the end, the process is gone then."""
@@ -161,14 +65,39 @@ async def dev(seconds: float | None, *, watch_gpus: bool = True) -> None:
         await _until_ended(work, anyio.Event())
 
 
-def release(settings: Settings, seconds: float) -> None:
-    """`vgpu-agent release`. Raises NoAgentError and ControlError."""
-    answer = control.call(settings.state_directory, "release", seconds=seconds)
+def operate(options: argparse.Namespace) -> None:
+    """What the running agent is asked to do. Raises NoAgentError and ControlError."""
+    ask = partial(control.call, configuration.read(os.environ, "state_directory").state_directory)
+    match options.command:
+        case "release":
+            release(ask, options)
+        case "cordon":
+            _say_answer(ask("cordon", gpu=options.gpu, reason=options.reason))
+        case "simulate":
+            xid = getattr(options, "xid", None)
+            _say_answer(ask("simulate", fault=options.fault, gpu=options.gpu, xid=xid))
+        case command:
+            _say_answer(ask(command, gpu=options.gpu))
+
+
+def release(ask: Callable[..., bytes], options: argparse.Namespace) -> None:
+    """`vgpu-agent release`."""
+    if options.reset_done is not None:
+        which = {"gpu": options.reset_done} if options.reset_done else {}
+        _say_answer(ask("reset-done", **which))
+        if options.seconds is None:
+            return
+    answer = ask("release", seconds=options.seconds or RELEASE_SECONDS)
     until = from_json(answer).driver.released_until
-    _say(f"released all GPUs until {until}; reset them now:")
-    _say("    nvidia-smi --gpu-reset -i <index>")
-    _say("and then, where the driver does not show that they were reset:")
-    _say("    vgpu-agent release --reset-done")
+    _say(f"released all GPUs until {until}; reset them now, on the node:")
+    _say("    nvidia-smi --gpu-reset -i INDEX")
+    _say("and then, for each GPU that was reset:")
+    _say("    vgpu-agent release --reset-done INDEX")
+
+
+def _say_answer(answer: bytes) -> None:
+    for line in answer.decode(errors="replace").splitlines():
+        _say(visible(line))
 
 
 async def doctor(*, as_json: bool) -> int:
@@ -262,7 +191,7 @@ def execute(arguments: Sequence[str]) -> int:
     """
     options = parse(arguments)
     if options.command == "dev":
-        logs.configure(LogLevel.ERROR, LogFormat.TEXT)
+        logs.configure(LogLevel.INFO, LogFormat.TEXT)
         anyio.run(dev, options.seconds)
         return 0
     if options.command == "doctor":
@@ -271,14 +200,11 @@ def execute(arguments: Sequence[str]) -> int:
     if options.command == "status":
         status(options)
         return 0
+    if options.command in OPERATE:
+        operate(options)
+        return 0
     settings = configuration.load()
     logs.configure(settings.log_level, settings.log_format)
-    if options.command == "release":
-        if options.reset_done:
-            control.call(settings.state_directory, "reset-done")
-        else:
-            release(settings, options.seconds)
-        return 0
     for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)
     if options.command == "mps":

@@ -148,11 +148,14 @@ def call(directory: Path, command: str, **arguments: object) -> bytes:
     Raises NoAgentError where no agent answers, and ControlError with what it objects to.
     """
     path = directory / SOCKET
+    request = json.dumps({"command": command, **arguments}).encode() + b"\n"
+    if len(request) > MAX_REQUEST:
+        raise ControlError(f"{command}: the request has {len(request)} bytes; {MAX_REQUEST} fit")
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ANSWER_SECONDS + 1)
             connection.connect(str(path))
-            connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            connection.sendall(request)
             with connection.makefile("rb") as answer:
                 head = json.loads(answer.readline(MAX_REQUEST))
                 body = answer.read(max(0, min(int(head.get("bytes", 0)), MAX_ANSWER)))

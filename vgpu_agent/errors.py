@@ -48,6 +48,10 @@ class ControlError(VgpuAgentError):
     """The running agent cannot do what it was asked; the message says why."""
 
 
+class UnknownGpuError(ControlError):
+    """No GPU, or more than one, is what was named; the message lists what there is."""
+
+
 class MpsError(VgpuAgentError):
     """The MPS control daemon could not be asked or set up."""
 

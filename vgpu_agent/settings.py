@@ -159,6 +159,9 @@ class Settings(BaseSettings):
         "Seconds for which a lost GPU stays listed, as unhealthy.")
     state_directory: AbsolutePath = setting("/run/vgpu-agent", "stateDirectory",
         "Where the agent remembers which GPUs wait for a reset.", "not in VGPU_MPS_SHM_DIRECTORY")
+    cordon_directory: AbsolutePath = setting("/var/lib/vgpu-agent/cordoned", "cordonDirectory",
+        "Where the agent remembers which GPUs are cordoned, also over a reboot of the node.",
+        "not in VGPU_MPS_SHM_DIRECTORY, and not VGPU_STATE_DIRECTORY itself")
     metrics_address: kinds.ListenAddress = setting("[::]:9408", "metrics.address",
         "Where the page, /metrics, /healthz, /readyz and /status.json are served. `[::]` is IPv6"
         " and IPv4, or IPv4 alone where the machine has no IPv6.")
@@ -282,6 +285,9 @@ _RULES: dict[str, Callable[[Any, Others], bool]] = {
     "mps_directory": lambda path, _others: len(bytes(path)) <= _MAX_MPS_DIRECTORY,
     "mps_shm_directory": _directory_of_its_own,
     "state_directory": lambda path, others: _outside(path, others.get("mps_shm_directory")),
+    "cordon_directory": lambda path, others: (
+        _outside(path, others.get("mps_shm_directory")) and path != others.get("state_directory")
+    ),
     "critical_xids": lambda xids, others: not xids & others.get("ignored_xids", frozenset()),
 }
 

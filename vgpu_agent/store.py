@@ -146,6 +146,15 @@ def write(path: Path, data: Mapping[str, object], *, mode: int = 0o644) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def remove(path: Path) -> None:
+    """Removes the file, also for good. What is no file stays beside it. Raises StoreError."""
+    try:
+        _clear(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
 def _clear(path: Path) -> None:
     """Nothing is there any more; a directory, which may hold somebody's files, stays beside it."""
     if path.is_dir() and not path.is_symlink():

@@ -263,6 +263,8 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ({"mps": {"shmDirectory": "/dev/shm"}}, ["mps.shmDirectory: /dev/shm"]),
         ({"mps": {"shmDirectory": "/run"}}, ["mps.shmDirectory: /run", "/run/vgpu-agent/mps"]),
         ({"mps": {"shmDirectory": "/run/vgpu-agent/mps/shm"}}, ["is in mps.directory"]),
+        ({"mps": {"shmDirectory": "/c"}, "cordonDirectory": "/c/x"}, ["mps.shmDirectory: /c"]),
+        ({"cordonDirectory": "/run/vgpu-agent"}, ["cordonDirectory: /run/vgpu-agent is state"]),
         ({"mps": {"directory": "/" + "d" * 42}}, ["mps.directory: /ddd", "43 characters, and 42"]),
         ({"pools": [{"name": "a"}, {"name": "a"}]}, ['name "a" is there twice']),
         (
@@ -437,6 +439,8 @@ def test_an_agent_mounts_what_its_settings_use_and_nothing_else(objects: list[Ob
         mps = variables.get("VGPU_MPS_DIRECTORY")
         if variables["VGPU_GPU_DRIVER"] == "nvml" and mps and not mps.startswith(f"{state}/"):
             expected[mps] = False
+        if not variables["VGPU_CORDON_DIRECTORY"].startswith(f"{state}/"):
+            expected[variables["VGPU_CORDON_DIRECTORY"]] = False
         if variables["VGPU_PROCESS_METRICS"] == "on":
             expected[str(LINKS)] = True
         if "cdi" in variables["VGPU_DEVICE_LIST"]:

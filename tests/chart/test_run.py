@@ -46,6 +46,7 @@ def rendered(name: str, kubelet_dir: Path, port: int, **values: Any) -> dict[str
     here = {
         "kubeletDir": str(kubelet_dir),
         "stateDirectory": str(kubelet_dir / "state"),
+        "cordonDirectory": str(kubelet_dir / "cordoned"),
         "metrics": {"port": port},
     }
     return of_kind(helm.render(here | values, CI[name]), "DaemonSet")

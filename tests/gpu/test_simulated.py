@@ -9,7 +9,7 @@ from vgpu_agent.model.facts import Reading, Scan, XidEvent
 from vgpu_agent.model.holders import GpuProcess
 
 GIB = 1 << 30
-WELL = Reading(memory_used_bytes=0)
+WELL = Reading(memory_used_bytes=0, uncorrectable_ecc=0)
 LOST = Reading(lost=True)
 
 GPUS = simulated_gpus(2, "NVIDIA Simulated 24GB", 24 * GIB, (0, 1))

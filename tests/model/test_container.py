@@ -235,6 +235,17 @@ def test_a_container_starts_again_with_a_vgpu_that_is_no_longer_made():
     check_start(NODE, ["large::0", "large::99"], SharingRules())
 
 
+def test_on_a_cordoned_gpu_no_pod_begins_and_what_is_there_starts_again():
+    cordon, lost = Fault(Reason.CORDONED, 0.0, "fan"), Fault(Reason.LOST, 0.0, "away")
+    cordoned = Inventory((replace(ONE_GPU.gpus[0], faults=(cordon,)),))
+    check_start(cordoned, [f"{L4}::0"], SharingRules())
+    with pytest.raises(UnavailableDeviceError, match=r"is unhealthy: cordoned: fan$"):
+        check_devices(cordoned, [f"{L4}::0"])
+    both = Inventory((replace(ONE_GPU.gpus[0], faults=(lost, cordon)),))
+    with pytest.raises(UnavailableDeviceError, match=r"is unhealthy: lost: away$"):
+        check_start(both, [f"{L4}::0"], SharingRules())
+
+
 @pytest.mark.parametrize(
     ("vgpus", "error", "message"),
     [

@@ -36,7 +36,7 @@ ROOMS = {
 }
 """What each room may import of ours beside itself. `HIGHEST` may import everything."""
 
-HIGHEST = {"__init__", "__main__", "agent", "cli", "commands"}
+HIGHEST = {"__init__", "__main__", "agent", "arguments", "cli", "commands", "requests"}
 
 LIBRARIES = {
     "pydantic": ("settings", "settings_kinds"),

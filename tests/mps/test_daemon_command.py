@@ -316,7 +316,20 @@ def paths(node: Node) -> list[Path]:
     return [path for path in node.directories.root.iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("name", ["GPU-x", "../mps", "", "daemons"])
+@pytest.mark.parametrize("name", ["1", "GPU-00000001", "02:00.0"])
+def test_a_daemon_is_restarted_by_any_name_of_its_gpu(node, name):
+    node.start_daemons()
+    ended, other = node.process(SECOND), node.process(FIRST)
+    # A GPU that hangs is not asked for its name where its daemon's directory says it.
+    variables = {"VGPU_GPU_DRIVER": "nvml"} if name.startswith("GPU") else {}
+    done = node.run("restart", name, **variables)
+    assert done.returncode == 0, done.stderr
+    assert not node.lives(ended)
+    assert node.process(FIRST) == other
+    assert node.lives(other)
+
+
+@pytest.mark.parametrize("name", ["GPU-x", "../mps", "", "daemons", "7"])
 def test_a_daemon_that_is_not_there_cannot_be_restarted(node, name):
     node.directories.root.mkdir()
     done = node.run("restart", name)

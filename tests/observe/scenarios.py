@@ -17,7 +17,7 @@ from tests.observe.machine import REPLICAS, Machine, Page
 from tests.observe.rules import alerts, runbook_of
 from vgpu_agent.errors import DriverError
 from vgpu_agent.model.devices import device_id
-from vgpu_agent.model.facts import Reading
+from vgpu_agent.model.facts import Cordon, Reading
 from vgpu_agent.model.holders import Holder, Used
 
 BEFORE, AFTER = 10, 70
@@ -178,6 +178,13 @@ async def mig(machine: Machine) -> None:
 @scenario("XIDs of an application, one a minute", "VgpuXidsRising")
 async def xids_of_an_application(machine: Machine) -> None:
     machine.before_look = partial(machine.xid, 0, 31)
+
+
+@scenario("an operator cordons a GPU; then it has errors, and its MPS daemon ends for a reset")
+async def cordon(machine: Machine) -> None:
+    machine.node.set_cordons({machine.uuids[0]: Cordon(machine.watched.wall, "reset it")})
+    await ecc(machine)
+    machine.daemons.set(machine.uuids[0], down="no MPS daemon serves it")
 
 
 # The node

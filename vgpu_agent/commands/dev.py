@@ -5,10 +5,13 @@ holds what. A step that is not observed in time ends it with a StoryError that n
 """
 
 import os
+import shlex
 import socket
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +22,16 @@ from vgpu_agent.agent import Agent, make_daemons, make_driver
 from vgpu_agent.errors import AdmissionError, ListenError, StoryError
 from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.kubelet.standin import Observed, StandinKubelet, standin_kubelet
+from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.mps.daemon import SimulatedDaemons
 from vgpu_agent.observe.server import listen
-from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings
+from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings, variable
 
 Say = Callable[[str], None]
+
+IDLE_BYTES = 537 * MIB
+"""Of a simulated GPU: what an MPS server without clients would have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +48,26 @@ def embedded_settings(kubelet_dir: Path, metrics_address: Address) -> Settings:
         gpu_driver=GpuDriverKind.SIMULATED,
         kubelet_dir=kubelet_dir,
         state_directory=kubelet_dir / "state",
+        cordon_directory=kubelet_dir / "cordoned",
+        simulated_model="NVIDIA Simulated 80GB",
+        simulated_memory=81559 * MIB,  # as drivers report it of a GPU with 80 GB
         metrics_address=metrics_address,
         health_interval=1,
         recovery_seconds=1,
         podresources_interval=1,
     )
+
+
+def write_environment(settings: Settings) -> Path:
+    """A file for a second shell to read: after it all commands find this agent."""
+    names = ("gpu_driver", "kubelet_dir", "state_directory", "cordon_directory", "metrics_address")
+    lines = [
+        f"export {variable(name)}={shlex.quote(str(getattr(settings, name)))}" for name in names
+    ]
+    path = shlex.quote(str(Path(sys.executable).parent))
+    file = settings.kubelet_dir / "env"
+    file.write_text("\n".join([*lines, f"export PATH={path}:$PATH", ""]))
+    return file
 
 
 def _listen(wanted: Address) -> socket.socket:
@@ -84,7 +106,7 @@ async def run_dev(
         ):
             agent = Agent(settings, driver, daemons)
             await tasks.start(partial(agent.run, watch_gpus=watch_gpus, listener=listener))
-            story = Story(kubelet, driver, daemons, agent, say, timing)
+            story = Story(kubelet, driver, daemons, agent, say, timing, write_environment(settings))
             with anyio.move_on_after(seconds):
                 await story.run()
                 say("serving until Ctrl-C" if seconds is None else f"serving until {seconds:g} s")
@@ -106,8 +128,10 @@ class Story:
     agent: Agent
     say: Say
     timing: StoryTiming
+    environment: Path
     step: str = "start"
     complete: bool = False
+    _held: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Goes through all steps. Raises StoryError."""
@@ -149,8 +173,10 @@ class Story:
         seen = await self._listed("first list", every)
         self.say(f"kubelet: its first list has {_count(seen)}")
         url = f"http://{self.agent.metrics_address}"
-        self.say(f"         look yourself: {url}/ in a browser, curl {url}/metrics, or")
-        self.say(f"         vgpu-agent status --address {self.agent.metrics_address}")
+        self.say(
+            f"         look yourself: {url}/ in a browser, curl {url}/metrics, or, in a second"
+        )
+        self.say(f"         shell after `. {self.environment}`, vgpu-agent status and doctor")
 
         for pod, count in pods.items():
             await anyio.sleep(self.timing.shown_for / 2)
@@ -158,13 +184,15 @@ class Story:
         await self._held_by("holders", pods)
         await self._happens("pod bert-0 ends")
         self.kubelet.end("bert-0")
-        del pods["bert-0"]
+        del pods["bert-0"], self._held["bert-0"]
+        self._use_memory()
         await self._held_by("holders after an end", pods)
 
         for step, what, act, unhealthy in changes:
             await self._happens(what)
             lists = self.kubelet.observed.value.lists
             act()
+            self._use_memory()
             seen = await self._listed(step, every, unhealthy)
             updates = seen.lists - lists
             words = "one update" if updates == 1 else f"{updates} updates"
@@ -179,6 +207,7 @@ class Story:
         self.say(f"kubelet: the plugin registered again; its list has {_count(seen)}")
         await self._admit("resnet-1", 1)
 
+        self.say("make a GPU fail, in the second shell: vgpu-agent simulate ecc --gpu 1")
         self.step, self.complete = "end", True
         self.say(
             "all of it worked: registered, listed, allocated, reported who holds what, failed over,"
@@ -229,11 +258,21 @@ class Story:
                 admitted = await self.kubelet.admit(pod, count)
         except (AdmissionError, TimeoutError) as error:
             raise self._failed(str(error)) from error
+        self._held[pod] = tuple(admitted.device_ids)
+        self._use_memory()
         self.say(f"kubelet: pod {pod} admitted with {', '.join(admitted.device_ids)}")
         for name, value in sorted(admitted.environment.items()):
             self.say(f"           {name}={value}")
         for mount in admitted.mounts:
             self.say(f"           mount {mount}")
+
+    def _use_memory(self) -> None:
+        """Every GPU has as much memory in use as the pods on it would have."""
+        inventory = self.agent.node.snapshot.inventory
+        held = Counter(vgpu.split("::")[0] for vgpus in self._held.values() for vgpu in vgpus)
+        for shared in inventory.gpus:
+            share = shared.share_bytes(held[shared.gpu.uuid]) or 0
+            self.driver.use_memory(shared.gpu.uuid, IDLE_BYTES + share * 13 // 16)
 
     def _failed(self, why: str) -> StoryError:
         return StoryError(f"step {self.step!r} failed: {why}")

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.observe.mps import MpsReport
-from vgpu_agent.observe.report import ExcludedReport, GpuReport, KubeletReport, Report
+from vgpu_agent.observe.report import ExcludedReport, FaultReport, GpuReport, KubeletReport, Report
 
 
 class Verdict(StrEnum):
-    """What a check came to. `FAIL`: some vGPUs, or all, cannot be given until that ends."""
+    """What a check came to. `FAIL`: some vGPUs, or all, cannot be given until that ends.
+
+    What an operator wants so is no failure.
+    """
 
     OK = "ok"
     WARN = "warn"
@@ -55,6 +59,7 @@ def findings(report: Report) -> Iterator[Check]:
     """What is wrong with GPUs, or worth knowing, and which are excluded; as nvidia-smi orders."""
     for each in _by_index(report):
         yield from _findings(each)
+    yield from _cordoned_elsewhere(report)
 
 
 def _by_index(report: Report) -> list[GpuReport | ExcludedReport]:
@@ -135,6 +140,17 @@ def _gpus(report: Report) -> Iterator[Check]:
         if isinstance(each, GpuReport):
             yield _overview(each)
         yield from _findings(each)
+    yield from _cordoned_elsewhere(report)
+
+
+def _cordoned_elsewhere(report: Report) -> Iterator[Check]:
+    """Cordons of GPUs that give no vGPUs anyway."""
+    shared = {gpu.uuid for gpu in report.gpus}
+    for uuid, reason in report.cordoned.items():
+        if uuid not in shared:
+            detail = f"{uuid} is cordoned, and gives no vGPUs: {reason or 'no reason given'}"
+            advice = f"where it is gone for good: `vgpu-agent uncordon {uuid}`"
+            yield Check("cordoned", WARN, detail, advice)
 
 
 def _overview(gpu: GpuReport) -> Check:
@@ -142,7 +158,13 @@ def _overview(gpu: GpuReport) -> Check:
     detail += f"; {gpu.vgpus.total} vGPUs of {_memory(gpu.vgpu_bytes)}"
     if gpu.healthy:
         return Check(f"GPU {gpu.index}", OK, f"{detail}; healthy")
-    return Check(f"GPU {gpu.index}", FAIL, f"{detail}; no vGPU can be given", "see below")
+    verdict = max((_verdict(fault) for fault in gpu.faults), key=list(Verdict).index, default=FAIL)
+    return Check(f"GPU {gpu.index}", verdict, f"{detail}; no vGPU can be given", "see below")
+
+
+def _verdict(fault: FaultReport) -> Verdict:
+    """A cordon is meant: nothing is wrong with the GPU."""
+    return WARN if fault.reason == Reason.CORDONED else FAIL
 
 
 def _memory(count: int | None) -> str:
@@ -163,7 +185,7 @@ def _findings(gpu: GpuReport | ExcludedReport) -> Iterator[Check]:
     for fault in gpu.faults:
         until = " (until a reset)" if fault.until_reset else ""
         words = f"{fault.reason} since {fault.since}: {fault.detail}{until}"
-        yield Check(f"{name} health", FAIL, words, fault.advice or _AGENT_LOG)
+        yield Check(f"{name} health", _verdict(fault), words, fault.advice or _AGENT_LOG)
     for note in gpu.notes:
         yield Check(f"{name} note", WARN, note, "see docs/health.md and docs/settings.md")
     if gpu.unattributed_processes:

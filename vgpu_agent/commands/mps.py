@@ -3,15 +3,17 @@
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import anyio
 
 from vgpu_agent import __version__
 from vgpu_agent.agent import make_driver
-from vgpu_agent.errors import MpsSetupError, StoreError
+from vgpu_agent.errors import DriverError, MpsSetupError, StoreError, UnknownGpuError
 from vgpu_agent.model.devices import pci_order
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, Scan
+from vgpu_agent.model.names import GpuName, find_gpu
 from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide, thread_percentage
 from vgpu_agent.mps.directories import Directories
@@ -108,9 +110,7 @@ def serves_users(scan: Scan) -> bool:
 def mps_restart(settings: Settings, gpu: str) -> None:
     """`vgpu-agent mps restart`. Raises MpsSetupError."""
     directories = _directories(settings)
-    named = directories.daemon(settings.sharing_rules().daemon_of(gpu))
-    if "/" not in gpu and directories.daemon(gpu).process.exists():
-        named = directories.daemon(gpu)
+    named = directories.daemon(_daemon_name(settings, gpu))
     if not lives(named):
         raise MpsSetupError(
             f"no MPS daemon serves {gpu} now: `ls {directories.root}` shows the names of daemons"
@@ -122,6 +122,25 @@ def mps_restart(settings: Settings, gpu: str) -> None:
             " that does not help, drain and reboot the node"
         )
     log.info("MPS daemon %s has ended and is started again; other daemons are not", named.name)
+
+
+def _daemon_name(settings: Settings, gpu: str) -> str:
+    """The daemon that serves a GPU. Raises MpsSetupError.
+
+    The driver, which may hang, is asked only for an index or a bus ID.
+    """
+    rules, directories = settings.sharing_rules(), _directories(settings)
+    for name in (gpu, rules.daemon_of(gpu)):
+        if "/" not in name and directories.daemon(name).process.exists():
+            return name
+    try:
+        serving = [GpuName(path.parent.name) for path in directories.root.glob("*/process")]
+        with suppress(UnknownGpuError):
+            return find_gpu(gpu, serving).uuid
+        gpus = [GpuName.of(each) for each in anyio.run(_scan, settings).gpus]
+        return rules.daemon_of(find_gpu(gpu, gpus).uuid)
+    except (UnknownGpuError, DriverError) as error:
+        raise MpsSetupError(f"no MPS daemon serves {gpu} now: {error}") from error
 
 
 def mps_watch(settings: Settings) -> None:

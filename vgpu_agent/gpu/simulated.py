@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import anyio
 
@@ -17,6 +18,20 @@ DRIVER_VERSION = "simulated"
 _EVENT_WAIT = 1.0
 
 
+XID_OFF_THE_BUS = 79
+"""The XID that a driver reports of a GPU that has fallen off the bus."""
+
+
+class SimulatedFault(StrEnum):
+    """What can be done to a simulated GPU; `HEAL` is a reset, after which it is well."""
+
+    XID = "xid"
+    LOSE = "lose"
+    ECC = "ecc"
+    HANG = "hang"
+    HEAL = "heal"
+
+
 @dataclass(frozen=True, slots=True)
 class _SimulatedGpu:
     """A GPU: `epoch` grows each time it is enumerated again, which makes older handles void."""
@@ -24,7 +39,7 @@ class _SimulatedGpu:
     gpu: Gpu
     epoch: int = 0
     on_the_bus: bool = True
-    reading: Reading = Reading(memory_used_bytes=0)
+    reading: Reading = Reading(memory_used_bytes=0, uncorrectable_ecc=0)
     hangs: bool = False
     processes: tuple[GpuProcess, ...] = ()
 
@@ -102,6 +117,23 @@ class SimulatedDriver(GpuDriver):
 
     # Faults on demand
 
+    def rehearse(self, fault: SimulatedFault, uuid: str, xid: int = 0) -> None:
+        """What the driver says from now on of a GPU that has this fault."""
+        match fault:
+            case SimulatedFault.XID:
+                self.xid(uuid, xid, falls_off_the_bus=xid == XID_OFF_THE_BUS)
+            case SimulatedFault.LOSE:
+                self.fall_off(uuid)
+            case SimulatedFault.ECC:
+                reading = self._gpus[uuid].reading
+                self.show(
+                    uuid, replace(reading, uncorrectable_ecc=(reading.uncorrectable_ecc or 0) + 1)
+                )
+            case SimulatedFault.HANG:
+                self.hang(uuid, hangs=True)
+            case SimulatedFault.HEAL:
+                self.enumerate_again(uuid)
+
     def xid(self, uuid: str | None, xid: int, *, falls_off_the_bus: bool = False) -> None:
         """The GPU reports an XID; with `falls_off_the_bus` it is gone until it is enumerated."""
         if uuid is not None and falls_off_the_bus:
@@ -117,6 +149,10 @@ class SimulatedDriver(GpuDriver):
     def show(self, uuid: str, reading: Reading) -> None:
         """Every probe of the GPU reads this from now on."""
         self._change(uuid, reading=reading)
+
+    def use_memory(self, uuid: str, count: int) -> None:
+        """So many bytes of the GPU are in use from now on."""
+        self.show(uuid, replace(self._gpus[uuid].reading, memory_used_bytes=count))
 
     def run_processes(self, uuid: str, processes: Sequence[GpuProcess]) -> None:
         """These processes, and no others, have a context on the GPU from now on."""

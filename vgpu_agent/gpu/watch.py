@@ -102,10 +102,13 @@ class GpuWatch:
         self._release_changed.set()
         self._wake.set()
 
-    def reset_done(self) -> None:
-        """The operator says that the GPUs that wait for a reset were reset: ends a release."""
+    def reset_done(self, uuid: str | None = None) -> None:
+        """The operator says that a GPU was reset, or all that wait for it: ends a release.
+
+        The probe that follows ends what a reset ends, and what still stands stays.
+        """
         waiting = [u for u, health in self.node.snapshot.health.items() if health.waits_for_reset]
-        self.node.gpus_happened(waiting, ResetDone())
+        self.node.gpus_happened(waiting if uuid is None else [uuid], ResetDone())
         self._release_until = None
         self._release_changed.set()
         self._wake.set()

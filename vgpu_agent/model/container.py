@@ -7,11 +7,11 @@ NVIDIA's container runtime (`NVIDIA_VISIBLE_DEVICES`) and of CUDA MPS (`CUDA_MPS
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
-from vgpu_agent.model.devices import Inventory, SharedGpu, pci_order, split_device_id
+from vgpu_agent.model.devices import Inventory, Reason, SharedGpu, pci_order, split_device_id
 from vgpu_agent.model.rules import MIB, SHARED, DeviceList, MpsLimits, SharingRules
 from vgpu_agent.model.share import fraction, thread_percentage
 
@@ -143,8 +143,9 @@ def check_start(inventory: Inventory, device_ids: Sequence[str], rules: SharingR
     """Whether a container that was given these vGPUs may start (again) now.
 
     A vGPU that is no longer made (fewer replicas than before) is still the container's: only its
-    GPU counts. Raises InvalidRequestError for an ID of no GPU's form, and UnavailableDeviceError
-    where the GPU is gone or unhealthy, or where the vGPUs are of several MPS daemons.
+    GPU counts. A cordon keeps new pods away, and no container of a pod that is there. Raises
+    InvalidRequestError for an ID of no GPU's form, and UnavailableDeviceError where the GPU is gone
+    or unhealthy, or where the vGPUs are of several MPS daemons.
     """
     _refuse_empty(device_ids)
     uuids = set()
@@ -155,7 +156,8 @@ def check_start(inventory: Inventory, device_ids: Sequence[str], rules: SharingR
         shared = inventory.find(parts[0])
         if shared is None:
             raise UnavailableDeviceError(f"device {vgpu!r}: its GPU is not on this node")
-        _refuse_unhealthy(vgpu, shared)
+        faults = tuple(each for each in shared.faults if each.reason is not Reason.CORDONED)
+        _refuse_unhealthy(vgpu, replace(shared, faults=faults))
         uuids.add(parts[0])
     daemons = {rules.daemon_of(uuid) for uuid in uuids}
     if rules.mps and len(daemons) > 1:

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     MPS = "mps"
     MPS_FAULT = "mps-fault"
     COMPUTE_MODE = "compute-mode"
+    CORDONED = "cordoned"
 
 
 class Effect(StrEnum):
@@ -35,6 +36,7 @@ class Effect(StrEnum):
     NOTE = "noted"
     COUNT = "counted"
     UNTIL_BACK = "unhealthy until it is back"
+    UNTIL_UNCORDONED = "unhealthy until uncordoned"
     UNTIL_GOOD = "unhealthy until proven good"
     UNTIL_RESET = "unhealthy until reset"
     UNTIL_REBOOT = "unhealthy until the node is rebooted"

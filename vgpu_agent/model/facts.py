@@ -86,6 +86,14 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Cordon:
+    """The operator took a GPU out of service: when (seconds since the epoch), and why, or `""`."""
+
+    since: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class XidEvent:
     """The driver reported an XID. `uuid` is None where it could not name the GPU."""
 

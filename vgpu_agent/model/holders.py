@@ -64,6 +64,14 @@ Pod = tuple[str, str]
 """Namespace and name."""
 
 
+def pods_on(uuid: str, assignments: Iterable[Assignment]) -> tuple[Pod, ...]:
+    """The pods that hold a vGPU of a GPU, advertised or not, in order."""
+    ids = [(each.holder, split_device_id(vgpu)) for each in assignments for vgpu in each.device_ids]
+    return tuple(
+        sorted({(who.namespace, who.pod) for who, vgpu in ids if vgpu and vgpu[0] == uuid})
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """Who holds what, after the cross-check. With a checkpoint no vGPU has two holders.

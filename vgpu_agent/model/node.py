@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from vgpu_agent.model.devices import Gpu, Reason
-from vgpu_agent.model.facts import GpuEvent, MpsLook, Scan, XidEvent
+from vgpu_agent.model.facts import Cordon, GpuEvent, MpsLook, Scan, XidEvent
 from vgpu_agent.model.health import (
     Away,
     GpuHealth,
@@ -197,6 +197,16 @@ class Node:
     def set_store_error(self, error: str | None) -> None:
         """Why what must outlive the agent could not be written; None: it is written."""
         self._update(store_error=error)
+
+    # The operator
+
+    def set_cordons(self, cordons: Mapping[str, Cordon]) -> None:
+        """These GPUs, by UUID, are out of service, and no others."""
+        self._update(cordons=MappingProxyType(dict(cordons)), cordon_error=None)
+
+    def cordons_failed(self, error: str) -> None:
+        """Which GPUs are out of service cannot be read: they stay as they were."""
+        self._update(cordon_error=error)
 
     # The MPS daemons
 

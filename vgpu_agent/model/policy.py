@@ -3,12 +3,12 @@
 `Fact` is the whole policy; docs/health.md is made from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
 
 from vgpu_agent.model.devices import Effect, Fault, Reason
-from vgpu_agent.model.facts import ComputeMode, MpsLook, Reading, RecoveryAction
+from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading, RecoveryAction
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.xids import CATALOGUE
 
@@ -140,6 +140,13 @@ class Fact(Enum):
         Reason.MPS_FAULT,
         "nothing: it is over when the clients are gone; find the client that failed",
     )
+    CORDONED = Rule(
+        "an operator took the GPU out of service",
+        "`vgpu-agent cordon GPU`",
+        Effect.UNTIL_UNCORDONED,
+        Reason.CORDONED,
+        "when it is to be given to pods again: `vgpu-agent uncordon GPU`",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +253,10 @@ def mps_findings(look: MpsLook) -> Mapping[str, list[Finding]]:
         if daemon.fault:
             findings[name].append(Finding(Fact.MPS_FAULT, daemon.fault))
     return findings
+
+
+def cordon_faults(cordon: Cordon | None) -> Iterator[Fault]:
+    """What a cordon, if there is one, does to its GPU."""
+    if cordon is not None:
+        finding = Finding(Fact.CORDONED, cordon.reason or "the operator gave no reason")
+        yield from filter(None, [finding.fault(cordon.since)])

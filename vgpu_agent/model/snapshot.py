@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
-from vgpu_agent.model.facts import EVENTS, DaemonLook, MpsLook
+from vgpu_agent.model.facts import EVENTS, Cordon, DaemonLook, MpsLook
 from vgpu_agent.model.health import GpuHealth
 from vgpu_agent.model.holders import (
     Assignment,
@@ -24,6 +24,7 @@ from vgpu_agent.model.holders import (
     orphaned,
     parts,
 )
+from vgpu_agent.model.policy import cordon_faults
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide
 
@@ -104,7 +105,8 @@ class Inputs:
     daemon whose GPUs they are of, `""` for GPUs without one. `memory_used` is in bytes by UUID.
     `missing` says by UUID why something is not known of a GPU that it should offer. `usage`
     is None where processes are not looked at. `allocates` counts the calls of Allocate that were
-    answered. `store_error` says why what must outlive the agent is not written.
+    answered. `store_error` says why what must outlive the agent is not written. `cordons` are by
+    UUID, of GPUs listed or not; `cordon_error` says why they cannot be read.
     """
 
     driver: Driver = Driver()
@@ -116,6 +118,8 @@ class Inputs:
     health: Mapping[str, GpuHealth] = field(default_factory=_empty)
     memory_used: Mapping[str, int] = field(default_factory=_empty)
     missing: Mapping[str, Mapping[str, str]] = field(default_factory=_empty)
+    cordons: Mapping[str, Cordon] = field(default_factory=_empty)
+    cordon_error: str | None = None
     mps_look: MpsLook | None = None
     mps_faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=_empty)
     kubelet: Kubelet = Kubelet()
@@ -203,6 +207,7 @@ _ADVERTISED = (
     "mps_look",
     "mps_faults",
     "missing",
+    "cordons",
 )
 """The inputs on which the advertised GPUs depend."""
 
@@ -269,6 +274,7 @@ def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Sha
         faults += inputs.mps_faults.get(daemon, ())
         look = inputs.mps_look.daemons.get(daemon) if inputs.mps_look else None
         notes += filter(None, (look.busy, look.failing) if look else ())
+    faults += cordon_faults(inputs.cordons.get(gpu.uuid))
     return SharedGpu(
         gpu,
         replicas,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 
-from vgpu_agent.model.devices import Effect, Gpu, SharedGpu
+from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
 from vgpu_agent.model.policy import judge_xid
 from vgpu_agent.model.rules import HealthRules, SharingRules
@@ -138,7 +138,9 @@ def _faults(known: SharedGpu | None, shared: SharedGpu) -> Iterator[LogLine]:
     news = [
         each
         for each in shared.faults
-        if each.reason not in old or old[each.reason].effect is not each.effect
+        if each.reason not in old
+        or old[each.reason].effect is not each.effect
+        or (each.reason is Reason.CORDONED and old[each.reason].detail != each.detail)
     ]
     if news:
         advice = "; ".join(dict.fromkeys(each.advice for each in news if each.advice))
@@ -245,6 +247,11 @@ _PROBLEMS: tuple[tuple[Callable[[Snapshot], str | None], str, str], ...] = (
             " look at VGPU_STATE_DIRECTORY"
         ),
         "the state file is written again",
+    ),
+    (
+        lambda snapshot: snapshot.cordon_error,
+        "{}; GPUs that are cordoned since before are unknown: look at VGPU_CORDON_DIRECTORY",
+        "the cordons are read again",
     ),
 )
 """What may be wrong with the agent itself, and the words for its begin and its end."""

@@ -149,7 +149,8 @@ class Report:
 
     `resource` is the name of the vGPUs in Kubernetes. `health_checks` and `process_metrics`:
     whether GPUs are probed, and processes looked at; `names_pods`: whether this document names
-    pods. `problems` are troubles of the agent itself that have no place elsewhere.
+    pods. `problems` are troubles of the agent itself that have no place elsewhere. `cordoned` has
+    the reason, which may be empty, of every GPU that is cordoned, listed or not, by its UUID.
 
     `largest_free`: the most vGPUs of one GPU that a container can be given, if `schedulable`.
     `orphaned`: the vGPUs that are held and no longer advertised. These two and `allocations` are
@@ -174,6 +175,7 @@ class Report:
     problems: tuple[str, ...]
     gpus: tuple[GpuReport, ...]
     excluded: tuple[ExcludedReport, ...]
+    cordoned: dict[str, str]
     allocations: tuple[AllocationReport, ...] | None
     orphaned: tuple[str, ...] | None
 
@@ -192,7 +194,12 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
     """The report of a snapshot; `now` is in seconds since the epoch."""
     driver, kubelet, gpus = snapshot.driver, snapshot.kubelet, snapshot.inventory.gpus
     known = snapshot.assignments is not None
-    usage = None if snapshot.usage is None else snapshot.usage.problem
+    problems = (
+        snapshot.store_error,
+        snapshot.cordon_error,
+        snapshot.holders.checkpoint_error,
+        None if snapshot.usage is None else snapshot.usage.problem,
+    )
     held = _held(snapshot) if known else None
     until = None if driver.released_until is None else _time(driver.released_until)
     mps = snapshot.mps
@@ -216,14 +223,13 @@ def make_report(snapshot: Snapshot, rules: Rules, identity: Identity, now: float
         health_checks=rules.health.health_checks,
         process_metrics=snapshot.usage is not None,
         names_pods=identity.names_pods,
-        problems=tuple(
-            filter(None, (snapshot.store_error, snapshot.holders.checkpoint_error, usage))
-        ),
+        problems=tuple(filter(None, problems)),
         gpus=tuple(_gpu(shared, held, snapshot) for shared in gpus),
         excluded=tuple(
             ExcludedReport(e.gpu.uuid, e.gpu.index, e.gpu.model, e.reason, e.detail)
             for e in snapshot.excluded
         ),
+        cordoned={uuid: each.reason for uuid, each in sorted(snapshot.cordons.items())},
         allocations=tuple(_allocation(part, snapshot, limited=limited) for part in snapshot.parts)
         if known and identity.names_pods
         else None,

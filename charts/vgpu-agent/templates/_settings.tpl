@@ -32,6 +32,7 @@ and the values that are used where there is none. */}}
     "lostCardSeconds": 3600
   },
   "stateDirectory": "/run/vgpu-agent",
+  "cordonDirectory": "/var/lib/vgpu-agent/cordoned",
   "statusHosts": [],
   "statusPage": true,
   "podResourcesInterval": 10,
@@ -48,6 +49,7 @@ and the values that are used where there is none. */}}
 {{- define "vgpu-agent.settings" -}}
 {{- $settings := dict
   "VGPU_CDI_KIND" .cdiKind
+  "VGPU_CORDON_DIRECTORY" .cordonDirectory
   "VGPU_CRITICAL_XIDS" .health.criticalXids
   "VGPU_DEVICE_LIST" .deviceList
   "VGPU_DEVICE_MEMORY" .deviceMemory

@@ -32,7 +32,7 @@ from vgpu_agent.commands.doctor.checks import (
 )
 from vgpu_agent.commands.judge import Check, Verdict
 from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
-from vgpu_agent.gpu import memory
+from vgpu_agent.gpu import cordons, memory
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.watch import GpuWatch, Intervals
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
@@ -108,6 +108,7 @@ async def look_once(
     rules = Rules(settings.sharing_rules(), settings.health_rules())
     node = Node(rules, clock=lambda: Moment(time.monotonic(), time.time()))
     kept = guarded("kept faults", partial(_recall, settings.state_directory, node))
+    kept += guarded("cordons", partial(_cordons, settings.cordon_directory, node))
     failed: list[Check] = []
 
     async def look_at_gpus() -> None:
@@ -162,6 +163,14 @@ def _recall(directory: Path, node: Node) -> Iterable[Check]:
     yield Check(name, Verdict.OK, f"of {count} GPUs that waited for a reset" if count else "none")
 
 
+def _cordons(directory: Path, node: Node) -> Iterable[Check]:
+    """Begins with the GPUs that are cordoned, as the agent will."""
+    try:
+        node.set_cordons(cordons.load(directory))
+    except StoreError as error:
+        yield Check("cordons", Verdict.WARN, str(error), "look at VGPU_CORDON_DIRECTORY")
+
+
 def _absent(node: Node) -> Iterable[Check]:
     """The GPUs that wait for a reset and are not listed."""
     for uuid, health in node.snapshot.health.items():
@@ -191,7 +200,18 @@ def _preflight(settings: Settings, report: Report | None, other_mps: Path) -> di
             preflight.check_endpoint(endpoint, control_socket, report, settings.resource_name)
         ],
         "metrics address": lambda: [preflight.check_metrics(settings.metrics_address)],
-        "state directory": lambda: [preflight.check_state_directory(settings.state_directory)],
+        "state directory": lambda: [
+            preflight.check_kept_directory(
+                "state directory",
+                settings.state_directory,
+                "a restart of the agent would forget which GPUs wait for a reset",
+            )
+        ],
+        "cordon directory": lambda: [
+            preflight.check_kept_directory(
+                "cordon directory", settings.cordon_directory, "no GPU can be cordoned"
+            )
+        ],
     }
 
 

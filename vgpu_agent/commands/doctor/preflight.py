@@ -179,16 +179,13 @@ def check_metrics(address: Address) -> Check:
     return Check(name, OK, f"{address} is free")
 
 
-def check_state_directory(path: Path) -> Check:
-    """Where the agent keeps faults. It runs without, and forgets."""
-    name = "state directory"
+def check_kept_directory(name: str, path: Path, without: str) -> Check:
+    """Where the agent keeps what it must not forget; it runs `without`. `VGPU_NAME` sets it."""
     parent = next(each for each in (path, *path.parents) if each.exists())
     if parent != path and parent.is_dir() and writable(parent):
         return Check(name, OK, f"{path} is not there yet; the agent makes it")
-    advice = (
-        "mount a writable directory there, or set VGPU_STATE_DIRECTORY: without it a restart of the"
-        " agent would forget which GPUs wait for a reset"
-    )
+    variable = f"VGPU_{name.replace(' ', '_').upper()}"
+    advice = f"mount a writable directory there, or set {variable}: without it {without}"
     return _directory(name, path, advice, bad=WARN, write=True)
 
 
