@@ -261,8 +261,10 @@ def test_a_rehearsed_xid_is_one_alert_with_its_gpu_node_xid_and_pods():
         for words in (
             f"GPU 0 ({uuid})",
             "or of no GPU by name: 79.",
-            "Pods that hold vGPUs of it: 1, listed by"
-            f' vgpu_allocation_info{{instance="{HERE}",gpu_uuid="{uuid}"}}.',
+            (
+                "Pods that hold vGPUs of it: 1, listed by"
+                f' vgpu_allocation_info{{instance="{HERE}",gpu_uuid="{uuid}"}}.'
+            ),
         ):
             assert words in alert["annotations"]["description"]
         active = [each["labels"] for each in it.prometheus.get("alerts")["alerts"]]
