@@ -20,8 +20,9 @@ from vgpu_agent.model.devices import device_id
 from vgpu_agent.model.facts import Cordon, Reading
 from vgpu_agent.model.holders import Holder, Used
 
-BEFORE, AFTER = 10, 70
-"""Minutes in which all is well, and minutes from the fault on."""
+BEFORE, AFTER, LATER = 10, 70, 40
+"""Minutes in which all is well, then those until every alert has fired that is to, and so many more in
+which no other does."""
 
 NODE = "node-a"
 TARGET = {
@@ -73,7 +74,7 @@ def pages(of: Scenario) -> tuple[Page, ...]:
         machine = Machine(of.gpus)
         before = [await machine.minute() for _ in range(BEFORE)]
         await of.happen(machine)
-        return (*before, *[await machine.minute() for _ in range(AFTER)])
+        return (*before, *[await machine.minute() for _ in range(AFTER + LATER)])
 
     return anyio.run(play)
 
