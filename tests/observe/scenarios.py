@@ -21,7 +21,7 @@ from vgpu_agent.model.facts import Cordon, Reading
 from vgpu_agent.model.holders import Holder, Used
 
 BEFORE, AFTER, LATER = 10, 70, 40
-"""Minutes in which all is well, then those until every alert has fired that is to, and so many more in
+"""Minutes in which all is well, then those until every alert has fired that is to, and those in
 which no other does."""
 
 NODE = "node-a"
