@@ -25,6 +25,7 @@ def markdown_table() -> str:
         rows.append(
             f"| {rule.what} | {rule.found_by}"
             f" | {'all vGPUs of the GPU ' + rule.effect if marked else rule.effect}"
-            f" | {ends[rule.effect]} | {f'`{rule.reason}`' if marked else '-'} | {rule.advice} |"
+            f" | {ends[rule.effect]} | {f'`{rule.reason}`' if marked else '-'}"
+            f" | {rule.remedy.words} |"
         )
     return "\n".join(rows)

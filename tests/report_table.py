@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -59,4 +60,6 @@ def _words(kind: Any) -> str:
     if is_dataclass(kind) and isinstance(kind, type):
         name = _name(kind)
         return f"[{name}](#{name.lower()})"
+    if issubclass(kind, Enum):
+        return " or ".join(f"`{each.value}`" for each in kind)
     return _SIMPLE[kind]

@@ -1,9 +1,14 @@
-"""Makes the picture of the page for the documents: `python -m tests.screenshot`."""
+"""Makes the picture of the page for the documents: `python -m tests.screenshot`.
+
+With a directory: pictures of every case in it, to look at.
+"""
 
 import shutil
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -11,8 +16,10 @@ from typing import TYPE_CHECKING
 import anyio
 
 from tests.model.strategies import a_look
+from vgpu_agent import __version__
 from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
+from vgpu_agent.model.advice import Place
 from vgpu_agent.model.devices import Effect, Fault, Gpu, Reason, device_id
 from vgpu_agent.model.facts import Reading, Scan
 from vgpu_agent.model.health import ActiveFault, GpuHealth, Moment, Probed
@@ -21,7 +28,8 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.report import Identity, make_report, to_json
+from vgpu_agent.observe.report import to_json
+from vgpu_agent.observe.reporting import make_report
 from vgpu_agent.observe.server import listen
 from vgpu_agent.observe.web import Web
 
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     from playwright.async_api import Browser
 
 GIB = 2**30
+PLACE = Place("gpu-node-1", "kube-system", "vgpu-agent-x7k2p")
 LOOPBACK = Address("127.0.0.1", 0)
 PICTURE = Path(__file__).parents[1] / "docs/page.png"
 
@@ -69,7 +78,11 @@ class ShownNode(Node):
 
     def __init__(self, vgpus: int = 10, *, health_checks: bool = True) -> None:
         super().__init__(
-            Rules(SharingRules(replicas=vgpus), HealthRules(health_checks=health_checks)),
+            Rules(
+                SharingRules(replicas=vgpus),
+                HealthRules(health_checks=health_checks),
+                place=PLACE,
+            ),
             clock=lambda: Moment(time.monotonic(), time.time()),
         )
         self.gpus = simulated_gpus(2, "NVIDIA L4", 24 * GIB, (0, 1))
@@ -131,7 +144,6 @@ class ShownNode(Node):
             time.time() - 600,
             "2 uncorrectable memory errors",
             Effect.UNTIL_RESET,
-            "drain the GPU's pods, release it (`vgpu-agent release`), reset it",
         )
         self._set_health(index, GpuHealth(active=(ActiveFault(fault, time.monotonic()),)))
 
@@ -144,16 +156,67 @@ class ShownNode(Node):
         self.recalled(known.first_seen, {**known.health, self.gpus[index].uuid: health})
 
 
+def _well(node: ShownNode) -> None:
+    node.start()
+    node.hold(*(pod[:3] for pod in PODS))
+
+
+def _off_the_bus(node: ShownNode) -> None:
+    _well(node)
+    detail = "XID 79 (GPU has fallen off the bus)"
+    for index in range(2):
+        node.fail(index, Fault(Reason.XID, time.time() - 600, detail, Effect.UNTIL_REBOOT))
+
+
+def _no_kubelet(node: ShownNode) -> None:
+    _well(node)
+    path = "/var/lib/kubelet/device-plugins/kubelet.sock"
+    node.registration_ended(f"no kubelet at {path}: nobody listens on it", away=True)
+
+
+def _rival(node: ShownNode) -> None:
+    _well(node)
+    rival = "at nvidia-aws-vgpu.sock (process 4242, vgpu-device-plu)"
+    error = f"another agent seems to serve k8s.amazonaws.com/vgpu on this node, {rival}"
+    node.registration_ended(error, rival=rival)
+
+
+def _no_driver(node: ShownNode) -> None:
+    node.driver_looked(Driver(None, "NVML does not start: libnvidia-ml.so.1 is not here"), None, {})
+    node.daemon()
+    node.registration_tried(RegistrationResult.REGISTERED)
+    node.stream_opened()
+    node.set_assignments(())
+
+
+def _no_mps(node: ShownNode) -> None:
+    _well(node)
+    node.daemon("the daemon does not answer")
+
+
+CASES: dict[str, Callable[[ShownNode], None]] = {
+    "well": _well,
+    "busy": ShownNode.busy,
+    "xid-79": _off_the_bus,
+    "no-kubelet": _no_kubelet,
+    "rival": _rival,
+    "no-driver": _no_driver,
+    "no-mps": _no_mps,
+}
+"""A node where all is well, the one of the documents' picture, and five faults of a whole node."""
+
+
 @asynccontextmanager
-async def site(node: Node, address: Address = LOOPBACK) -> AsyncIterator[Address]:
+async def site(
+    node: Node, address: Address = LOOPBACK, version: str = "1.2.3"
+) -> AsyncIterator[Address]:
     """Serves that node; where it does."""
     resource = "k8s.amazonaws.com/vgpu"
 
     def report(snapshot: Snapshot) -> bytes:
-        identity = Identity("1.2.3", "gpu-node-1", resource)
-        return to_json(make_report(snapshot, node.rules, identity, time.time()))
+        return to_json(make_report(snapshot, node.rules, time.time(), version=version))
 
-    metrics = Metrics("1.2.3", resource, node.rules)
+    metrics = Metrics(version, resource, node.rules)
     web = Web(listener=listen(address), node=node, metrics=metrics, report=report)
     async with anyio.create_task_group() as tasks:
         await tasks.start(web.run)
@@ -161,16 +224,28 @@ async def site(node: Node, address: Address = LOOPBACK) -> AsyncIterator[Address
         tasks.cancel_scope.cancel()
 
 
-async def main(picture: Path = PICTURE, **options: str) -> None:
-    """Makes the picture. `options` are those of the browser's page, such as its color_scheme."""
+async def picture(browser: "Browser", case: str, path: Path, width: int, scheme: str) -> None:
+    """Makes a picture of the page in that case, as wide as that, `light` or `dark`."""
     node = ShownNode()
-    node.busy()
-    async with site(node) as address, browsing() as browser:
-        page = await browser.new_page(viewport={"width": 1200, "height": 700}, **options)
+    CASES[case](node)
+    async with site(node, version=__version__) as address:
+        page = await browser.new_page(viewport={"width": width, "height": 700}, color_scheme=scheme)
         await page.goto(f"http://{address}/")
-        await page.get_by_text("whisper-1").first.wait_for()
-        await page.screenshot(path=picture, full_page=True)
+        await page.locator("#report").wait_for()
+        await page.screenshot(path=path, full_page=True)
+        await page.close()
+
+
+async def main(*directory: str) -> None:
+    """Makes the picture of the documents or, in a directory, one of every case to look at."""
+    async with browsing() as browser:
+        if not directory:
+            await picture(browser, "busy", PICTURE, 1200, "light")
+        for where, case in product(map(Path, directory), CASES):
+            for scheme, width in product(("light", "dark"), (1280, 390)):
+                path = where / f"{case}-{scheme}-{width}.png"
+                await picture(browser, case, path, width, scheme)
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    anyio.run(main, *sys.argv[1:])

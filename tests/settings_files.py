@@ -92,14 +92,18 @@ def docs_table() -> str:
         "| variable | default | allowed | what it is | value of the chart |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, key in sorted(chart_keys().items()):
+    for name, key in sorted(chart_keys().items(), key=lambda each: variable(each[0])):
         field = Settings.model_fields[name]
         default = f"`{field.default}`" if field.default else "(empty)"
         rows.append(
             f"| `{variable(name)}` | {default} | {allowed(name)} | {field.description}"
-            f" | `{key.removesuffix('?')}` |"
+            f" | {_code(key.removesuffix('?'))} |"
         )
     return "\n".join(rows)
+
+
+def _code(key: str) -> str:
+    return f"`{key}`" if key else "(downward API)"
 
 
 # values.yaml

@@ -21,7 +21,7 @@ import pytest
 from tests.agent_process import REPOSITORY, execute, running
 from tests.kubelet_peer import KubeletPeer
 from vgpu_agent import __main__ as program
-from vgpu_agent import cli
+from vgpu_agent import __version__, cli
 from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError, SettingsError, StoryError
 
@@ -101,12 +101,13 @@ def sockets(kubelet_dir: Path) -> list[str]:
         ("simulate ecc --gpu 0", {"fault": "ecc", "gpu": "0"}),
         ("simulate heal", {"fault": "heal", "gpu": None}),
         ("doctor --json", {"json": True}),
-        ("status", {"json": False, "watch": None, "address": None}),
-        ("status --watch", {"json": False, "watch": 2.0, "address": None}),
-        ("status --watch 0.5", {"json": False, "watch": 0.5, "address": None}),
+        ("status", {"json": False, "watch": None, "wide": False, "address": None}),
+        ("status --watch", {"json": False, "watch": 2.0, "wide": False, "address": None}),
+        ("status --wide", {"json": False, "watch": None, "wide": True, "address": None}),
+        ("status --watch 0.5", {"json": False, "watch": 0.5, "wide": False, "address": None}),
         (
             "status --json --address [::1]:9408",
-            {"json": True, "watch": None, "address": Address("::1", 9408)},
+            {"json": True, "watch": None, "wide": False, "address": Address("::1", 9408)},
         ),
     ],
 )
@@ -250,10 +251,32 @@ def test_a_metrics_port_in_use_ends_with_2_and_a_message(kubelet_dir):
             VGPU_METRICS_ADDRESS=address,
         )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
+    first, last = done.stderr.splitlines()
+    # The first line says where it runs.
+    starts = f" INFO    vgpu-agent starts version={__version__} node={socket.gethostname()}"
+    assert first.endswith(starts)
+    assert last == (
         f"vgpu-agent: VGPU_METRICS_ADDRESS={address}: cannot listen there: Address already in use;"
-        " set another host:port, or end what uses this one\n"
+        " set another host:port, or end what uses this one"
     )
+
+
+@pytest.mark.slow
+def test_the_log_begins_with_the_names_of_node_and_pod(kubelet_dir):
+    names = {
+        "VGPU_NODE_NAME": "gpu-1.example.com",
+        "VGPU_POD_NAMESPACE": "gpus",
+        "VGPU_POD_NAME": "vgpu-agent-x7k2p",
+    }
+    with running(kubelet_dir, **names, VGPU_REPLICS="3") as agent:
+        agent.wait_line("metrics at")
+        report = json.loads(agent.get("/status.json")[1])
+    assert agent.lines[0].endswith(
+        f"vgpu-agent starts version={__version__} node=gpu-1.example.com"
+        " namespace=gpus pod=vgpu-agent-x7k2p"
+    )
+    found = (report["node"], report["namespace"], report["pod"])
+    assert found == ("gpu-1.example.com", "gpus", "vgpu-agent-x7k2p")
 
 
 # The agent

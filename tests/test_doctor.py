@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,13 +20,12 @@ from tests.agent_process import environment, running
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.kubelet_peer import KubeletPeer, off_loop
 from tests.model.strategies import a_look
-from tests.test_status import DAEMON, FAULT, MPS, controlled, gpu, report, shown
+from tests.test_status import controlled, report
 from tests.web_peer import answering, http
-from vgpu_agent import control, store
+from vgpu_agent import control, store, unixsocket
 from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address
 from vgpu_agent.agent import make_daemons, make_driver, make_watch
-from vgpu_agent.commands import judge
 from vgpu_agent.commands.doctor import (
     Timeouts,
     check_settings,
@@ -38,22 +37,20 @@ from vgpu_agent.commands.doctor import (
     render_text,
     worst,
 )
-from vgpu_agent.commands.judge import Check, Verdict
 from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.model.acceptance import Acceptance, Refusal
+from vgpu_agent.model.advice import Advice, Step
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading
 from vgpu_agent.model.health import Counters
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
-from vgpu_agent.observe.mps import MpsReport
 from vgpu_agent.observe.report import (
-    Counts,
-    DriverReport,
-    ExcludedReport,
+    Check,
     KubeletReport,
-    PodResourcesReport,
+    Verdict,
     to_json,
 )
 from vgpu_agent.settings import EmbeddedSettings, Settings
@@ -67,10 +64,11 @@ SOON = Timeouts(ask=0.1, call=0.1, look=0.4, leave=0.1)
 
 
 def said(checks, name: str) -> tuple[Verdict, str]:
-    """The verdict and the words, advice included, of the one check of that name."""
+    """The verdict and the words, advice and commands included, of the one check of that name."""
     (check,) = [check for check in checks if check.name == name]
     assert check.advice or check.verdict is OK, f"{check} does not say what to do"
-    return check.verdict, f"{check.detail} {check.advice}"
+    commands = "".join(f" {step.command}" for step in check.steps)
+    return check.verdict, f"{check.detail} {check.advice}{commands}"
 
 
 def expect(checks: Iterable[Check], name: str, verdict: Verdict, words: str = "") -> None:
@@ -191,7 +189,7 @@ async def test_a_check_that_stumbles_is_a_failed_check_and_the_others_go_on(
 
 async def test_what_hangs_does_not_hold_up_the_rest(kubelet_dir, monkeypatch):
     going_on = threading.Event()
-    monkeypatch.setattr(preflight, "check_metrics", lambda _: going_on.wait(10))
+    monkeypatch.setattr(preflight, "check_metrics", lambda *_: going_on.wait(10))
     driver = SimulatedDriver(GPUS)
     driver.hang(UUID, hangs=True)
     settings = settings_in(kubelet_dir)
@@ -245,13 +243,20 @@ async def test_what_a_running_agent_says_is_what_doctor_says(kubelet_dir):
         raise AssertionError("the agent was to be asked")
 
     settings = settings_in(kubelet_dir)
-    words = "another process serves /x/vgpu.sock: another agent for it? Remove one"
-    rivals = report(kubelet=KubeletReport(False, False, 0, words), schedulable=False)
+    words = "another process serves /x/vgpu.sock: another agent for it"
+    rival = "at vgpu.sock (process 7, vgpu-agent)"
+    no = "No new vGPU pods: another plugin serves k8s.amazonaws.com/vgpu"
+    rivals = report(
+        kubelet=KubeletReport(False, False, 0, words, rival, None),
+        acceptance=Acceptance(False, no, (Refusal.RIVAL,)),
+    )
     async with controlled(settings.state_directory, to_json(rivals).decode()):
         with listening(settings.plugin_directory / "kubelet.sock"):
             found = await examined(settings, make_driver=opened)
     assert said(found, "agent")[0] is OK
+    expect(found, "node", FAIL, no)
     expect(found, "kubelet", FAIL, words)
+    assert "kubectl get daemonsets -A -o wide" in render_text(found)
     assert worst(found) is FAIL
     assert not [each for each in found if each.name == "kept faults"]
 
@@ -294,118 +299,6 @@ async def test_two_agents_for_one_resource_fail(kubelet_dir):
             expect(found, "endpoint", FAIL, str(first.process.pid))
 
 
-# A report
-
-
-def daemons(**changes: object) -> MpsReport:
-    """All is well but for the MPS daemon of a GPU."""
-    return replace(MPS, daemons={**MPS.daemons, UUID: replace(DAEMON, **changes)})
-
-
-def judged(**changes: object) -> list[Check]:
-    return judge.of_report(report(**changes))
-
-
-def test_a_report_where_all_is_well_is_all_ok():
-    found = judged()
-    assert worst(found) is OK, render_text(found)
-    names = ["driver", "mps", "GPUs", "GPU 0", "GPU 1", "kubelet", "podresources"]
-    assert [each.name for each in found] == names
-    assert "NVIDIA A10G GPU-2b6f0a3e-1c2d-4e5f-8a9b-0c1d2e3f4a5b, 24576 MiB" in found[3].detail
-    assert "10 vGPUs of 2048 MiB; healthy" in found[3].detail
-
-
-ILL = gpu(0, healthy=False, faults=(FAULT,), vgpus=Counts(10, 0, 4, 6, 4))
-CORDONED = replace(
-    ILL, faults=(replace(FAULT, reason="cordoned", detail="fan", until_reset=False),)
-)
-MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
-
-
-@pytest.mark.parametrize(
-    ("changes", "name", "verdict", "words"),
-    [
-        ({"driver": DriverReport(False, None, "no library", None)}, "driver", FAIL, "no library"),
-        (
-            {"driver": DriverReport(False, "5", "released", "2026-03-04T05:07:00+00:00")},
-            "driver",
-            WARN,
-            "released for a reset until 2026-03-04T05:07:00",
-        ),
-        ({"health_checks": False}, "health checks", WARN, "VGPU_HEALTH_CHECKS=on"),
-        ({"gpus": ()}, "GPUs", FAIL, "lists no GPU"),
-        ({"gpus": (), "excluded": (MIG,)}, "GPUs", FAIL, "0 of 1 GPUs are shared"),
-        ({"excluded": (MIG,)}, "GPUs", OK, "2 of 3 GPUs are shared"),
-        ({"excluded": (MIG,)}, "GPU 2", WARN, "is excluded (mig): MIG is on: turn it off"),
-        ({"excluded": (replace(MIG, reason="replicas"),)}, "GPU 2", OK, "is excluded (replicas)"),
-        ({"gpus": (ILL,)}, "GPU 0", FAIL, "no vGPU can be given"),
-        (
-            {"gpus": (ILL,)},
-            "GPU 0 health",
-            FAIL,
-            "fallen off the bus (until a reset) reset the GPU",
-        ),
-        ({"gpus": (CORDONED,)}, "GPU 0", WARN, "no vGPU can be given"),
-        ({"gpus": (CORDONED,)}, "GPU 0 health", WARN, "cordoned since 2026-03-04T05:00:00"),
-        ({"gpus": (gpu(0, healthy=False, faults=(*CORDONED.faults, FAULT)),)}, "GPU 0", FAIL, ""),
-        ({"cordoned": {"GPU-x": "fan"}}, "cordoned", WARN, "GPU-x is cordoned, and gives no"),
-        ({"cordoned": {"GPU-x": ""}}, "cordoned", WARN, "vGPUs: no reason given"),
-        ({"gpus": (gpu(0, notes=("a row waits",)),)}, "GPU 0 note", WARN, "a row waits"),
-        ({"gpus": (gpu(0, memory_bytes=None, vgpu_bytes=None),)}, "GPU 0", OK, "memory not known"),
-        ({"gpus": (gpu(0, unattributed_processes=2),)}, "GPU 0 processes", WARN, "2 processes"),
-        ({"kubelet": KubeletReport(False, False, 0, "gone")}, "kubelet", FAIL, "registered: gone"),
-        (
-            {"kubelet": KubeletReport(False, False, 0, None)},
-            "kubelet",
-            FAIL,
-            "not registered: starting",
-        ),
-        ({"kubelet": KubeletReport(False, True, 0, None)}, "kubelet", FAIL, "follow the list"),
-        ({"kubelet": KubeletReport(True, True, 1, "odd")}, "kubelet", WARN, "odd"),
-        (
-            {"podresources": PodResourcesReport(False, "no dir")},
-            "podresources",
-            WARN,
-            "older: no dir",
-        ),
-        ({"process_metrics": False}, "podresources", OK, "usage: off (VGPU_PROCESS_METRICS)"),
-        ({"mps": None}, "sharing", OK, "by time-slicing"),
-        ({"orphaned": ("GPU-x::3",)}, "orphaned", WARN, "GPU-x::3"),
-        ({"problems": ("cannot write /x",)}, "agent", WARN, "cannot write /x"),
-        ({"mps": MPS}, "mps", OK, "with 3 clients"),
-        ({"mps": replace(MPS, problem="nobody")}, "mps", FAIL, "given: nobody"),
-        ({"mps": daemons(problem="not in effect")}, "mps daemon", FAIL, "not in effect"),
-        ({"mps": daemons(busy="held by 7")}, "mps busy", WARN, "held by 7"),
-        ({"mps": daemons(failing="again")}, "mps servers", FAIL, "again"),
-        ({"mps": replace(MPS, unwatched="nobody looks")}, "mps watch", WARN, "nobody looks"),
-        ({"mps": replace(MPS, split_containers=2)}, "mps containers", FAIL, "2 containers"),
-        ({"mps": replace(MPS, replacement="5 instead of 10")}, "mps settings", WARN, "5 instead"),
-        ({"mps": replace(MPS, waiting_clients=2)}, "mps clients", WARN, "as one user"),
-    ],
-)
-def test_what_a_report_says_is_what_is_said(changes, name, verdict, words):
-    found = judged(**changes)
-    expect(found, name, verdict, words)
-    # `status` shows the same, beside its table of GPUs.
-    page = shown(report(**changes))
-    of_table = {"GPUs", *(f"GPU {each.index}" for each in report(**changes).gpus)}
-    for each in found:
-        if each.name not in of_table:
-            assert each.detail in page
-            assert each.verdict is OK or each.advice in page
-
-
-def test_gpus_and_excluded_ones_are_in_the_order_of_their_index():
-    found = judged(gpus=(gpu(1),), excluded=(replace(MIG, index=0),))
-    names = [each.name for each in found]
-    assert names.index("GPU 0") < names.index("GPU 1")
-
-
-def test_of_a_single_look_nothing_is_said_that_only_an_agent_knows():
-    found = judge.of_look(report(kubelet=KubeletReport(False, False, 0, None)))
-    assert not {"kubelet", "podresources"} & {each.name for each in found}
-
-
 # The report
 
 REPORT = (
@@ -428,10 +321,25 @@ def test_the_text_is_aligned_and_plain():
     )
 
 
+def test_commands_stand_below_the_advice_and_once():
+    steps = (Step("why", "kubectl get nodes"),)
+    found = [replace(REPORT[2], name=name, steps=steps) for name in ("a", "b")]
+    assert render_text(found).splitlines()[:7] == [
+        "fail  a  away",
+        "         for long",
+        "         -> start it",
+        "      # why",
+        "      kubectl get nodes",
+        "fail  b  away",
+        "         for long",
+    ]
+    assert render_text(found).splitlines()[7] == "         -> as for a"
+
+
 def test_the_json_says_the_same():
     parsed = json.loads(render_json(REPORT))
     assert parsed["verdict"] == "fail"
-    assert [Check(**each) for each in parsed["checks"]] == list(REPORT)
+    assert [store.decoded(Check, each, "check") for each in parsed["checks"]] == list(REPORT)
 
 
 def test_the_worst_verdict_counts():
@@ -504,7 +412,7 @@ def examined_with(nvml: FakeNvml | None, kubelet_dir: Path, **variables: str) ->
         timeout=30,
         check=True,
     )
-    parsed = [Check(**each) for each in json.loads(done.stdout)["checks"]]
+    parsed = [store.decoded(Check, each, "check") for each in json.loads(done.stdout)["checks"]]
     return [replace(check, verdict=Verdict(check.verdict)) for check in parsed]
 
 
@@ -528,16 +436,17 @@ def test_gpus_of_the_driver_are_judged_one_by_one(kubelet_dir, fake_nvml):
         ("GPUs", OK, ""),
         ("GPU 0", OK, "NVIDIA L4 GPU-0, 23034 MiB; 10 vGPUs of 2252 MiB"),
         ("GPU 1", WARN, "nvidia-smi -i 1 -mig 0"),
-        ("GPU 2 health", FAIL, "EXCLUSIVE_PROCESS"),
-        ("GPU 2 health", FAIL, "-c DEFAULT"),
+        ("GPU 2", FAIL, "EXCLUSIVE_PROCESS"),
+        ("GPU 2", FAIL, "nvidia-smi -i GPU-2 -c DEFAULT"),
         ("GPU 3", OK, ""),
         ("GPU 3 note", WARN, ""),
         ("GPU 5", FAIL, ""),
     ):
         expect(found, name, verdict, words)
-    one, other = sorted(each.detail for each in found if each.name == "GPU 4 health")
-    assert "PROHIBITED" in one
-    assert "a reset of the GPU" in other
+    both = said(found, "GPU 4")[1]
+    assert "PROHIBITED" in both
+    assert "a reset of the GPU" in both
+    assert "nvidia-smi --gpu-reset -i GPU-4" in both
 
 
 @pytest.mark.slow
@@ -546,7 +455,7 @@ def test_under_mps_old_gpus_are_excluded_and_the_mode_is_the_pods(kubelet_dir, f
     found = examined_with(fake_nvml, kubelet_dir, VGPU_SHARING="mps")
     expect(found, "GPU 0", WARN, "VGPU_SHARING=time-slicing")
     # Without a daemon, nothing else is wrong with it.
-    assert "mps since" in said(found, "GPU 1 health")[1]
+    assert "mps since" in said(found, "GPU 1")[1]
 
 
 @pytest.mark.slow
@@ -578,7 +487,7 @@ async def looked(driver: SimulatedDriver, kubelet_dir: Path, look=WELL, **change
     ("reading", "name", "verdict", "words"),
     [
         (Reading(), "GPU 0", OK, "healthy"),
-        (Reading(lost=True), "GPU 0 health", FAIL, "no longer answers"),
+        (Reading(lost=True), "GPU 0", FAIL, "no longer answers"),
         (Reading(remap_pending=True), "GPU 0 note", WARN, "waits for the next reset"),
         (Reading(uncorrectable_ecc=7), "GPU 0", OK, "healthy"),
         (Reading(compute_mode=ComputeMode.EXCLUSIVE_PROCESS), "GPU 0", OK, "healthy"),
@@ -619,9 +528,9 @@ async def test_no_gpu_at_all_and_a_driver_that_fails_are_said(kubelet_dir):
     [
         (one(clients={UUID: 3}), "mps", OK, "2 of 2 GPUs are served, with 3 clients"),
         (MpsLook("nobody has applied"), "mps", FAIL, "no vGPU can be given: nobody has applied"),
-        (one(down="it is gone"), "mps daemon", FAIL, f"no vGPU of {UUID} can be given: it is gone"),
-        (one(fault="FAULT of MPS server 7"), "GPU 0 health", FAIL, "MPS server 7"),
-        (one(busy="process 7 holds it"), "mps busy", WARN, "process 7"),
+        (one(down="it is gone"), "GPU 0", FAIL, "it is gone"),
+        (one(fault="FAULT of MPS server 7"), "GPU 0", FAIL, "MPS server 7"),
+        (one(busy="process 7 holds it"), "GPU 0 mps", WARN, "process 7"),
         (a_look(**{UUID: 5, GPUS[1].uuid: 10}), "mps settings", WARN, "5 vGPUs instead of 10"),
         (RuntimeError("odd"), "mps", FAIL, "RuntimeError: odd"),
     ],
@@ -632,7 +541,7 @@ async def test_the_daemon_is_judged_as_the_agent_judges_it(kubelet_dir, look, na
 
 
 def keep(directory: Path, uuid: str) -> None:
-    fault = Fault(Reason.ECC, 1.0, "3 memory errors", Effect.UNTIL_RESET, "reset it")
+    fault = Fault(Reason.ECC, 1.0, "3 memory errors", Effect.UNTIL_RESET)
     first = {uuid: FirstSeen(0, 24 * 1024 * MIB, 0)}
     kept = memory.Kept(store.boot_id(), first, {uuid: (fault,)}, {uuid: Counters()})
     store.write(directory / memory.FILE, asdict(kept))
@@ -643,7 +552,7 @@ async def test_cordons_are_shown_as_the_next_agent_will(kubelet_dir):
     store.write(directory / f"{UUID}.json", asdict(Cordon(1.0, "fan")))
     store.write(directory / "GPU-gone.json", asdict(Cordon(1.0, "sent in")))
     found = await looked(SimulatedDriver(GPUS), kubelet_dir)
-    expect(found, "GPU 0 health", WARN, "cordoned since 1970-01-01T00:00:01+00:00: fan")
+    expect(found, "GPU 0", WARN, ": fan (ends when it is uncordoned)")
     expect(found, "cordoned", WARN, "GPU-gone is cordoned, and gives no vGPUs: sent in")
     assert worst(found) is WARN
     shutil.rmtree(directory)
@@ -658,7 +567,7 @@ async def test_gpus_that_wait_for_a_reset_are_shown_as_the_next_agent_will(kubel
     assert said(found, "kept faults") == (OK, "none ")
     keep(state, UUID)
     found = await looked(SimulatedDriver(GPUS), kubelet_dir)
-    expect(found, "GPU 0 health", FAIL, "3 memory errors (until a reset) reset it")
+    expect(found, "GPU 0", FAIL, "3 memory errors (ends by a reset) delete the pods")
     assert said(found, "GPU 1")[0] is OK
     # Of a GPU that is not there.
     keep(state, "GPU-gone")
@@ -697,11 +606,11 @@ def test_the_daemons_directories_must_be_there_and_open(tmp_path, monkeypatch):
     pipe = root / "GPU-1" / "pipe"
 
     def check(name: str, verdict: Verdict, words: str = "") -> None:
-        expect(preflight.check_mps_directories(root), f"mps {name}", verdict, words)
+        expect(preflight.check_mps_directories(root, "kubectl logs"), f"mps {name}", verdict, words)
 
     check("directory", FAIL)
     pipe.mkdir(parents=True, mode=0o755)
-    assert worst(preflight.check_mps_directories(root)) is OK
+    assert worst(preflight.check_mps_directories(root, "kubectl logs")) is OK
     check("pipe", OK, "(owner ")
     pipe.chmod(0o700)
     check("pipe", WARN, "`chmod 705 ")
@@ -790,7 +699,7 @@ def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):
     path, control_path = kubelet_dir / "vgpu.sock", kubelet_dir / "control.sock"
 
     def check(verdict: Verdict, words: str, agent=None) -> None:
-        found = preflight.check_endpoint(path, control_path, agent, "a/b")
+        found = preflight.check_endpoint(path, control_path, agent, "a/b", Advice("remove it"))
         expect([found], "endpoint", verdict, words)
 
     check(OK, "is free")
@@ -801,16 +710,43 @@ def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):
     check(OK, "stale")
     path.unlink()
     with listening(path):
-        check(FAIL, "another agent for a/b")
-        check(FAIL, f"another process, {os.getpid()}, serves")
+        check(FAIL, "a rival for a/b remove it")
+        check(FAIL, f"another process serves {path} (process {os.getpid()}, ")
         check(FAIL, "another process", report())  # it is not that agent's
         with listening(control_path):
             check(OK, "the running agent", report())
             # In containers of different PID namespaces nobody has a PID: the agent's word counts.
             monkeypatch.setattr(preflight, "listener_pid", lambda _: None)
             check(OK, "the running agent", report())
-            taken = report(kubelet=KubeletReport(False, False, 0, "taken"))
+            taken = report(kubelet=KubeletReport(False, False, 0, "taken", None, None))
             check(FAIL, "another process serves", taken)
+
+
+def test_the_other_plugins_of_the_node_are_named_the_newest_first(tmp_path):
+    def said_of(directory: Path) -> str:
+        return said([preflight.check_plugins(directory, "vgpu.sock")], "other plugins")[1]
+
+    assert said_of(tmp_path / "none").strip() == f"in {tmp_path}/none: no other"
+    stale(tmp_path / "stale.sock")
+    (tmp_path / "kubelet_internal_checkpoint").touch()
+    names = ("vgpu.sock", "kubelet.sock", "nvidia-gpu.sock", "nvidia-aws-vgpu.sock")
+    with ExitStack() as there:
+        for name in names:
+            there.enter_context(listening(tmp_path / name))
+        process = f"(process {os.getpid()}, "
+        words = f"in {tmp_path}: nvidia-aws-vgpu.sock {process}"
+        assert said_of(tmp_path).startswith(words)
+        assert said_of(tmp_path).count(process) == 2
+        assert f"nvidia-gpu.sock {process}" in said_of(tmp_path)
+
+
+def test_of_a_listener_that_cannot_be_seen_the_socket_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "nvidia-gpu.sock"
+    with listening(path):
+        pid = os.getpid()
+        assert unixsocket.listener(path, tmp_path) == f"nvidia-gpu.sock (process {pid})"
+        monkeypatch.setattr(unixsocket, "listener_pid", lambda _: None)
+        assert unixsocket.listener(path) == "nvidia-gpu.sock"
 
 
 @pytest.mark.parametrize(
@@ -823,9 +759,16 @@ def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):
 )
 def test_the_metrics_address_is_the_agents_taken_or_free(answer, verdict, words):
     with answering(answer) as address:
-        expect([preflight.check_metrics(address)], "metrics address", verdict, words)
+        expect(
+            [preflight.check_metrics(address, Advice("see the log"))],
+            "metrics address",
+            verdict,
+            words,
+        )
     for free in (address, Address("127.0.0.1", 0)):
-        expect([preflight.check_metrics(free)], "metrics address", OK, "is free")
+        expect(
+            [preflight.check_metrics(free, Advice("see the log"))], "metrics address", OK, "is free"
+        )
 
 
 @pytest.mark.parametrize("name", ["state directory", "cordon directory"])

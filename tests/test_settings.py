@@ -62,6 +62,15 @@ TABLE = {
         "|gpu|nvidia.com/|nvidia.com/gpu=all",
         "vendor/class",
     ),
+    **dict.fromkeys(
+        ("node_name", "pod_name", "pod_namespace"),
+        Row(
+            "",
+            {"gpu-1.example.com": "gpu-1.example.com", "a" * 253: "a" * 253},
+            f"GPU_1|-a|a-|a..b|a b|a;reboot|{'a' * 254}",
+            "a name as Kubernetes allows it",
+        ),
+    ),
     "critical_xids": Row(
         frozenset(), {"43,45": frozenset({43, 45})}, "x|-1", "none that VGPU_IGNORED_XIDS has"
     ),

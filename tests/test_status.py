@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -31,7 +32,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tests.agent_process import REPOSITORY, environment, execute, running
-from tests.model.strategies import tried
+from tests.model.strategies import snapshots, tried
 from tests.screenshot import ShownNode
 from tests.web_peer import answering, closed, http
 from vgpu_agent import cli, control, unixsocket
@@ -39,28 +40,33 @@ from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address
 from vgpu_agent.commands import ask, status
 from vgpu_agent.commands.ask import Answer
-from vgpu_agent.commands.status import WIDE, show
-from vgpu_agent.commands.tables import GOOD, page, ranges, size
+from vgpu_agent.commands.paste import command_lines
+from vgpu_agent.commands.status import show
+from vgpu_agent.commands.tables import GOOD, WIDEST, page, ranges, size
 from vgpu_agent.errors import ControlError, NoAgentError, SettingsError
+from vgpu_agent.model.acceptance import Acceptance, Counts
+from vgpu_agent.model.advice import Place, Remedy, for_gpu
+from vgpu_agent.model.devices import Effect
 from vgpu_agent.model.holders import Holder
+from vgpu_agent.model.rules import SharingRules
+from vgpu_agent.model.snapshot import RegistrationResult, Rules
+from vgpu_agent.observe import judge
 from vgpu_agent.observe.mps import MpsDaemonReport, MpsReport
 from vgpu_agent.observe.report import (
     FORMAT,
     AllocationReport,
-    Counts,
     DriverReport,
     ExcludedReport,
     FaultReport,
     GpuReport,
-    Identity,
     KubeletReport,
     PodResourcesReport,
     Report,
     from_json,
-    make_report,
     to_json,
     visible,
 )
+from vgpu_agent.observe.reporting import make_report
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -77,9 +83,11 @@ def gpu(number: int, **changes: Any) -> GpuReport:
         pci_bus_id="00000000:01:00.0",
         numa_node=number,
         healthy=True,
+        accepts=number == 0,
         vgpus=Counts(10, 6, 4, 0, 0) if number == 0 else Counts(10, 10, 0, 0, 0),
         vgpu_bytes=2 * GIB,
         faults=(),
+        remedy=None,
         notes=(),
         recovery_wait_seconds=60.0,
         unattributed_processes=0,
@@ -108,22 +116,25 @@ MPS = MpsReport(
     True, True, None, None, None, {UUIDS[0]: 2, UUIDS[1]: 1}, 0, dict.fromkeys(UUIDS, DAEMON), 0
 )
 FAULT = FaultReport(
-    "xid", "2026-03-04T05:00:00+00:00", "XID 79: fallen off the bus", True, "reset the GPU"
+    "xid", "2026-03-04T05:00:00+00:00", "XID 79: fallen off the bus", Effect.UNTIL_REBOOT.ends
 )
+RULES = Rules(place=Place("node-7", "gpus", "agent-x"))
 
 
 def report(**changes: Any) -> Report:
     well = Report(
         format=FORMAT,
         version="0.9",
-        host="node-7",
+        node="node-7",
+        namespace="gpus",
+        pod="agent-x",
         time="2026-03-04T05:06:07.89+00:00",
         resource="k8s.amazonaws.com/vgpu",
-        schedulable=True,
+        acceptance=Acceptance(True, "This node accepts vGPU pods: 16 of 20 free", ()),
         vgpus=Counts(20, 16, 4, 0, 0),
         largest_free=10,
-        driver=DriverReport(True, "550.54", None, None),
-        kubelet=KubeletReport(True, True, 1, None),
+        driver=DriverReport(True, "550.54", None, None, None),
+        kubelet=KubeletReport(True, True, 1, None, None, None),
         mps=MPS,
         podresources=PodResourcesReport(True, None),
         health_checks=True,
@@ -135,20 +146,22 @@ def report(**changes: Any) -> Report:
         cordoned={},
         allocations=(allocation(0),),
         orphaned=(),
+        checks=(),
     )
-    return replace(well, **changes)
+    made = replace(well, **changes)
+    return replace(made, checks=tuple(judge.checks(made, RULES)))
 
 
 def body(**changes: Any) -> str:
     return to_json(report(**changes)).decode()
 
 
-def shown(what: Report, width: int = WIDE) -> str:
+def shown(what: Report, width: int = WIDEST, *, wide: bool = False) -> str:
     """The page as it is written where there is no terminal, or on one of that width."""
     what = from_json(to_json(what))
     out = io.StringIO()
-    if width == WIDE:
-        show(lambda: Answer("", what), out)
+    if width == WIDEST:
+        show(lambda: Answer("", what), out, wide=wide)
     else:
         console = Console(file=out, width=width, markup=False, emoji=False, highlight=False)
         console.print(page(what))
@@ -169,43 +182,91 @@ def line(text: str, beginning: str) -> list[str]:
 
 
 def test_a_node_where_all_is_well_is_shown_with_gpus_and_holders():
-    text = shown(report())
-    head, gpus, holders = text.split("\n\n")
+    verdict, head, gpus, holders = shown(report()).split("\n\n")
+    assert verdict == "This node accepts vGPU pods: 16 of 20 free"
     assert [cells(each) for each in head.splitlines()] == [
-        ["node", "node-7"],
+        ["node", "node-7, as of 2026-03-04 05:06:07 UTC"],
+        ["agent", "vgpu-agent 0.9, pod gpus/agent-x"],
         ["resource", "k8s.amazonaws.com/vgpu"],
-        ["version", "0.9, report of 2026-03-04T05:06:07.89+00:00"],
-        ["vGPUs", "20: 4 held, 16 free; largest free block: 10 (GPU 1)"],
+        ["vGPUs", "20: 16 free, 4 held"],
         ["driver", "version 550.54"],
         ["mps", "2 of 2 GPUs are served, with 3 clients"],
+        ["GPUs", "2 of 2 GPUs are shared, as 20 vGPUs"],
         ["kubelet", "registered, and it follows the list"],
         ["podresources", "the kubelet says who holds which vGPU"],
     ]
     names, *rows = gpus.splitlines()
-    columns = ["GPU", "MODEL", "UUID", "HEALTH", "MEMORY", "VGPUS", "HELD", "FREE", "NUMA"]
-    assert names.split() == columns
+    assert names.split() == ["GPU", "MODEL", "HEALTH", "MEMORY", "VGPUS", "FREE", "HELD"]
     memory = "3 GiB of 24 GiB"
     assert [cells(row) for row in rows] == [
-        ["0", "NVIDIA A10G", UUIDS[0], "healthy", memory, "10", "4", "6", "0"],
-        ["1", "NVIDIA A10G", UUIDS[1], "healthy", memory, "10", "0", "10", "1"],
+        ["0", "A10G", "healthy", memory, "10", "6", "4"],
+        ["1", "A10G", "healthy", memory, "10", "10", "0"],
     ]
     row = ["0", "0-2,5", "4/10", "default/resnet-0", "server", "9 GiB", "2 GiB", "3"]
     assert line(holders, "0 ") == row
     # Use has no columns where no processes are looked at.
     assert "PROCESSES" in holders
     assert "PROCESSES" not in shown(report(process_metrics=False))
+    outside = shown(report(namespace=None, pod=None))
+    assert line(outside, "agent") == ["agent", "vgpu-agent 0.9"]
 
 
-def test_an_unhealthy_gpu_is_shown_with_its_faults_and_what_to_do():
-    again = replace(FAULT, reason="ecc", until_reset=False, advice="")
-    text = shown(report(gpus=(gpu(0), gpu(1, healthy=False, faults=(FAULT, again)))))
-    assert line(text, "1 ")[3] == "xid, ecc"
-    words = f"GPU 1 health: xid since {FAULT.since}: XID 79: fallen off the bus (until a reset)"
+def test_wide_it_has_all_of_a_gpu():
+    long = "NVIDIA RTX PRO 6000 Blackwell Server Edition"
+    what = report(gpus=(gpu(0, model=long), gpu(1, numa_node=None)))
+    assert line(shown(what), "0    R")[1] == "RTX PRO 6000 Bl…"
+    text = shown(what, wide=True)
+    (names,) = [each.split() for each in text.splitlines() if each.startswith("GPU ")][:1]
+    assert names[-3:] == ["NUMA", "PCI", "UUID"]
+    assert line(text, "0    NVIDIA")[1] == long
+    assert line(text, "0    NVIDIA")[-3:] == ["0", "00000000:01:00.0", UUIDS[0]]
+    assert line(text, "1    NVIDIA")[-3] == "none"
+
+
+AGAIN = replace(FAULT, reason="ecc", detail="2 errors", ends=Effect.UNTIL_RESET.ends)
+ILL = {"healthy": False, "accepts": False, "faults": (FAULT, AGAIN), "remedy": Remedy.REBOOT}
+
+
+def test_an_unhealthy_gpu_is_shown_with_its_faults_and_one_advice():
+    what = report(gpus=(gpu(0), gpu(1, **ILL)))
+    assert line(shown(what), "1    A")[2] == "xid, ecc"
+    text = shown(what, wide=True)
     lines = text.splitlines()
-    assert lines[lines.index(words) + 1] == "  -> reset the GPU"
-    assert lines[lines.index(words) + 2].startswith("GPU 1 health: ecc since")
-    assert not lines[lines.index(words) + 2].endswith("reset)")
-    assert line(shown(report(gpus=(gpu(0, healthy=False),))), "0    NVIDIA")[3] == "unhealthy"
+    at = lines.index(
+        "GPU 1: unhealthy: xid since 2026-03-04 05:00:00 UTC: XID 79: fallen off the bus (ends by a"
+        " reboot of the node); ecc since 2026-03-04 05:00:00 UTC: 2 errors (ends by a reset)"
+    )
+    assert lines[at + 1] == "  -> drain the node and reboot it"
+    assert "     kubectl uncordon node-7" in lines[at:]
+    # One advice for a GPU: what must be rebooted is not to be reset too.
+    assert "gpu-reset" not in text
+    assert line(shown(report(gpus=(gpu(0, healthy=False),))), "0    A")[2] == "unhealthy"
+
+
+def test_an_advice_stands_there_once():
+    text = shown(report(gpus=(gpu(0, **ILL), gpu(1, **ILL))))
+    assert [text.count(f"GPU {n}: unhealthy") for n in (0, 1)] == [1, 1]
+    assert text.count("-> drain the node and reboot it") == 1
+
+
+def pasted(text: str) -> list[str]:
+    """The commands as a shell takes them, of lines as they are shown."""
+    shown_lines = text.replace(" \\\n", " ").splitlines()
+    return [shlex.join(shlex.split(each, comments=True)) for each in shown_lines]
+
+
+@tried(100)
+@given(remedy=st.sampled_from(Remedy), width=st.integers(40, 120), mps=st.booleans())
+def test_commands_are_folded_so_that_they_can_be_pasted(remedy, width, mps):
+    steps = for_gpu(remedy, UUIDS[0], RULES.place, SharingRules(mps=mps)).steps
+    lines = list(command_lines(steps, width, "   "))
+    whole = pasted("\n".join(lines))
+    assert [each for each in whole if each] == [
+        shlex.join(shlex.split(step.command)) for step in steps
+    ]
+    words = [word for step in steps for word in f"{step.words} {step.command}".split()]
+    longest = max(map(len, words), default=0)
+    assert all(len(each) <= max(width, longest + 7) for each in lines)
 
 
 @pytest.mark.parametrize(
@@ -217,20 +278,18 @@ def test_an_unhealthy_gpu_is_shown_with_its_faults_and_what_to_do():
         ),
         (
             {"vgpus": Counts(20, 8, 8, 4, 6)},
-            "20: 8 held (6 of them on unhealthy GPUs), 8 free, 4 unhealthy; largest",
+            "20: 8 free, 8 held (6 of them on unhealthy GPUs), 4 unhealthy",
         ),
-        ({"schedulable": False}, "16 free; the kubelet cannot give any to a pod now"),
-        ({"largest_free": 6}, "largest free block: 6 (GPU 0)"),
         ({"gpus": ()}, "No GPU is shared."),
         ({"allocations": ()}, "No vGPU is held."),
         ({"allocations": (allocation(0, memory_used_bytes=10 * GIB),)}, "10 GiB, over its share"),
         ({"allocations": (allocation(0, memory_limited=False),)}, "9 GiB, no limit"),
-        # What is judged for all commands, each kind of check once: test_doctor.py has them all.
+        # What is judged for all views, each kind of check once: test_judge.py has them all.
         (
-            {"driver": DriverReport(False, None, "no libnvidia-ml.so.1", None)},
+            {"driver": DriverReport(False, None, "no libnvidia-ml.so.1", None, None)},
             "no libnvidia-ml.so.1",
         ),
-        ({"orphaned": ("GPU-x::3",)}, "-> delete the pods that hold them"),
+        ({"orphaned": ("GPU-x::3",)}, "orphaned:\n  -> delete the pods that hold them"),
         (
             {"excluded": (ExcludedReport("GPU-m", 2, "L4", "replicas", "0"),)},
             "L4 GPU-m is excluded",
@@ -253,7 +312,7 @@ def test_where_nobody_knows_who_holds_what_it_is_unknown_and_not_free():
             gpus=(gpu(0, vgpus=unknown), gpu(1, vgpus=replace(unknown, unhealthy=10))),
         )
     )
-    assert line(text, "0 ")[-4:] == ["10", "unknown", "unknown", "0"]
+    assert line(text, "0 ")[-3:] == ["10", "?", "?"]
     assert line(text, "vGPUs") == ["vGPUs", "20: who holds them is unknown, 10 unhealthy"]
     assert "Who holds which vGPUs is unknown." in text
     assert "No vGPU is held" not in text
@@ -266,17 +325,41 @@ def colours(what: Report) -> list[str]:
 
 
 def test_nothing_is_green_that_cannot_be_scheduled():
-    assert colours(report()) == ["16 free", "healthy", "6", "healthy", "10"]
-    away = report(schedulable=False, kubelet=KubeletReport(False, False, 0, "no kubelet"))
-    assert colours(away) == []
-    full = gpu(0, vgpus=Counts(10, 0, 10, 0, 0))
-    ill = gpu(1, vgpus=Counts(10, 0, 0, 10, 0), healthy=False, faults=(FAULT,))
-    none = report(gpus=(full, ill), vgpus=Counts(20, 0, 10, 10, 0), largest_free=0)
-    assert colours(none) == ["healthy"]
+    node = ShownNode()
+    node.start()
+    node.hold((0, Holder("a", "b", "c"), range(10)))
+    full = "This node accepts vGPU pods: 10 of 20 free, largest block 10 (GPU 1)"
+    assert colours(counted(node)) == [full, "healthy", "10"]
+    node.registration_ended("no kubelet", away=True)
+    assert colours(counted(node)) == []
+    node.registration_tried(RegistrationResult.REGISTERED)
+    node.fail(1)
+    assert colours(counted(node)) == []
+    node.heal(1)
+    assert colours(counted(node)) == [full, "healthy", "10"]
+    node.assignments_failed("gone", forget=True)
+    assert colours(counted(node)) == []
+
+
+@tried(200)
+@given(snapshot=snapshots())
+def test_any_node_has_a_row_for_each_gpu_and_fits_a_terminal(snapshot):
+    """The words about it are folded, its rows and what comes first are not."""
+    what = make_report(snapshot, RULES, 2e9)
+    lines = shown(what, 80).splitlines()
+    # `kubectl exec` gives no terminal: only the rows of containers may be wider there.
+    of_pipe = shown(what).partition("\nGPU  VGPUS")[0].splitlines()
+    assert all(cell_len(each) <= 80 for each in lines + of_pipe)
+    assert what.acceptance.words.startswith(lines[0].strip())
+    if what.gpus:
+        first = next(n for n, each in enumerate(lines) if each.startswith("GPU  MODEL"))
+        rows = lines[first + 1 : first + 1 + len(what.gpus)]
+        assert [int(row.split()[0]) for row in rows] == [each.index for each in what.gpus]
+        assert lines[first + 1 + len(what.gpus)].strip() == ""
 
 
 def counted(node: ShownNode) -> Report:
-    what = make_report(node.snapshot, node.rules, Identity("1", "node", "r/x"), time.time())
+    what = make_report(node.snapshot, node.rules, time.time())
     for each in (what.vgpus, *(gpu.vgpus for gpu in what.gpus)):
         if each.free is not None and each.held is not None:
             assert each.total == each.free + each.held + each.unhealthy
@@ -293,14 +376,10 @@ def test_the_counts_of_a_node_add_up_whatever_is_held_and_whatever_is_unhealthy(
     assert counted(node).vgpus == Counts(20, 12, 8, 0, 0)
     node.fail(1)
     assert counted(node).vgpus == Counts(20, 6, 8, 6, 4)
-    words = "20: 8 held (4 of them on unhealthy GPUs), 6 free, 6 unhealthy"
+    words = "20: 6 free, 8 held (4 of them on unhealthy GPUs), 6 unhealthy"
     assert words in shown(counted(node))
     node.assignments_failed("gone", forget=True)
     assert counted(node).vgpus == Counts(20, None, None, 10, None)
-
-
-def test_a_gpu_that_is_near_no_numa_node_says_so():
-    assert line(shown(report(gpus=(gpu(0, numa_node=None),))), "0    NVIDIA")[-1] == "none"
 
 
 def test_names_of_pods_are_no_markup_and_move_no_cursor():
@@ -316,7 +395,7 @@ def test_names_of_pods_are_no_markup_and_move_no_cursor():
 names = st.text(st.characters(exclude_categories=[]), max_size=30)
 
 
-reports = st.builds(Report, format=st.just(FORMAT), host=names)
+reports = st.builds(Report, format=st.just(FORMAT), node=names)
 """By the types of its fields."""
 
 
@@ -409,9 +488,9 @@ def other(**changes: object) -> str:
         (http("[" * 200_000), "not JSON"),
         (http(other(format=FORMAT + 1)), f"a report of format {FORMAT + 1}; this version reads"),
         (http(other(format="x" * 1000)), "a report of format 'xxx"),
-        (http(other(host=None)), "report has no host"),
+        (http(other(node=None)), "report has no node"),
         (http(other(gpus=[{}])), "gpus has no uuid"),
-        (http(other(schedulable=1)), "schedulable is of another type"),
+        (http(other(names_pods=1)), "names_pods is of another type"),
         (http(other(vgpus=[1])), "vgpus is not an object"),
         (http(other(gpus=[asdict(gpu(0)) | {"recovery_wait_seconds": 10**400}])), "too large"),
         (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n\xff", "not JSON"),
@@ -448,7 +527,7 @@ def test_nobody_there_is_said_with_the_reason():
 def test_no_proxy_stands_between(monkeypatch, name):
     monkeypatch.setenv(name, f"http://{closed()}")
     with answering(http(body())) as address:
-        assert ask.by_http(address).report.host == "node-7"
+        assert ask.by_http(address).report.node == "node-7"
 
 
 @asynccontextmanager
@@ -537,7 +616,7 @@ def test_silence_is_counted_again_after_every_answer():
     finally:
         signal.signal(signal.SIGTERM, handler)
     silent = [each.rstrip() for each in out.getvalue().splitlines() if "not answering" in each]
-    assert silent == [f"not answering since 05:0{since}:00: nobody" for since in (0, 0, 3, 3)]
+    assert silent == [f"not answering since 05:0{since}:00 UTC: nobody" for since in (0, 0, 3, 3)]
     assert out.getvalue().count("node-7") == 3
 
 
@@ -625,16 +704,19 @@ def test_a_running_agent_is_shown(kubelet_dir):
         path = kubelet_dir / "state" / control.SOCKET
         wait_until(lambda: unixsocket.refusal(path) is None)
         done = execute("status", **variables)
+        wide = execute("status", "--wide", **variables)
         asked = execute("status", "--address", f"127.0.0.1:{it.port}")
         as_json = execute("status", "--json", **variables)
         over_http = from_json(it.get("/status.json")[1].encode())
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert line(done.stdout, "node")[1] == socket.gethostname()
-    assert "not registered: no kubelet at" in done.stdout
-    rows = [each for each in done.stdout.splitlines() if "NVIDIA Simulated 24GB" in each]
-    assert len(rows) == 3
-    assert all(" 7 " in row and "healthy" in row for row in rows)
+    assert line(done.stdout, "node")[1].startswith(f"{socket.gethostname()}, as of 20")
+    assert "not registered: no kubelet at" in wide.stdout
+    for text, model in ((done.stdout, "Simulated 24GB"), (wide.stdout, "NVIDIA Simulated 24GB")):
+        rows = [each for each in text.splitlines() if f" {model} " in each]
+        assert len(rows) == 3
+        assert all(" 7 " in row and "healthy" in row for row in rows)
+        assert ("GPU-0" in rows[0]) is (text is wide.stdout)
     assert asked.returncode == 0
     assert as_json.returncode == 0
     assert replace(from_json(as_json.stdout.encode()), time=over_http.time) == over_http

@@ -28,15 +28,18 @@ from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.kubelet.podresources import CHECKPOINT, SOCKET, PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
+from vgpu_agent.model.advice import Place
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemons, MpsGuard, RealDaemons, SimulatedDaemons
 from vgpu_agent.mps.directories import Directories
-from vgpu_agent.observe import changes, report
+from vgpu_agent.observe import changes
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics
+from vgpu_agent.observe.report import to_json
+from vgpu_agent.observe.reporting import make_report
 from vgpu_agent.observe.server import listen_when_possible
 from vgpu_agent.observe.web import Web
 from vgpu_agent.requests import Requests
@@ -74,9 +77,26 @@ def make_daemons(settings: Settings, driver: GpuDriver) -> Daemons | None:
     return RealDaemons(Directories(settings.mps_directory), rules)
 
 
+def make_place(settings: Settings) -> Place:
+    """Where this agent runs, as far as that is known."""
+    place = Place(settings.node_name or socket.gethostname())
+    given = {"namespace": settings.pod_namespace, "pod": settings.pod_name}
+    return replace(place, **{name: text for name, text in given.items() if text})
+
+
+def make_rules(settings: Settings) -> Rules:
+    """What the model's decisions depend on."""
+    return Rules(
+        settings.sharing_rules(),
+        settings.health_rules(),
+        settings.resource_name,
+        make_place(settings),
+    )
+
+
 def make_node(settings: Settings) -> Node:
     """A node that knows nothing yet, and whose changes are logged."""
-    rules = Rules(settings.sharing_rules(), settings.health_rules(), settings.resource_name)
+    rules = make_rules(settings)
     repeats = Repeats(changes.log)
 
     def published(before: Snapshot, after: Snapshot) -> None:
@@ -119,9 +139,6 @@ class Agent:
         self._daemons = daemons
         self.node = make_node(settings)
         self.watch = make_watch(settings, driver, self.node)
-        self._identity = report.Identity(
-            __version__, socket.gethostname(), settings.resource_name, names_pods=True
-        )
         self.metrics_address: Address | None = None
         self.ending = anyio.Event()
         """Set when its parts are cancelled, whether by its owner or because one ended."""
@@ -204,6 +221,4 @@ class Agent:
 
     def report(self, snapshot: Snapshot, *, names_pods: bool = True) -> bytes:
         """The report of a snapshot, as JSON."""
-        identity = self._identity if names_pods else replace(self._identity, names_pods=False)
-        made = report.make_report(snapshot, self.node.rules, identity, time.time())
-        return report.to_json(made)
+        return to_json(make_report(snapshot, self.node.rules, time.time(), names_pods=names_pods))

@@ -43,6 +43,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="show it again every 2 seconds, or at that interval, until Ctrl-C",
     )
     status.add_argument(
+        "--wide",
+        action="store_true",
+        help="with UUID, PCI address and NUMA node of each GPU, and nothing cut",
+    )
+    status.add_argument(
         "--address",
         type=_address,
         metavar="HOST:PORT",

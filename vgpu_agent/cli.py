@@ -11,14 +11,15 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import anyio
 
-from vgpu_agent import control, signals
+from vgpu_agent import __version__, control, signals
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import Agent, make_daemons, make_driver, make_watch
+from vgpu_agent.agent import Agent, make_daemons, make_driver, make_place, make_watch
 from vgpu_agent.arguments import parse
 from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
 from vgpu_agent.observe import logs
@@ -132,9 +133,9 @@ def status(options: argparse.Namespace) -> None:
         directory = configuration.read(os.environ, "state_directory").state_directory
         look = partial(ask.by_socket, directory)
     if options.watch is None:
-        show(look, sys.stdout, as_json=options.json)
+        show(look, sys.stdout, as_json=options.json, wide=options.wide)
     else:
-        watch(look, sys.stdout, options.watch)
+        watch(look, sys.stdout, options.watch, wide=options.wide)
 
 
 async def _until_ended(
@@ -205,6 +206,11 @@ def execute(arguments: Sequence[str]) -> int:
         return 0
     settings = configuration.load()
     logs.configure(settings.log_level, settings.log_format)
+    if options.command == "run":
+        place = make_place(settings)
+        names = asdict(place) if place.in_pod else {"node": place.node}
+        fields = {"version": __version__, **names}
+        log.info("vgpu-agent starts", extra={"fields": fields})
     for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)
     if options.command == "mps":

@@ -89,7 +89,11 @@ class KubeletAwayError(KubeletError):
 
 
 class EndpointError(KubeletError):
-    """Our own socket cannot be bound where the kubelet looks for it."""
+    """Our own socket cannot be bound where the kubelet looks for it; `rival` serves there."""
+
+    def __init__(self, message: str, rival: str | None = None) -> None:
+        super().__init__(message)
+        self.rival = rival
 
 
 class StreamMissingError(KubeletError):

@@ -62,8 +62,9 @@ class MpsComputeMode(StrEnum):
 def setting(default: str, chart: str, what: str, also: str = "") -> Any:
     """A setting: its default as a user writes it, its key in the chart's values, what it is.
 
-    A `?` ends a key that is null in the chart, which then sets nothing. `also` is what is allowed
-    beyond the kind: a rule over several settings.
+    A `?` ends a key that is null in the chart, which then sets nothing. What has no key the chart
+    sets by the downward API. `also` is what is allowed beyond the kind: a rule over several
+    settings.
     """
     return Field(default, description=what, json_schema_extra={"chart": chart, "also": also})
 
@@ -176,6 +177,11 @@ class Settings(BaseSettings):
     process_metrics: Switch = setting("off", "processMetrics",
         "Whether memory and processes of each container are reported. Needs the host's PID"
         " namespace and /var/log/containers.")
+    node_name: kinds.ObjectName = setting("", "",
+        "Name of the node, in page, `status`, log and commands to run. Empty: the host name.")
+    pod_name: kinds.ObjectName = setting("", "",
+        "Name of the agent's own pod, in commands to run.")
+    pod_namespace: kinds.ObjectName = setting("", "", "Namespace of the agent's own pod.")
     log_level: LogLevel = setting("info", "log.level",
         "The least important log lines that are written.")
     log_format: LogFormat = setting("text", "log.format", "How log lines look.")

@@ -232,6 +232,16 @@ ResourceName = Annotated[
         ),
     ),
 ]
+ObjectName = Annotated[
+    str,
+    Kind(
+        "nothing, or a name as Kubernetes allows it: lower-case letters, digits, - and .",
+        None,
+        check=lambda name: (
+            len(name) <= 253 and re.fullmatch(rf"({_LABEL}(\.{_LABEL})*)?", name) is not None
+        ),
+    ),
+]
 CdiKind = Annotated[
     str,
     matching(

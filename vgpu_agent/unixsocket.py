@@ -4,11 +4,15 @@ import errno
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 MAX_PATH = 107
 """Longest path of a unix socket in bytes (`sockaddr_un.sun_path` less the final zero)."""
+
+MAX_NAMED = 5
+"""So many listeners are named."""
 
 
 class Identity(NamedTuple):
@@ -33,6 +37,45 @@ def refusal(path: Path) -> str | None:
             return str(error)
     # EAGAIN: its queue is full; EPROTOTYPE: it is of another kind. Both live.
     return None if code in (0, errno.EAGAIN, errno.EPROTOTYPE) else os.strerror(code)
+
+
+def listener_pid(path: Path) -> int | None:
+    """The process that listens on a unix socket; None where it cannot be seen from here."""
+    credentials = struct.Struct("3i")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+        except OSError:
+            return None
+    pid: int = credentials.unpack(raw)[0]
+    return pid or None  # 0: of another PID namespace
+
+
+def listener(path: Path, proc: Path = Path("/proc")) -> str:
+    """Who listens there, for people: the socket's name, and the process where it can be seen."""
+    pid = listener_pid(path)
+    if pid is None:
+        return path.name
+    try:
+        program = (proc / str(pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        program = ""
+    return f"{path.name} (process {pid}{f', {program}' if program else ''})"
+
+
+def listeners(directory: Path, *but: str) -> tuple[str, ...]:
+    """Who listens on the sockets of a directory, but for those names: the newest socket first."""
+    found = []
+    try:
+        for path in directory.iterdir():
+            status = path.lstat()
+            if path.name not in but and stat.S_ISSOCK(status.st_mode) and refusal(path) is None:
+                found.append((-status.st_ctime_ns, path))
+    except OSError:
+        return ()
+    return tuple(listener(path) for _, path in sorted(found)[:MAX_NAMED])
 
 
 def obstacle(path: Path) -> str | None:

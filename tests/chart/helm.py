@@ -110,8 +110,17 @@ def containers(workload: Object) -> dict[str, Object]:
     return {each["name"]: each for each in [*spec.get("initContainers", ()), *spec["containers"]]}
 
 
+OF_POD = {"spec.nodeName": "gpu-1", "metadata.name": "pod-1", "metadata.namespace": "gpus"}
+"""What the downward API says of a pod."""
+
+
 def environment(container: Object) -> dict[str, str]:
-    return {each["name"]: each["value"] for each in container["env"]}
+    return {
+        each["name"]: each["value"]
+        if "value" in each
+        else OF_POD[each["valueFrom"]["fieldRef"]["fieldPath"]]
+        for each in container["env"]
+    }
 
 
 def mounts(workload: Object, name: str) -> dict[str, Object]:

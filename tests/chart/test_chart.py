@@ -144,7 +144,8 @@ def test_the_agent_takes_what_is_rendered(name: str) -> None:
 @pytest.mark.parametrize("driver", ["nvml", "simulated"])
 def test_the_defaults_of_the_chart_are_those_of_the_agent(driver: str) -> None:
     variables = next(helm.settings_of(helm.render({"gpuDriver": driver})))
-    assert settings_of(variables) == EmbeddedSettings(gpu_driver=driver)
+    names = {"node_name": "gpu-1", "pod_name": "pod-1", "pod_namespace": "gpus"}
+    assert settings_of(variables) == EmbeddedSettings(gpu_driver=driver, **names)
 
 
 def test_what_is_set_arrives_as_it_was_meant() -> None:

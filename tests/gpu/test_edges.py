@@ -19,7 +19,8 @@ from vgpu_agent.model.facts import EVENTS
 from vgpu_agent.model.health import Probed
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver
-from vgpu_agent.observe.report import Identity, make_report, to_json
+from vgpu_agent.observe.report import to_json
+from vgpu_agent.observe.reporting import make_report
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +122,7 @@ def test_whatever_nvml_answers_becomes_a_value_that_the_node_takes(data, rules):
             assert all(
                 (share := each.share_bytes(1)) is None or share >= 2**20 for each in inventory.gpus
             )
-            assert to_json(make_report(node.snapshot, node.rules, Identity("1", "n", "r"), 0.0))
+            assert to_json(make_report(node.snapshot, node.rules, 0.0))
             missing = {what for of in node.snapshot.missing.values() for what in of}
             assert missing <= {EVENTS, *map(calls.subject, QUESTIONS)}
 

@@ -29,7 +29,7 @@ from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.model.facts import ComputeMode, Reading
 from vgpu_agent.model.rules import HealthRules, SharingRules
-from vgpu_agent.observe.report import Identity, make_report
+from vgpu_agent.observe.reporting import make_report
 
 REPLICAS, RECOVERY, INTERVAL, LOST_SECONDS = 3, 60.0, 5.0, 1800.0
 GPUS = {gpu.uuid: gpu for gpu in simulated_gpus(4, "GPU", 2**34, (0, 1))}
@@ -467,8 +467,7 @@ class Machine(RuleBasedStateMachine):
         }
         assert found == expected
         healthy = {uuid: not reasons for uuid, reasons in expected.items()}
-        identity = Identity("1", "node", "resource")
-        report = make_report(snapshot, self.agent.rules, identity, 1e9)
+        report = make_report(snapshot, self.agent.rules, 1e9)
         assert {gpu.uuid: gpu.healthy for gpu in report.gpus} == healthy
         assert {g.uuid: {f.reason for f in g.faults} for g in report.gpus} == {
             uuid: set(reasons) for uuid, reasons in expected.items()

@@ -17,7 +17,8 @@ from vgpu_agent.gpu.memory import FILE, Keeper, Kept
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.facts import Reading
 from vgpu_agent.model.rules import HealthRules
-from vgpu_agent.observe.report import Identity, make_report, to_json
+from vgpu_agent.observe.report import to_json
+from vgpu_agent.observe.reporting import make_report
 
 GPUS = simulated_gpus(2, "GPU", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)
@@ -206,7 +207,7 @@ WRONG = [
 
 async def recalled(machine: Machine) -> Watched:
     async with machine.agent() as node:
-        report = make_report(node.snapshot, node.rules, Identity("1", "n", "r"), 0.0)
+        report = make_report(node.snapshot, node.rules, 0.0)
         assert to_json(report)
         await machine.kept(lambda kept: len(kept.first_seen) == 2)  # and it is whole again
     return node

@@ -112,14 +112,15 @@ async def test_an_xid_is_counted_and_marks_the_gpus_that_it_concerns(node, uuid,
     marked = [shared for shared in node.snapshot.inventory.gpus if not shared.healthy]
     for shared in marked:
         rule = finding.rule
-        fault = Fault(Reason.XID, WALL + 7, finding.detail, rule.effect, rule.advice)
+        fault = Fault(Reason.XID, WALL + 7, finding.detail, rule.effect)
         assert shared.faults == (fault,)
     if finding.rule.effect is Effect.COUNT:
         which = "of an unknown GPU, " if uuid is None else ""
         assert node.logged() == [f"INFO {finding.detail}: {which}counted"]
     else:
-        said = f"WARNING 10 vGPUs are unhealthy: xid: {finding.detail}. Next: {finding.rule.advice}"
-        assert node.logged() == [said] * len(marked)
+        said = f"WARNING 10 vGPUs are unhealthy: xid: {finding.detail}. Next: "
+        said += f"{finding.rule.remedy.words}: kubectl "
+        assert [line[: len(said)] for line in node.logged()] == [said] * len(marked)
     await node.xid(uuid, xid)
     assert node.snapshot.xids == {(uuid, xid): 2}
     assert not marked or node.logged() == []  # the same again is no news
@@ -421,7 +422,8 @@ async def test_events_that_cannot_be_had_are_asked_for_again(driver, scan_error)
         while driver.waits < 5 or driver.scans < 3:  # noqa: ASYNC110 - counters
             await anyio.sleep(0.01)
         errors = [line for line in node.logged() if line.startswith("ERROR")]
-        assert errors == ([] if scan_error is None else ["ERROR no GPU can be used: no GPUs"])
+        said = [] if scan_error is None else ["ERROR no GPU can be used: no GPUs"]
+        assert [line.partition(". Next: ")[0] for line in errors] == said
         driver.events_error = None
         driver.fail(None)
         await node.until(lambda: node.snapshot.driver.up)

@@ -3,6 +3,7 @@ import errno
 import gc
 import logging
 import os
+import re
 import shutil
 import socket
 import stat
@@ -332,6 +333,8 @@ async def test_it_leaves_alone_what_replaced_its_socket_and_lives(kubelet_dir, c
             (kubelet_dir / "other.sock").rename(rig.path)
             await rig.until(lambda _: rig.registrations("endpoint") == 2)
             assert len(told(caplog, f"another process serves {rig.path}")) == 1
+            own = f"at {ENDPOINT} (process {os.getpid()}, "
+            assert rig.node.snapshot.kubelet.rival.startswith(own)
             other.setblocking(False)
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(rig.path))  # it is still there
@@ -412,16 +415,23 @@ async def test_another_agent_for_the_resource_is_recognised_and_given_way_to(
         return newest == kubelet.streams > len(kubelet.stream_ends)
 
     async def take_the_place() -> None:
-        while True:
-            await off_loop(kubelet.wait, streaming, "a stream")
-            await off_loop(kubelet.drop_stream)
+        directory = kubelet.directory
+        with bound(directory / "other.sock"), bound(directory / "nvidia-aws-vgpu.sock"):
+            while True:
+                await off_loop(kubelet.wait, streaming, "a stream")
+                await off_loop(kubelet.drop_stream)
 
-    async with agent(kubelet_dir, timing=SessionTiming(rival_back_off_max=0.4)) as rig:
+    timing = SessionTiming(rival_back_off_max=0.4)
+    async with agent(kubelet_dir, timing=timing) as rig:
         await rig.registered()
         async with anyio.create_task_group() as rival:
             rival.start_soon(take_the_place)
             await wait_for(lambda: told(caplog, "another agent"), "word of another agent")
             assert f"another agent seems to serve {RESOURCE}" in told(caplog, "another agent")[0]
+            # The sockets of other plugins are named, the newest first.
+            seems = re.escape(f" (process {os.getpid()}, ") + ".*"
+            named = f" at nvidia-aws-vgpu.sock{seems} or other.sock{seems}"
+            assert re.search(named, told(caplog, "another agent")[0])
             before = len(kubelet.registrations)
             assert before <= 5
             await off_loop(kubelet.wait_registrations, before + 4)
@@ -494,9 +504,14 @@ async def test_what_is_in_the_way_is_named_left_alone_and_waited_for(
             assert words.format(path) in rig.node.snapshot.kubelet.error
             assert path.stat().st_ino == inode
             assert kubelet.registrations == []
+            # Who serves there is named, as far as it can be seen.
+            served = f"at {ENDPOINT}" if "serves" in words else ""
+            assert (rig.node.snapshot.kubelet.rival or "").startswith(served)
+            assert (rig.node.snapshot.kubelet.rival is None) is (not served)
             in_the_way.close()
             await rig.registered()
             assert rig.node.snapshot.kubelet.error is None
+            assert rig.node.snapshot.kubelet.rival is None
 
 
 @pytest.mark.parametrize(

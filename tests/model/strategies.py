@@ -10,9 +10,20 @@ from uuid import NAMESPACE_OID, uuid5
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from vgpu_agent.model.devices import Effect, Fault, Gpu, Inventory, Reason, SharedGpu, device_id
+from vgpu_agent.model.devices import (
+    Effect,
+    Excluded,
+    Fault,
+    Gpu,
+    Inventory,
+    Reason,
+    SharedGpu,
+    device_id,
+)
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
+from vgpu_agent.model.holders import Assignment, Holder, Holders
 from vgpu_agent.model.rules import MpsLimits
+from vgpu_agent.model.snapshot import Driver, Kubelet, Snapshot
 
 MOST_GPUS = 8
 MOST_REPLICAS = 12
@@ -115,6 +126,52 @@ def inventories(
         )
         made.append(a_shared_gpu(gpu, count, draw(fault_sets) if maybe_ill else ()))
     return Inventory(tuple(made))
+
+
+_drivers = st.sampled_from(
+    [
+        Driver(),
+        Driver("550", None, since=1e9),
+        Driver(None, "no library", since=1.9e9),
+        Driver("550", "released for a reset", 2e9 + 60, since=2e9),
+    ]
+)
+_kubelets = st.sampled_from(
+    [
+        Kubelet(),
+        Kubelet(registered=True, streams=1, since=1e9),
+        Kubelet(registered=True, since=2e9),
+        Kubelet(error="no kubelet", away=True, since=2e9),
+        Kubelet(error="another agent", rival="at nvidia-aws-vgpu.sock"),
+    ]
+)
+
+
+@st.composite
+def snapshots(draw) -> Snapshot:
+    """Whatever may be known of a node without MPS. Pods may hold the same, and what is gone."""
+    inventory = draw(inventories())
+    excluded = tuple(
+        Excluded(a_gpu(90 + n), "mig", "MIG is on") for n in range(draw(st.integers(0, 2)))
+    )
+    vgpus = [*inventory.device_ids, "GPU-gone::0"]
+    if draw(st.booleans()):
+        holders = draw(
+            st.lists(st.lists(st.sampled_from(vgpus), unique=True).map(tuple), max_size=4)
+        )
+        names = [Holder("ns", f"pod-{n}", "main") for n in range(len(holders))]
+        held = Holders(None, tuple(map(Assignment, names, holders)))
+    else:
+        # All of it, or unknown.
+        held = Holders(None, (Assignment(Holder("ns", "pod", "main"), tuple(vgpus)),))
+        held = draw(st.sampled_from([held, Holders("no answer")]))
+    return Snapshot(
+        driver=draw(_drivers),
+        kubelet=draw(_kubelets),
+        inventory=inventory,
+        excluded=excluded,
+        holders=held,
+    )
 
 
 gpus = inventories(fewest=1, most=1).map(lambda inventory: inventory.gpus[0])

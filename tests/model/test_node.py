@@ -199,7 +199,7 @@ def test_without_health_checks_a_gpu_that_is_gone_is_no_fault():
 def test_a_release_says_until_when_and_keeps_what_is_known(node):
     node.xid((ONE.uuid, RESET))
     node.driver_released(1060.0)
-    assert node.snapshot.driver == Driver("1", "released for a reset", 1060.0)
+    assert node.snapshot.driver == Driver("1", "released for a reset", 1060.0, since=1000.0)
     assert (node.listed, node.healthy) == (["gpu-0", "gpu-1"], ["gpu-1"])
 
 
@@ -286,6 +286,37 @@ def test_a_kubelet_is_connected_while_it_is_registered_with_and_follows(node):
     node.list_sent()
     node.allocated()
     assert (node.snapshot.lists_sent, node.snapshot.allocates) == (1, 1)
+
+
+def test_since_when_kubelet_and_driver_are_as_they_are_is_known_from_the_first_change_on(node):
+    def since() -> tuple[float | None, float | None]:
+        return node.snapshot.kubelet.since, node.snapshot.driver.since
+
+    fresh = Clocked()
+    assert (fresh.snapshot.kubelet.since, fresh.snapshot.driver.since) == (None, None)
+    fresh.registration_ended("no kubelet", away=True)
+    fresh.driver_looked(Driver(None, "no library"), None, {})
+    assert (fresh.snapshot.kubelet.since, fresh.snapshot.driver.since) == (None, None)
+    assert since() == (None, 1000.0)  # it answered at the first look
+    node.now = 5
+    node.registration_tried(RegistrationResult.REGISTERED)
+    assert since() == (None, 1000.0)  # without a stream it is not connected
+    node.now = 6
+    node.stream_opened()
+    node.now = 7
+    node.stream_opened()
+    node.looked(ONE)
+    assert since() == (1006.0, 1000.0)
+    node.now = 8
+    node.registration_ended("gone")
+    node.driver_looked(Driver("1", "hangs"), None, {})
+    node.now = 9
+    node.registration_ended("still gone", rival="at x.sock")
+    node.driver_released(2000.0)
+    assert since() == (1008.0, 1008.0)
+    assert node.snapshot.kubelet.rival == "at x.sock"
+    node.registration_tried(RegistrationResult.REGISTERED)
+    assert node.snapshot.kubelet.rival is None
 
 
 def test_who_holds_what_is_believed_until_it_is_too_old(node):

@@ -46,6 +46,9 @@ def test_the_catalogue_is_whole_and_cannot_be_changed():
         CATALOGUE[13] = CATALOGUE[79]
 
 
+ASKED = Fact.RECOVERY_ACTION
+
+
 @pytest.mark.parametrize("xid", [0, 1, 12, 14, 999, 2**63, -1])
 def test_an_xid_that_the_catalogue_does_not_know_marks_until_proven_good(xid):
     unproven = Finding(Fact.XID_UNPROVEN, f"XID {xid} (not in the catalogue)")
@@ -90,7 +93,10 @@ PROHIBITED = Reading(compute_mode=ComputeMode.PROHIBITED)
         (Reading(uncorrectable_ecc=1), [Fact.ECC]),
         (PROHIBITED, [Fact.COMPUTE_MODE]),
         (EXCLUSIVE, [Fact.COMPUTE_MODE]),
-        *((Reading(recovery_action=action), [Fact.RECOVERY_ACTION]) for action in range(1, 9)),
+        *(
+            (Reading(recovery_action=n), [Fact.RECOVERY_REBOOT if n in (2, 7) else ASKED])
+            for n in range(1, 9)
+        ),
     ],
 )
 def test_a_reading_shows_what_is_wrong_and_nothing_else(reading, facts):
@@ -122,12 +128,11 @@ def test_there_is_a_fact_for_every_reason_and_a_reason_exactly_where_a_gpu_is_ma
     assert {rule.reason for rule in rules} - {None} == set(Reason)
     for rule in rules:
         assert (rule.reason is None) is (rule.effect in (Effect.NOTE, Effect.COUNT))
-        assert rule.advice
+        assert rule.remedy
         assert rule.what in policy_table.markdown_table()
 
 
-def test_a_finding_becomes_a_fault_with_its_time_its_effect_and_its_advice():
-    advice = Fact.ECC.value.advice
-    expected = Fault(Reason.ECC, 7.0, "2 errors", Effect.UNTIL_RESET, advice)
+def test_a_finding_becomes_a_fault_with_its_time_its_effect():
+    expected = Fault(Reason.ECC, 7.0, "2 errors", Effect.UNTIL_RESET)
     assert Finding(Fact.ECC, "2 errors").fault(7.0) == expected
     assert Finding(Fact.REMAP_PENDING, "one").fault(7.0) is None

@@ -23,10 +23,10 @@ from vgpu_agent.model.snapshot import (
     flips,
     split_containers,
 )
-from vgpu_agent.observe.report import Identity, from_json, make_report, to_json
+from vgpu_agent.observe.report import from_json, to_json
+from vgpu_agent.observe.reporting import make_report
 
 GIB = 2**30
-IDENTITY = Identity("1", "node", "example.com/vgpu")
 XID, DOWN = Fault(Reason.XID, 5.0, "XID 79"), Fault(Reason.MPS, 6.0, "no daemon")
 STRANGER = Fault(Reason.MPS, 7.0, "unknown to the daemon")
 
@@ -111,7 +111,7 @@ def test_the_same_request_has_the_same_answer_whatever_the_mps_server_takes(serv
     got = [grant(each.inventory, ids("gpu-0", 0, 1), rules.sharing) for each in (before, after)]
     assert got[0] == got[1]
     # What the report shows is what the container was given.
-    report = make_report(after, rules, IDENTITY, 0.0)
+    report = make_report(after, rules, 0.0)
     exported = int(got[1].environment["VGPU_MEMORY_BYTES"])
     assert exported == after.inventory.gpus[0].share_bytes(2)
     assert 2 * report.gpus[0].vgpu_bytes in (exported, exported - 1)
@@ -135,6 +135,7 @@ def test_the_same_request_has_the_same_answer_whatever_the_mps_server_takes(serv
         (a_look(**{"gpu-0": 4}), {"mps_limits": MpsLimits.SERVER}, 4, "instead of server"),
         (a_look(**{"gpu-0": 30}), {"device_memory": 4 * GIB}, 30, "30 vGPUs instead of 3"),
         (None, {}, 4, None),
+        (None, {"mps_limits": MpsLimits.SERVER}, 4, None),
     ],
 )
 def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
@@ -145,6 +146,8 @@ def test_what_the_mps_daemon_was_set_up_for_is_in_effect_until_it_is_replaced(
     (shared,) = snapshot.inventory.gpus
     assert shared.replicas == expected
     assert shared.share_bytes(expected) <= shared.usable_bytes
+    limits = rules.get("mps_limits") if look is None else look.limits
+    assert snapshot.one_each is (limits is MpsLimits.SERVER)
     said = snapshot.mps.replacement
     assert said is None if words is None else words in said
 
@@ -333,7 +336,7 @@ def test_whatever_is_reported_the_snapshot_and_its_report_are_consistent(known, 
         replace(known, allocates=3), rules
     )
     assert compose(known, rules, compose(other, rules)) == snapshot
-    report = make_report(snapshot, rules, IDENTITY, 1e9)
+    report = make_report(snapshot, rules, 1e9)
     assert from_json(to_json(report)) == report
     assert [gpu.uuid for gpu in report.gpus] == listed
     assert report.vgpus.total == sum(1 for _ in snapshot.inventory.device_ids)

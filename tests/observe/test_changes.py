@@ -7,7 +7,9 @@ import anyio
 import pytest
 
 from tests.model.strategies import a_gpu, a_look
-from vgpu_agent.model.devices import Excluded, Fault, Reason
+from vgpu_agent.model import advice
+from vgpu_agent.model.advice import Place, Remedy, in_a_line
+from vgpu_agent.model.devices import Effect, Excluded, Fault, Reason
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
@@ -16,7 +18,6 @@ from vgpu_agent.model.snapshot import Driver, Inputs, Kubelet, Rules, Snapshot, 
 from vgpu_agent.observe.changes import NAMED, changes, write
 from vgpu_agent.observe.logs import Repeats
 
-RULES = Rules(SharingRules(replicas=2), HealthRules(ignored_xids=frozenset({79})))
 GPU = a_gpu(0)
 UP = a_look(**{"gpu-0": 2})
 WAITING = replace(UP, daemons={"gpu-0": replace(UP.daemons["gpu-0"], waiting=2)})
@@ -26,8 +27,18 @@ MANY = Holders(
     None, (Assignment(Holder("ns", "pod", "main"), tuple(f"gone::{n}" for n in range(10))),)
 )
 EIGHT = ", ".join(f"gone::{n}" for n in range(NAMED))
-XID = Fault(Reason.XID, 0.0, "XID 74", advice="look")
-RESET, PROBE = replace(XID, detail="XID 95"), Fault(Reason.PROBE, 0.0, "no", advice="see")
+XID = Fault(Reason.XID, 0.0, "XID 74")
+RESET, PROBE = replace(XID, detail="XID 95"), Fault(Reason.PROBE, 0.0, "no")
+REBOOT = Fault(Reason.XID, 0.0, "XID 79", Effect.UNTIL_REBOOT)
+PLACE = Place("gpu-1", "gpus", "agent-x")
+RULES = Rules(SharingRules(replicas=2), HealthRules(ignored_xids=frozenset({79})), place=PLACE)
+NODE = "kubectl debug node/gpu-1 -it --image=busybox --profile=sysadmin -- chroot /host"
+MORE = "; all commands: kubectl -n gpus exec agent-x -c agent -- vgpu-agent status"
+DRIVER = f"{in_a_line(advice.driver_down(PLACE), PLACE)}"
+MPS = f"{in_a_line(advice.mps(PLACE), PLACE)}"
+RIVAL = f"{in_a_line(advice.rival(PLACE), PLACE)}"
+LOG = f"{NODE} journalctl -k -g NVRM"
+LOOK = f"see what `nvidia-smi` and the kernel log of the node say: {NODE} nvidia-smi{MORE}"
 
 
 def base(**known: object) -> Inputs:
@@ -59,16 +70,30 @@ CASES = [
     (
         {},
         {"driver": Driver("1", "broken")},
-        ["ERROR the driver cannot be asked about all GPUs: broken"],
+        [f"ERROR the driver cannot be asked about all GPUs: broken. Next: {DRIVER}"],
     ),
     ({}, {"xids": {("gpu-0", 13): 1}}, ["INFO XID 13 (Graphics Engine Exception): counted"]),
     ({}, {"xids": {("gpu-0", 79): 1}}, ["INFO XID 79 (GPU has fallen off the bus): counted"]),
     ({}, {"xids": {("gpu-0", 74): 1}}, []),
-    ({}, ill(XID), ["WARNING 2 vGPUs are unhealthy: xid: XID 74. Next: look"]),
+    (
+        {},
+        ill(XID),
+        [f"WARNING 2 vGPUs are unhealthy: xid: XID 74. Next: {Remedy.WAIT.words}: {LOG}"],
+    ),
     (
         ill(XID),
         ill(XID, PROBE),
-        ["WARNING 2 vGPUs are unhealthy: xid: XID 74; probe: no. Next: see"],
+        [f"WARNING 2 vGPUs are unhealthy: xid: XID 74; probe: no. Next: {LOOK}"],
+    ),
+    (
+        {},
+        ill(REBOOT, PROBE),
+        [
+            (
+                "WARNING 2 vGPUs are unhealthy: xid: XID 79; probe: no. Next: "
+                f"{Remedy.REBOOT.words}: {LOG}{MORE}"
+            )
+        ],
     ),
     (ill(XID, PROBE), ill(XID), ["INFO no longer probe; still unhealthy: xid: XID 74"]),
     (ill(XID), {}, ["INFO 2 vGPUs are healthy again (no longer xid: XID 74)"]),
@@ -85,7 +110,7 @@ CASES = [
     (
         {},
         {"mps_look": MpsLook("gone")},
-        ["WARNING no vGPU can be given: gone. Next: see the MPS pod of the node"],
+        [f"WARNING no vGPU can be given: gone. Next: {MPS}"],
     ),
     (
         {"mps_look": MpsLook("gone")},
@@ -110,6 +135,11 @@ CASES = [
     ({}, kubelet(registered=True), ["INFO registered with the kubelet; it follows the list"]),
     ({}, kubelet(error="no kubelet", away=True), ["WARNING no kubelet; waiting for it"]),
     ({}, kubelet(error="refused"), ["ERROR cannot register: refused"]),
+    (
+        kubelet(registered=True),
+        kubelet(error="another agent", rival="at x.sock"),
+        [f"ERROR another agent. Next: {RIVAL}"],
+    ),
     (
         kubelet(registered=True),
         kubelet(error="gone"),

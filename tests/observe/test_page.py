@@ -4,6 +4,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
 from playwright.async_api import Browser, Locator, Page, expect
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chromium")]
 
 RESNET = Holder("vision", "resnet-0", "server")
 LLAMA = Holder("language", "llama-0", "vllm")
-FAULT = Fault(Reason.LOST, 1_700_000_000.0, "fell off the bus", advice="look at the kernel log")
+FAULT = Fault(Reason.LOST, 1_700_000_000.0, "fell off the bus")
 PATIENCE = 20_000
 """Milliseconds in which the page has to show what it is to show."""
 
@@ -133,22 +134,28 @@ async def test_it_shows_the_node_and_every_vgpu_of_every_gpu(browser, node):
         await expect(page.get_by_role("heading", level=1)).to_have_text("gpu-node-1")
         await expect(page.locator("#node")).to_contain_text("k8s.amazonaws.com/vgpu")
         await expect(page.locator("#node")).to_contain_text("1.2.3")
+        await expect(page.locator("#node")).to_contain_text("pod kube-system/vgpu-agent-x7k2p")
+        await expect(page.locator("#node")).to_contain_text(re.compile(r"as of \d\d:\d\d:\d\d UTC"))
+        words = "This node accepts vGPU pods: 20 of 20 free, largest block 10 (GPU 0)"
+        await expect(page.locator("#verdict")).to_have_text(words)
         await expect(page.locator("#state > li")).to_have_text(
             [
-                re.compile("Kubelet.*registered"),
-                re.compile("Driver.*550.90.07"),
-                re.compile("MPS.*up, limits in effect"),
-                re.compile("PodResources.*from the kubelet"),
+                re.compile("driver.*550.90.07"),
+                re.compile("mps.*2 of 2 GPUs are served"),
+                re.compile("GPUs.*2 of 2 GPUs are shared"),
+                re.compile("kubelet.*registered"),
+                re.compile("podresources.*who holds"),
             ]
         )
-        await expect(page.locator("#sum")).to_have_text(
-            "20 vGPUs on 2 GPUs · 0 held · 20 free · largest free block: 10"
-        )
+        await expect(page.locator("#sum")).to_have_text("20 vGPUs on 2 GPUs: 20 free · 0 held")
+        await expect(page.locator("#todo")).to_be_hidden()
         for index, gpu in enumerate(node.gpus):
             await expect(tab.slots(index)).to_have_text(
                 [re.compile(rf"vGPU {n}\s+free") for n in range(10)]
             )
-            await expect(tab.gpu(index).locator(".uuid")).to_have_text(gpu.uuid)
+            await expect(tab.gpu(index).locator(".uuid")).to_be_hidden()
+            await tab.gpu(index).locator("summary").press("Enter")
+            await expect(tab.gpu(index).get_by_text(gpu.uuid)).to_be_visible()
             await expect(tab.gpu(index)).to_contain_text(f"NUMA node {index}")
             await expect(tab.gpu(index)).to_contain_text("24.0\u00a0GiB")
             await expect(tab.gpu(index)).to_contain_text("healthy")
@@ -176,19 +183,25 @@ async def test_a_gpu_that_fails_says_why_and_heals(browser, node):
         await expect(tab.gpu(0).locator(".health")).to_have_text("✓ healthy")
         node.fail(0, FAULT)
         await expect(tab.gpu(0).locator(".health")).to_have_text("✕ unhealthy")
-        await expect(tab.gpu(0).locator(".faults")).to_contain_text("lost: fell off the bus, since")
-        await expect(tab.gpu(0).locator(".faults")).to_contain_text("look at the kernel log")
+        await expect(tab.gpu(0).locator(".findings")).to_have_text(
+            "unhealthy: lost since 2023-11-14 22:13:20 UTC: fell off the bus (ends after passed"
+            " probes)"
+        )
+        await expect(tab.page.locator("#todo")).to_contain_text("GPU 0: drain the node and reboot")
+        await expect(tab.page.locator("#todo code.command").last).to_have_text(
+            "kubectl uncordon gpu-node-1"
+        )
         await expect(tab.slots(0).first).to_have_text(re.compile("resnet-0, unhealthy"))
         await expect(tab.slots(0).last).to_have_text(re.compile("unhealthy"))
         await expect(tab.slots(1).last).to_have_text(re.compile("free"))
         await expect(tab.page.locator("#news")).to_contain_text("GPU 0 is unhealthy: lost")
         await expect(tab.page.locator("#sum")).to_have_text(
-            "20 vGPUs on 2 GPUs · 2 held (2 of them on unhealthy GPUs) · 10 free · 8 unhealthy"
-            " · largest free block: 10"
+            "20 vGPUs on 2 GPUs: 10 free · 2 held (2 of them on unhealthy GPUs) · 8 unhealthy"
         )
         node.heal(0)
         await expect(tab.gpu(0).locator(".health")).to_have_text("✓ healthy")
-        await expect(tab.gpu(0).locator(".faults > li")).to_have_count(0)
+        await expect(tab.gpu(0).locator(".findings > li")).to_have_count(0)
+        await expect(tab.page.locator("#todo")).to_be_hidden()
         await expect(tab.page.locator("#news")).to_contain_text("GPU 0 is healthy again")
 
 
@@ -218,8 +231,10 @@ async def test_unknown_holders_are_not_shown_as_free(browser, node):
     async with showing(browser, node) as tab:
         await expect(tab.slots(0).first).to_have_text(re.compile("resnet-0"))
         node.assignments_failed("connection refused", forget=False)
-        line = tab.page.locator("#state > li", has_text="PodResources")
-        await expect(line).to_contain_text("not available: connection refused")
+        line = tab.page.locator("#state > li", has_text="podresources")
+        await expect(line).to_contain_text(
+            "who holds which vGPU, what is shown is older: connection"
+        )
         await expect(tab.slots(0).first).to_have_text(re.compile("resnet-0"))
         node.assignments_failed("connection refused", forget=True)
         await expect(tab.slots(0)).to_have_text([re.compile("unknown")] * 10)
@@ -231,11 +246,12 @@ async def test_a_node_without_a_driver_and_gpus_says_so(browser):
     node = ShownNode()
     node.driver_looked(Driver(None, "no NVIDIA driver library"), None, {})
     async with showing(browser, node) as tab:
-        await expect(tab.page.locator("#none")).to_have_text(
-            "No GPU is shared: no NVIDIA driver library."
+        await expect(tab.page.locator("#none")).to_have_text("No GPU is shared.")
+        await expect(tab.page.locator("#verdict")).to_have_text(
+            "No new vGPU pods: kubelet not connected yet; the NVIDIA driver does not answer yet"
         )
-        await expect(tab.page.locator("#state")).to_contain_text("down: no NVIDIA driver library")
-        await expect(tab.page.locator("#state")).to_contain_text("not registered yet")
+        await expect(tab.page.locator("#state")).to_contain_text("driver no NVIDIA driver library")
+        await expect(tab.page.locator("#state")).to_contain_text("not registered: starting")
         node.start()
         await expect(tab.slots(1)).to_have_count(10)
         await expect(tab.page.locator("#none")).to_be_hidden()
@@ -256,14 +272,84 @@ async def test_what_is_wrong_with_the_node_is_shown(browser):
         await expect(page.get_by_role("region", name="Excluded GPUs")).to_contain_text(
             "compute-capability: compute capability 6.1 is below 7.0"
         )
-        await expect(
-            page.get_by_role("region", name="Held, but no longer advertised")
-        ).to_contain_text("GPU-gone::3")
-        await expect(page.get_by_role("region", name="Troubles of the agent")).to_contain_text(
-            "the checkpoint is damaged"
-        )
-        for words in ("its limits are others", "released for a reset until", "Health checks"):
+        for words in (
+            "held, but no longer advertised: GPU-gone::3",
+            "the checkpoint is damaged",
+            "its limits are others",
+            "released for a reset until 2023-11-14 22:13:20 UTC",
+            "health checks off",
+        ):
             await expect(page.locator("#state")).to_contain_text(words)
+
+
+@pytest.mark.parametrize(
+    ("happened", "level", "words"),
+    [
+        ({}, "ok", "This node accepts vGPU pods: 18 of 20 free"),
+        ({"full": True}, "", "No new vGPU pods: all 20 vGPUs are held"),
+        ({"unknown": True}, "", "20 of 20 healthy, who holds them is unknown"),
+        ({"away": True}, "bad", "No new vGPU pods: kubelet not connected since"),
+        ({"ill": True}, "bad", "No new vGPU pods: all 2 GPUs are unhealthy (lost)"),
+        ({"ill": True, "released": True}, "warn", "released for a reset until"),
+    ],
+)
+async def test_the_verdict_comes_first_in_its_colour(browser, node, happened, level, words):
+    node.hold((0, RESNET, range(2)))
+    if "full" in happened:
+        node.hold((0, RESNET, range(10)), (1, LLAMA, range(10)))
+    if "unknown" in happened:
+        node.assignments_failed("gone", forget=True)
+    if "away" in happened:
+        node.registration_ended("no kubelet", away=True)
+    for index in range(2) if "ill" in happened else ():
+        node.fail(index, FAULT)
+    if "released" in happened:
+        node.driver_released(2e9)
+    async with showing(browser, node) as tab:
+        await expect(tab.page.locator("#verdict")).to_contain_text(words)
+        assert await tab.page.locator("#verdict").get_attribute("class") == level
+        first = tab.page.locator("main > :first-child")
+        await expect(first).to_have_id("verdict")
+
+
+async def test_an_advice_stands_there_once_with_commands_to_paste(browser, node):
+    for index in range(2):
+        node.fail(index, FAULT)
+    node.registration_ended("no kubelet", away=True)
+    async with showing(browser, node) as tab:
+        advice = tab.page.locator("#todo > ul > li")
+        await expect(advice).to_have_text(
+            [
+                re.compile(r"^\s*kubelet: if this lasts"),
+                re.compile(r"^\s*GPU 0, GPU 1: drain the n"),
+            ]
+        )
+        command = advice.last.locator("code").last
+        await expect(command).to_have_text("kubectl uncordon gpu-node-1")
+        # A click takes all of it.
+        await command.click()
+        assert await tab.page.evaluate("String(getSelection())") == "kubectl uncordon gpu-node-1"
+        # Many commands are folded away, and stay as they were put.
+        node.fail(0)
+        await expect(advice.locator("summary")).to_have_text(
+            ["3 commands", "10 commands", "4 commands"]
+        )
+        await expect(advice.nth(1).locator("code").last).to_be_hidden()
+        await advice.nth(1).locator("summary").click()
+        await tab.refreshed()
+        await expect(advice.nth(1).locator("code").last).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("width", "vgpus", "columns"), [(1280, 10, 5), (360, 10, 5), (1280, 48, 10)]
+)
+async def test_vgpus_stand_in_rows_of_five_or_ten(browser, width, vgpus, columns):
+    node = ShownNode(vgpus)
+    node.start()
+    async with showing(browser, node, viewport={"width": width, "height": 800}) as tab:
+        await expect(tab.slots(0)).to_have_count(vgpus)
+        tops = await tab.slots(0).evaluate_all("nodes => nodes.map((node) => node.offsetTop)")
+        assert tops.count(min(tops)) == columns
 
 
 GREEN = "rgb(17, 99, 41)"
@@ -280,15 +366,15 @@ async def test_what_cannot_be_scheduled_is_not_green(browser, node):
 
     node.hold((0, RESNET, range(2)))
     async with showing(browser, node, color_scheme="light") as tab:
-        free = tab.page.locator("#sum")
-        await expect(free).to_contain_text("18 free · largest free block: 10")
+        verdict = tab.page.locator("#verdict")
+        await expect(verdict).to_contain_text("18 of 20 free, largest block 10")
         assert await greens(tab, 0) == {"gpu schedulable", "free", "health ok"}
         node.registration_ended("no kubelet", away=True)
-        await expect(free).to_contain_text("18 free · the kubelet cannot give any to a pod now")
+        await expect(verdict).to_contain_text("No new vGPU pods")
         assert await greens(tab, 0) == set()
         await expect(tab.slots(0).last).to_have_text(re.compile("free"))
         node.registration_tried(RegistrationResult.REGISTERED)
-        await expect(free).to_contain_text("largest free block")
+        await expect(verdict).to_contain_text("largest block")
         node.fail(0)
         await expect(tab.gpu(0).locator(".health")).to_have_text("✕ unhealthy")
         assert await greens(tab, 0) == set()
@@ -302,7 +388,7 @@ async def test_names_of_pods_are_text_and_nothing_else(browser, node):
     async with showing(browser, node) as tab:
         await expect(tab.slots(0).first).to_contain_text(hostile)
         await expect(tab.gpu(0).locator(".pod")).to_have_text(hostile)
-        await expect(tab.gpu(0).locator(".faults")).to_contain_text(hostile)
+        await expect(tab.gpu(0).locator(".findings")).to_contain_text(hostile)
         await expect(tab.page.locator("img")).to_have_count(0)
         await expect(tab.page).to_have_title("gpu-node-1: vGPUs")
 
@@ -425,13 +511,14 @@ async def test_everything_is_reached_by_keyboard(browser, node):
     async with showing(browser, node) as tab:
         await expect(tab.slots(0)).to_have_count(10)
         reached = []
-        for _ in range(3):
+        for _ in range(5):
             await tab.page.keyboard.press("Tab")
             focused = tab.page.locator(":focus-visible")
             reached.append(await focused.text_content())
             outline = await focused.evaluate("node => getComputedStyle(node).outlineStyle")
             assert outline == "solid"
-        assert reached == ["Pause updates", "/status.json", "/metrics"]
+        uuids = [f"GPU-0000000{index}…" for index in range(2)]
+        assert reached == ["Pause updates", *uuids, "/status.json", "/metrics"]
 
 
 @pytest.mark.parametrize("vgpus", [10, 48])
@@ -445,6 +532,23 @@ async def test_a_phone_shows_it_without_scrolling_sideways(browser, vgpus):
         await expect(tab.slots(1)).to_have_count(vgpus)
         width = await tab.page.evaluate("document.documentElement.scrollWidth")
         assert width == 360
+
+
+@pytest.mark.parametrize("case", screenshot.CASES)
+async def test_every_case_is_readable_on_desk_and_phone(browser, case):
+    node = ShownNode()
+    screenshot.CASES[case](node)
+    async with screenshot.site(node) as address:
+        for scheme, width in product(("light", "dark"), (1280, 390)):
+            viewport = {"width": width, "height": 800}
+            async with visiting(browser, address, viewport=viewport, color_scheme=scheme) as tab:
+                await expect(tab.page.locator("#verdict")).to_contain_text("vGPU pods: ")
+                await tab.page.evaluate(
+                    "document.querySelectorAll('details').forEach((each) => { each.open = true; })"
+                )
+                assert await tab.page.evaluate("document.documentElement.scrollWidth") == width
+                contrasts = await tab.page.evaluate(CONTRASTS)
+                assert [each for each in contrasts if each[0] < 4.5] == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

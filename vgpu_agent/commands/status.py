@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -13,25 +13,22 @@ from rich.live import Live
 from rich.text import Text
 
 from vgpu_agent.commands.ask import Ask
-from vgpu_agent.commands.tables import ODD, page
+from vgpu_agent.commands.tables import ODD, WIDEST, page
 from vgpu_agent.errors import NoAgentError
 
-WIDE = 100_000
-"""Columns of what is no terminal: nothing is folded there, and programs find a row on its line."""
 
-
-def show(ask: Ask, out: TextIO, *, as_json: bool = False) -> None:
+def show(ask: Ask, out: TextIO, *, as_json: bool = False, wide: bool = False) -> None:
     """Writes it once; as JSON as the agent sent it. Raises NoAgentError."""
     answer = ask()
     if as_json:
         out.write(answer.text)
         out.flush()
     else:
-        _console(out).print(page(answer.report))
+        _console(out).print(page(answer.report, wide=wide))
 
 
 def _now() -> datetime:
-    return datetime.now().astimezone()
+    return datetime.now(UTC)
 
 
 def watch(
@@ -39,6 +36,7 @@ def watch(
     out: TextIO,
     seconds: float,
     *,
+    wide: bool = False,
     now: Callable[[], datetime] = _now,
     sleep: Callable[[float], object] = time.sleep,
 ) -> None:
@@ -47,7 +45,7 @@ def watch(
     An agent that does not answer is waited for; what was seen last stays on show.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console, pages = _console(out), _pages(ask, now)
+    console, pages = _console(out), _pages(ask, now, wide=wide)
     newest: RenderableType = Text()
     if not out.isatty() or console.is_dumb_terminal:
         with suppress(KeyboardInterrupt):
@@ -70,16 +68,16 @@ def watch(
     console.print(newest)
 
 
-def _pages(ask: Ask, now: Callable[[], datetime]) -> Iterator[RenderableType]:
+def _pages(ask: Ask, now: Callable[[], datetime], *, wide: bool) -> Iterator[RenderableType]:
     """What is to be shown, asked for again each time."""
     last: RenderableType | None = None
     silent_since: datetime | None = None
     while True:
         try:
-            last = page(ask().report)
+            last = page(ask().report, wide=wide)
         except NoAgentError as error:
             silent_since = silent_since or now()
-            silence = Text(f"not answering since {silent_since:%H:%M:%S}: {error}", ODD)
+            silence = Text(f"not answering since {silent_since:%H:%M:%S} UTC: {error}", ODD)
             silence.overflow = "fold"
             yield silence if last is None else Group(silence, Text(), last)
         else:
@@ -90,5 +88,6 @@ def _pages(ask: Ask, now: Callable[[], datetime]) -> Iterator[RenderableType]:
 def _console(out: TextIO) -> Console:
     if isinstance(out, io.TextIOWrapper):
         out.reconfigure(errors="backslashreplace")
-    width = None if out.isatty() else WIDE
+    # Where there is no terminal a container is one line, which programs find.
+    width = None if out.isatty() else WIDEST
     return Console(file=out, width=width, markup=False, emoji=False, highlight=False)

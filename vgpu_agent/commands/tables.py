@@ -4,13 +4,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from vgpu_agent.commands import judge
-from vgpu_agent.commands.judge import Check, Verdict
+from vgpu_agent.commands.paste import command_lines, folded
+from vgpu_agent.model.acceptance import Refusal
+from vgpu_agent.model.advice import Step
 from vgpu_agent.model.rules import GIB, MIB
-from vgpu_agent.observe.report import AllocationReport, GpuReport, Report
+from vgpu_agent.observe.report import AllocationReport, Check, GpuReport, Report, Verdict, utc
 
 UNKNOWN = "unknown"
 GOOD, BAD, ODD, HEAD = "green", "bold red", "yellow", "bold"
@@ -19,13 +21,25 @@ COLOURS = {Verdict.OK: "", Verdict.WARN: ODD, Verdict.FAIL: BAD}
 TABLE_WIDTH = 80
 """Columns of a terminal from which on a table that does not fit is folded within its cells."""
 
+WIDEST = 100_000
+"""Columns of what is not folded."""
 
-def page(report: Report) -> RenderableType:
-    """All of it: the node, its GPUs, what is wrong and what to do, and who holds what."""
-    parts: list[RenderableType] = [_pairs(_facts(report)), Text(), *_gpus(report)]
-    if findings := list(judge.findings(report)):
-        parts += [Text(), *(line for check in findings for line in _finding(check))]
-    return Group(*parts, Text(), *_holders(report))
+CELL = 16
+"""Columns of a model and of the reasons of a GPU, so that its row fits into TABLE_WIDTH."""
+
+
+def page(report: Report, *, wide: bool = False) -> RenderableType:
+    """All of it: whether it accepts pods, the node, its GPUs, what to do, and who holds what.
+
+    All but the last is folded to TABLE_WIDTH, also where there is no terminal: `kubectl exec` gives
+    none. `wide`: nothing is, and all that is known of a GPU is in its row.
+    """
+    parts: list[RenderableType] = [_verdict(report), Text(), _pairs(_facts(report)), Text()]
+    parts += _gpus(report, wide=wide)
+    if todo := list(_todo(report, wide=wide)):
+        parts += [Text(), *todo]
+    node = Constrain(Group(*parts), None if wide else TABLE_WIDTH)
+    return Group(node, Text(), *_holders(report))
 
 
 # Words
@@ -101,14 +115,22 @@ class _Sheet:
 # The node
 
 
+def _verdict(report: Report) -> Text:
+    found = report.acceptance
+    if found.accepts:
+        return _line((found.words, GOOD if report.vgpus.free else ""))
+    return _line((found.words, HEAD if found.refusals == (Refusal.FULL,) else BAD))
+
+
 def _facts(report: Report) -> Iterator[tuple[str, Text]]:
-    yield "node", Text(report.host)
+    yield "node", Text(f"{report.node}, as of {utc(report.time)}")
+    pod = "" if report.pod is None else f", pod {report.namespace}/{report.pod}"
+    yield "agent", Text(f"vgpu-agent {report.version}{pod}")
     yield "resource", Text(report.resource)
-    yield "version", Text(f"{report.version}, report of {report.time}")
     yield "vGPUs", _vgpus(report)
-    for check in judge.of_node(report):
-        advice = "" if check.verdict is Verdict.OK else f"\n-> {check.advice}"
-        yield check.name, Text.assemble((check.detail, COLOURS[check.verdict]), advice)
+    for check in report.checks:
+        if check.gpu is None:
+            yield check.name, Text(check.detail, COLOURS[check.verdict])
 
 
 def _vgpus(report: Report) -> Text:
@@ -118,62 +140,71 @@ def _vgpus(report: Report) -> Text:
     if counts.free is None or counts.held is None:
         text.append("who holds them is unknown")
     else:
-        text.append(f"{counts.held} held")
+        text.append(f"{counts.free} free, {counts.held} held")
         if counts.held_unhealthy:
             text.append(f" ({counts.held_unhealthy} of them on unhealthy GPUs)", BAD)
-        text.append(", ").append(*_free(counts.free, report, " free"))
     if counts.unhealthy:
         text.append(", ").append(f"{counts.unhealthy} unhealthy", BAD)
-    if not report.schedulable:
-        text.append("; the kubelet cannot give any to a pod now", BAD)
-    elif report.largest_free:
-        where = [f" (GPU {g.index})" for g in report.gpus if g.vgpus.free == report.largest_free]
-        text.append(f"; largest free block: {report.largest_free}{where[0] if where else ''}")
     return text
-
-
-def _free(count: int, report: Report, words: str = "") -> tuple[str, str]:
-    """Green is only what a pod can be given now."""
-    return f"{count}{words}", GOOD if count and report.schedulable else ""
 
 
 # GPUs
 
 
-def _gpus(report: Report) -> Iterator[RenderableType]:
+def _gpus(report: Report, *, wide: bool) -> Iterator[RenderableType]:
     if not report.gpus:
         yield _line("No GPU is shared.")
         return
-    columns = ("GPU", "MODEL", "UUID", "HEALTH", "MEMORY", "VGPUS", "HELD", "FREE", "NUMA")
-    yield _Sheet(columns, [_row(gpu, report) for gpu in report.gpus])
+    columns = ["GPU", "MODEL", "HEALTH", "MEMORY", "VGPUS", "FREE", "HELD"]
+    if wide:
+        columns += ["NUMA", "PCI", "UUID"]
+    yield _Sheet(columns, [_row(gpu, wide=wide) for gpu in report.gpus])
 
 
-def _row(gpu: GpuReport, report: Report) -> list[Text]:
-    free = gpu.vgpus.free
-    return [
-        Text(str(gpu.index)),
-        Text(gpu.model),
-        Text(gpu.uuid),
-        _health(gpu, report),
-        Text(f"{size(gpu.memory_used_bytes)} of {size(gpu.memory_bytes)}"),
-        Text(str(gpu.vgpus.total)),
-        Text(_or_unknown(gpu.vgpus.held)),
-        Text(UNKNOWN) if free is None else Text(*_free(free, report)),
-        Text("none" if gpu.numa_node is None else str(gpu.numa_node)),
-    ]
-
-
-def _health(gpu: GpuReport, report: Report) -> Text:
+def _row(gpu: GpuReport, *, wide: bool) -> list[Text]:
+    """Green is only what a pod can be given now."""
+    good, counts = GOOD if gpu.accepts else "", gpu.vgpus
     if gpu.healthy:
-        return Text("healthy", GOOD if report.schedulable else "")
-    return Text(", ".join(fault.reason for fault in gpu.faults) or "unhealthy", BAD)
+        health = Text("healthy", good)
+    else:
+        health = Text(", ".join(fault.reason for fault in gpu.faults) or "unhealthy", BAD)
+    row = [
+        Text(str(gpu.index)),
+        Text(gpu.model if wide else gpu.model.removeprefix("NVIDIA ")),
+        health,
+        Text(f"{size(gpu.memory_used_bytes)} of {size(gpu.memory_bytes)}"),
+        Text(str(counts.total)),
+        Text("?" if counts.free is None else str(counts.free), good),
+        Text("?" if counts.held is None else str(counts.held)),
+    ]
+    if wide:
+        numa = "none" if gpu.numa_node is None else str(gpu.numa_node)
+        return [*row, Text(numa), Text(gpu.pci_bus_id), Text(gpu.uuid)]
+    for cell in row[1:3]:
+        cell.truncate(CELL, overflow="ellipsis")
+    return row
 
 
-def _finding(check: Check) -> Iterator[Text]:
-    """What is wrong, and below it what to do."""
-    yield _line((f"{check.name}: ", COLOURS[check.verdict]), check.detail)
-    if check.verdict is not Verdict.OK:
-        yield _line("  -> ", check.advice)
+# What to do
+
+
+def _todo(report: Report, *, wide: bool) -> Iterator[Text]:
+    """What is wrong with GPUs, or worth knowing, and each advice once, with its commands."""
+    shown = {gpu.uuid for gpu in report.gpus}
+    groups: dict[tuple[str, tuple[Step, ...]], list[Check]] = {}
+    for check in report.checks:
+        if check.verdict is not Verdict.OK or (check.gpu and check.gpu not in shown):
+            groups.setdefault((check.advice, check.steps), []).append(check)
+    for (advice, steps), checks in groups.items():
+        for check in checks:
+            # What is wrong with the node stands above.
+            colon = ":" if check.gpu is None else f": {check.detail}"
+            yield _line((check.name, COLOURS[check.verdict]), colon)
+        width = WIDEST if wide else TABLE_WIDTH
+        lines = [*folded(advice, width, "  -> ", "     ")] if advice else []
+        lines += command_lines(steps, TABLE_WIDTH, "     ")
+        if lines:
+            yield _line("\n".join(lines))
 
 
 # Who holds what

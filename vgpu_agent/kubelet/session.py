@@ -186,10 +186,13 @@ class KubeletSession:
         elif self._short_lived >= RIVAL_AFTER:
             longest = self.timing.rival_back_off_max
             seconds = back_off(1.0, self._short_lived - RIVAL_AFTER + 1, longest)
+            others = unixsocket.listeners(self.directory, KUBELET_SOCKET, self.endpoint)
+            rival = f"at {' or '.join(others)}" if others else "at a socket that is not known"
             self.node.registration_ended(
                 "the kubelet ends the stream soon after each registration: another agent seems to"
-                f" serve {self.resource_name} on this node, and each takes the other's place."
-                f" Remove one. Waiting up to {longest:.0f} s between attempts"
+                f" serve {self.resource_name} on this node, {rival}, and each takes the other's"
+                f" place. Waiting up to {longest:.0f} s between attempts",
+                rival=rival,
             )
         else:
             return 0.0
@@ -219,7 +222,8 @@ class KubeletSession:
                 # A kubelet that goes away just now is reported when it is seen to be away.
                 passing = self._failures == 1 and isinstance(error, KubeletAwayError)
                 result = RESULTS.get(type(error), RegistrationResult.REFUSED)
-                self.node.registration_tried(result, None if passing else str(error))
+                rival = error.rival if isinstance(error, EndpointError) else None
+                self.node.registration_tried(result, None if passing else str(error), rival=rival)
             tasks.cancel_scope.cancel()
 
     @asynccontextmanager
@@ -278,7 +282,10 @@ class KubeletSession:
                 return unixsocket.bind(path)
         except OSError as error:
             raise EndpointError(f"cannot bind {path}: {error.strerror or error}") from error
-        raise EndpointError(f"{obstacle}: another agent for {self.resource_name}? Remove one")
+        if unixsocket.refusal(path) is not None:
+            raise EndpointError(obstacle)
+        rival = f"at {unixsocket.listener(path)}"
+        raise EndpointError(f"{obstacle}: another agent for {self.resource_name}, {rival}", rival)
 
     async def _register(self, plugin: DevicePlugin) -> None:
         """Registers and waits for the kubelet's stream. Raises KubeletError."""

@@ -64,7 +64,7 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
         for shared in sorted(inventory.gpus, key=lambda shared: pci_order(shared.gpu.pci_bus_id))
         if shared.gpu.uuid in counts
     ]
-    if rules.mps and rules.mps_limits is MpsLimits.SERVER and len(device_ids) > 1:
+    if rules.one_each and len(device_ids) > 1:
         raise InvalidRequestError(
             f"{len(device_ids)} vGPUs for one container, but with VGPU_MPS_LIMITS=server the daemon"
             " grants every client the limits of one: ask for 1, or set VGPU_MPS_LIMITS=client"

@@ -41,19 +41,29 @@ class Effect(StrEnum):
     UNTIL_RESET = "unhealthy until reset"
     UNTIL_REBOOT = "unhealthy until the node is rebooted"
 
+    @property
+    def ends(self) -> str:
+        """What ends a fault that has it."""
+        return {
+            Effect.UNTIL_BACK: "when it is back",
+            Effect.UNTIL_UNCORDONED: "when it is uncordoned",
+            Effect.UNTIL_GOOD: "after passed probes",
+            Effect.UNTIL_RESET: "by a reset",
+            Effect.UNTIL_REBOOT: "by a reboot of the node",
+        }.get(self, "at once")
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One reason for which a GPU is unhealthy.
 
-    `since` is in seconds since the epoch. `advice` says what an operator can do.
+    `since` is in seconds since the epoch. What to do about it is in `policy`.
     """
 
     reason: Reason
     since: float
     detail: str
     effect: Effect = Effect.UNTIL_GOOD
-    advice: str = ""
 
     @property
     def until_reset(self) -> bool:

@@ -112,7 +112,7 @@ class Node:
         used = {u: each.memory_used_bytes for u, each in read if each.memory_used_bytes is not None}
         missing = {uuid: each.missing for uuid, each in read if each.missing}
         changed: dict[str, object] = {
-            "driver": driver,
+            "driver": self._since(driver),
             "memory_used": MappingProxyType(used),
             "missing": MappingProxyType(missing),
             "cdi_names": cdi_names,
@@ -144,6 +144,12 @@ class Node:
             changed["gpus"] = MappingProxyType(gpus)
         self._update(**changed, health=MappingProxyType(health))
 
+    def _since(self, driver: Driver) -> Driver:
+        """With the time since which it is up, or not."""
+        known = self._inputs.driver
+        since = known.since if driver.up == known.up else self._clock().wall
+        return replace(driver, since=since)
+
     def driver_events(self, events: Iterable[GpuEvent]) -> None:
         """The driver reported these events, in this order: counted and judged as one change."""
         xids, by_gpu = self._inputs.xids, dict[str, list[HealthEvent]]()
@@ -162,7 +168,7 @@ class Node:
         """NVML is closed until then, in seconds since the epoch; nothing is probed meanwhile."""
         known = self._inputs
         self._update(
-            driver=Driver(known.driver.version, "released for a reset", until),
+            driver=self._since(Driver(known.driver.version, "released for a reset", until)),
             health=MappingProxyType(self._advanced(dict.fromkeys(known.health, (Unwatched(),)))),
         )
 
@@ -244,35 +250,45 @@ class Node:
 
     # The kubelet
 
-    def registration_tried(self, result: RegistrationResult, error: str | None = None) -> None:
-        """An attempt to register ended so."""
-        self._update(
-            registrations=counted(self._inputs.registrations, result),
-            kubelet=replace(
-                self._inputs.kubelet,
-                registered=result is RegistrationResult.REGISTERED,
-                error=error,
-                away=result is RegistrationResult.UNREACHABLE,
-            ),
+    def registration_tried(
+        self, result: RegistrationResult, error: str | None = None, *, rival: str | None = None
+    ) -> None:
+        """An attempt to register ended so; `rival` names the plugin in whose place we are."""
+        self._kubelet(
+            counted(self._inputs.registrations, result),
+            registered=result is RegistrationResult.REGISTERED,
+            error=error,
+            away=result is RegistrationResult.UNREACHABLE,
+            rival=rival,
         )
 
-    def registration_ended(self, error: str, *, away: bool = False) -> None:
-        """The kubelet no longer knows us; `away`: there is none."""
-        self._update(
-            kubelet=replace(self._inputs.kubelet, registered=False, error=error, away=away)
-        )
+    def registration_ended(
+        self, error: str, *, away: bool = False, rival: str | None = None
+    ) -> None:
+        """The kubelet no longer knows us; `away`: there is none; `rival` took our place."""
+        self._kubelet(registered=False, error=error, away=away, rival=rival)
 
     def stream_opened(self) -> None:
         """The kubelet opened a ListAndWatch stream."""
-        self._streams(+1)
+        self._kubelet(streams=self._inputs.kubelet.streams + 1)
 
     def stream_ended(self) -> None:
         """A ListAndWatch stream ended."""
-        self._streams(-1)
+        self._kubelet(streams=self._inputs.kubelet.streams - 1)
 
-    def _streams(self, change: int) -> None:
-        kubelet = self._inputs.kubelet
-        self._update(kubelet=replace(kubelet, streams=kubelet.streams + change))
+    def _kubelet(
+        self,
+        registrations: Mapping[RegistrationResult, int] | None = None,
+        **changed: int | str | None,
+    ) -> None:
+        """The session is another in these fields."""
+        known = self._inputs.kubelet
+        kubelet = replace(known, **changed)  # type: ignore[arg-type]  # by their names
+        if kubelet.connected != known.connected:
+            kubelet = replace(kubelet, since=self._clock().wall)
+        if registrations is None:
+            registrations = self._inputs.registrations
+        self._update(registrations=registrations, kubelet=kubelet)
 
     def list_sent(self) -> None:
         """A device list went out on a stream."""

@@ -3,10 +3,11 @@
 `Fact` is the whole policy; docs/health.md is made from it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
 
+from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading, RecoveryAction
 from vgpu_agent.model.rules import HealthRules, SharingRules
@@ -17,18 +18,14 @@ from vgpu_agent.model.xids import CATALOGUE
 class Rule:
     """What is done about one kind of fact, in words that the documentation uses too.
 
-    `reason` is None where the GPU stays healthy. `advice` is for the operator.
+    `reason` is None where the GPU stays healthy. `remedy` is for the operator.
     """
 
     what: str
     found_by: str
     effect: Effect
     reason: Reason | None
-    advice: str
-
-
-_RESET = "drain the GPU's pods, release it (`vgpu-agent release`), reset it"
-_REBOOT = "drain and reboot the node; see its kernel log"
+    remedy: Remedy
 
 
 @unique
@@ -36,117 +33,137 @@ class Fact(Enum):
     """The kinds of facts that there are about a GPU, each with what is done about it."""
 
     RECOVERY_ACTION = Rule(
-        "the driver asks for a recovery action (reset, reboot, drain ...)",
+        "the driver asks for a recovery action (reset, drain ...)",
         "NVML field 230 at every probe, and its event",
         Effect.UNTIL_RESET,
         Reason.RECOVERY_ACTION,
-        f"do what the driver asks for; for a reset: {_RESET}",
+        Remedy.RECOVERY,
+    )
+    RECOVERY_REBOOT = Rule(
+        "the driver asks for a reboot",
+        "NVML field 230 at every probe, and its event",
+        Effect.UNTIL_REBOOT,
+        Reason.RECOVERY_ACTION,
+        Remedy.REBOOT,
     )
     XID_OF_APPLICATION = Rule(
         "an XID of an application by the catalogue, or that says nothing by itself",
         "NVML event",
         Effect.COUNT,
         None,
-        "look at the application that ran on the GPU; nothing to do for the GPU",
+        Remedy.NOTHING,
     )
     XID_UNPROVEN = Rule(
         "an XID of any other kind, unknown ones included",
         "NVML event",
         Effect.UNTIL_GOOD,
         Reason.XID,
-        "nothing at once; if it comes again, see the XID in NVIDIA's catalogue",
+        Remedy.WAIT,
     )
     XID_RESET = Rule(
         "an XID after which the GPU needs a reset",
         "NVML event",
         Effect.UNTIL_RESET,
         Reason.XID,
-        _RESET,
+        Remedy.RESET,
     )
     XID_REBOOT = Rule(
         "an XID after which the node needs a reboot",
         "NVML event",
         Effect.UNTIL_REBOOT,
         Reason.XID,
-        _REBOOT,
+        Remedy.REBOOT,
     )
     PROBE_FAILED = Rule(
         "the GPU answers with an error, or the driver cannot be asked",
         "probe",
         Effect.UNTIL_GOOD,
         Reason.PROBE,
-        "see nvidia-smi and the kernel log of the node",
+        Remedy.LOOK,
     )
     PROBE_TIMEOUT = Rule(
         "a call to the driver does not return",
         "probe",
         Effect.UNTIL_GOOD,
         Reason.TIMEOUT,
-        "see the kernel log of the node; a driver that hangs needs a reboot",
+        Remedy.HANG,
     )
     ECC = Rule(
         "more uncorrectable memory errors than at the start",
         "probe",
         Effect.UNTIL_RESET,
         Reason.ECC,
-        _RESET,
+        Remedy.RESET,
     )
     REMAP_FAILED = Rule(
         "a failing row of memory could not be remapped",
         "probe",
         Effect.UNTIL_RESET,
         Reason.REMAP,
-        "the GPU has no spare rows left: replace it",
+        Remedy.REPLACE,
     )
     REMAP_PENDING = Rule(
         "a failing row of memory waits for the next reset to be remapped",
         "probe",
         Effect.NOTE,
         None,
-        "reset the GPU when it suits",
+        Remedy.RESET_LATER,
     )
     LOST = Rule(
         "the driver no longer sees the GPU",
         "probe, and a look at all GPUs",
         Effect.UNTIL_GOOD,
         Reason.LOST,
-        _REBOOT,
+        Remedy.REBOOT,
     )
     COMPUTE_MODE = Rule(
         "the GPU's compute mode does not let several containers in",
         "probe",
         Effect.UNTIL_GOOD,
         Reason.COMPUTE_MODE,
-        "set it back: `nvidia-smi -i <index> -c DEFAULT`",
+        Remedy.COMPUTE_MODE,
     )
     OPEN_MODE = Rule(
         "compute mode DEFAULT under MPS, though `VGPU_MPS_COMPUTE_MODE=exclusive`",
         "probe",
         Effect.NOTE,
         None,
-        "`vgpu-agent mps compute-modes`, in the container `restore` of the MPS pod, sets it",
+        Remedy.MPS_MODE,
     )
     MPS_DOWN = Rule(
         "the MPS daemon does not answer, or its limits are not in effect",
         "the daemon's watch",
         Effect.UNTIL_BACK,
         Reason.MPS,
-        "see the MPS pod of the node",
+        Remedy.MPS_POD,
     )
     MPS_FAULT = Rule(
         "a client's fault ends all MPS clients of the GPU",
         "the MPS server's status",
         Effect.UNTIL_BACK,
         Reason.MPS_FAULT,
-        "nothing: it is over when the clients are gone; find the client that failed",
+        Remedy.MPS_CLIENTS,
     )
     CORDONED = Rule(
         "an operator took the GPU out of service",
         "`vgpu-agent cordon GPU`",
         Effect.UNTIL_UNCORDONED,
         Reason.CORDONED,
-        "when it is to be given to pods again: `vgpu-agent uncordon GPU`",
+        Remedy.UNCORDON,
     )
+
+
+_REMEDIES: Mapping[tuple[Reason | None, Effect], Remedy] = {
+    (fact.value.reason, fact.value.effect): fact.value.remedy for fact in Fact
+}
+
+_ORDER = {remedy: number for number, remedy in enumerate(Remedy)}
+
+
+def remedy(faults: Iterable[Fault]) -> Remedy:
+    """What makes a GPU with these faults healthy again: one remedy, the most thorough of theirs."""
+    found = (_REMEDIES.get((fault.reason, fault.effect), Remedy.LOOK) for fault in faults)
+    return max(found, key=_ORDER.__getitem__, default=Remedy.NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +183,7 @@ class Finding:
         rule = self.rule
         if rule.reason is None:
             return None
-        return Fault(rule.reason, now, self.detail, rule.effect, rule.advice)
+        return Fault(rule.reason, now, self.detail, rule.effect)
 
 
 _BUCKETS: Mapping[str, Fact] = {
@@ -207,6 +224,8 @@ _ACTIONS: Mapping[int, str] = {
     RecoveryAction.SYSTEM_REBOOT: "a reboot of the system",
 }
 
+_REBOOTS = (RecoveryAction.NODE_REBOOT, RecoveryAction.SYSTEM_REBOOT)
+
 
 def judge_reading(
     reading: Reading, *, ecc_baseline: int | None, sharing: SharingRules
@@ -222,7 +241,8 @@ def judge_reading(
     action = reading.recovery_action
     if action:  # not unknown, and not RecoveryAction.NONE
         words = _ACTIONS.get(action, f"action {action}")
-        findings.append(Finding(Fact.RECOVERY_ACTION, f"the driver asks for {words}"))
+        fact = Fact.RECOVERY_REBOOT if action in _REBOOTS else Fact.RECOVERY_ACTION
+        findings.append(Finding(fact, f"the driver asks for {words}"))
     errors = reading.uncorrectable_ecc
     if errors is not None and ecc_baseline is not None and errors > ecc_baseline:
         since = f"{errors - ecc_baseline} uncorrectable memory errors since the start"

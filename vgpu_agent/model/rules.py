@@ -137,6 +137,11 @@ class SharingRules:
         """Whether a process of a container is held to its share of memory."""
         return self.mps and self.mps_limits is not MpsLimits.NONE
 
+    @property
+    def one_each(self) -> bool:
+        """Whether a container may have one vGPU only: the daemon's limits are the same for all."""
+        return self.mps and self.mps_limits is MpsLimits.SERVER
+
     def with_applied_limits(self, applied: MpsLimits | None) -> "SharingRules":
         """As the daemon was set up: its own limits come and go only with the daemon.
 

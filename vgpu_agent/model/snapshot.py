@@ -11,6 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TypeVar
 
+from vgpu_agent.model.advice import Place
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.facts import EVENTS, Cordon, DaemonLook, MpsLook
 from vgpu_agent.model.health import GpuHealth
@@ -46,12 +47,14 @@ class RegistrationResult(StrEnum):
 class Driver:
     """The source of GPUs: its version, or why it cannot be asked.
 
-    `released_until`: NVML is closed for a reset until then, in seconds since the epoch.
+    `released_until`: NVML is closed for a reset until then; `since`: it is up, or not, since then,
+    None where it was never otherwise. Both in seconds since the epoch.
     """
 
     version: str | None = None
     error: str | None = "not asked yet"
     released_until: float | None = None
+    since: float | None = None
 
     @property
     def up(self) -> bool:
@@ -64,13 +67,17 @@ class Kubelet:
     """The session with the kubelet. `streams` counts the ListAndWatch streams open now.
 
     `error` says why the last attempt to register failed, or why the registration ended; `away` that
-    it is for want of a kubelet.
+    it is for want of a kubelet. `rival` names another plugin that seems to serve our resource.
+    `since`: since then, in seconds since the epoch, it is connected, or not; None where it was
+    never otherwise.
     """
 
     registered: bool = False
     streams: int = 0
     error: str | None = None
     away: bool = False
+    rival: str | None = None
+    since: float | None = None
 
     @property
     def connected(self) -> bool:
@@ -152,12 +159,13 @@ class Mps:
 class Snapshot(Inputs):
     """The inputs at one moment, and what follows from them. Every view is a function of this.
 
-    `mps` is None where GPUs are not shared by MPS.
+    `mps` is None where GPUs are not shared by MPS. `one_each`: a container may have one vGPU only.
     """
 
     inventory: Inventory = Inventory()
     excluded: tuple[Excluded, ...] = ()
     mps: Mps | None = None
+    one_each: bool = False
 
     @property
     def assignments(self) -> tuple[Assignment, ...] | None:
@@ -182,16 +190,18 @@ class Snapshot(Inputs):
     @cached_property
     def largest_free(self) -> int:
         """How many vGPUs the largest request may ask for that still fits on one healthy GPU."""
-        return largest_free(self.inventory, self.assignments or ())
+        found = largest_free(self.inventory, self.assignments or ())
+        return min(found, 1) if self.one_each else found
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings that the model's decisions depend on, and the name of what is shared."""
+    """The settings that the model's decisions depend on, and the names of what is shared where."""
 
     sharing: SharingRules = SharingRules()
     health: HealthRules = HealthRules()
     resource: str = "k8s.amazonaws.com/vgpu"
+    place: Place = Place()
 
 
 # From inputs to a snapshot
@@ -215,9 +225,7 @@ _ADVERTISED = (
 def compose(inputs: Inputs, rules: Rules, last: Snapshot | None = None) -> Snapshot:
     """The snapshot of these inputs. From `last` is taken over what depends on the same inputs."""
     if last is not None and all(getattr(inputs, n) is getattr(last, n) for n in _ADVERTISED):
-        return Snapshot(
-            **vars(inputs), inventory=last.inventory, excluded=last.excluded, mps=last.mps
-        )
+        return replace(last, **vars(inputs))
     gpus: list[SharedGpu] = []
     excluded = [each for each in inputs.undescribed if each.gpu.uuid not in inputs.gpus]
     for gpu in inputs.gpus.values():
@@ -226,10 +234,12 @@ def compose(inputs: Inputs, rules: Rules, last: Snapshot | None = None) -> Snaps
             gpus.append(_shared_gpu(gpu, divided, inputs, rules))
         elif gpu.uuid in inputs.present:
             excluded.append(divided)
-    order = [(shared.gpu.index, shared.gpu.uuid, shared) for shared in gpus]
-    inventory = Inventory(tuple(shared for *_, shared in sorted(order, key=lambda each: each[:2])))
-    mps = _mps(inputs, inventory, rules.sharing) if rules.sharing.mps else None
-    return Snapshot(**vars(inputs), inventory=inventory, excluded=tuple(excluded), mps=mps)
+    gpus.sort(key=lambda shared: (shared.gpu.index, shared.gpu.uuid))
+    shown = Inventory(tuple(gpus))
+    mps = _mps(inputs, shown, rules.sharing) if rules.sharing.mps else None
+    applied = rules.sharing.with_applied_limits(inputs.mps_look.limits if inputs.mps_look else None)
+    one = applied.one_each
+    return Snapshot(**vars(inputs), inventory=shown, excluded=(*excluded,), mps=mps, one_each=one)
 
 
 def _divided(gpu: Gpu, inputs: Inputs, sharing: SharingRules) -> Divided | Excluded:

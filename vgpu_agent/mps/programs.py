@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from vgpu_agent.errors import MpsSetupError
+from vgpu_agent.model.advice import NVIDIA_RUNTIME
 
 CONTROL = "nvidia-cuda-mps-control"
 """The control daemon, and what asks one."""
@@ -16,8 +17,8 @@ def cannot_run(program: str, why: object) -> str:
     """Says so, and what to do."""
     return (
         f"{program} cannot be run ({why}): the NVIDIA driver brings it; install the driver on the"
-        " node, and run this container with the NVIDIA runtime and"
-        " NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        f" node, and for it to come into this container {NVIDIA_RUNTIME} (outside of the chart also"
+        " set NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
     )
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 
+from vgpu_agent.model import advice
+from vgpu_agent.model.advice import Advice, in_a_line
 from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
-from vgpu_agent.model.policy import judge_xid
-from vgpu_agent.model.rules import HealthRules, SharingRules
+from vgpu_agent.model.policy import judge_xid, remedy
+from vgpu_agent.model.rules import HealthRules
 from vgpu_agent.model.snapshot import Rules, Snapshot, split_containers
 from vgpu_agent.observe.logs import Repeats
 
@@ -47,13 +49,13 @@ def write(lines: Iterator[LogLine], repeats: Repeats | None = None) -> None:
 
 def changes(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
     """The lines for one change. Each part of the state has its own function below."""
-    yield from _driver(before, after)
+    yield from _driver(before, after, rules)
     if after.xids is not before.xids:
         yield from _xids(before, after, rules.health)
     if after.inventory is not before.inventory or after.excluded is not before.excluded:
-        yield from _gpus(before, after, rules.health)
-    yield from _mps(before, after, rules.sharing)
-    yield from _kubelet(before, after, rules.resource)
+        yield from _gpus(before, after, rules)
+    yield from _mps(before, after, rules)
+    yield from _kubelet(before, after, rules)
     yield from _holders(before, after)
     for problem, begun, ended in _PROBLEMS:
         if (new := problem(after)) != problem(before):
@@ -68,7 +70,7 @@ def _warning(message: str, **fields: object) -> LogLine:
     return LogLine(logging.WARNING, message, fields)
 
 
-def _driver(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
+def _driver(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
     old, new = before.driver, after.driver
     if old == new:
         return
@@ -81,9 +83,14 @@ def _driver(before: Snapshot, after: Snapshot) -> Iterator[LogLine]:
         # Where a call for all GPUs hangs, those that answer for themselves are given on.
         answer = any(shared.healthy for shared in after.inventory.gpus)
         what = "the driver cannot be asked about all GPUs" if answer else "no GPU can be used"
-        yield LogLine(logging.ERROR, f"{what}: {new.error}")
+        next_ = _next(advice.driver_down(rules.place), rules)
+        yield LogLine(logging.ERROR, f"{what}: {new.error}. {next_}")
     elif not old.up:
         yield _info(f"driver {new.version} answers", gpus=len(after.present))
+
+
+def _next(what: Advice, rules: Rules) -> str:
+    return f"Next: {in_a_line(what, rules.place)}"
 
 
 def _time(seconds: float) -> str:
@@ -105,7 +112,7 @@ def _xids(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[Log
             yield LogLine(logging.INFO, f"{finding.detail}: {which}counted", fields, times)
 
 
-def _gpus(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:
+def _gpus(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
     for shared in after.inventory.gpus:
         known = before.inventory.find(shared.gpu.uuid)
         gpu = _fields(shared.gpu)
@@ -113,14 +120,14 @@ def _gpus(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[Log
             yield _info(f"advertising {shared.replicas} vGPUs", **gpu, model=shared.gpu.model)
         elif known.replicas != shared.replicas:
             yield _info(f"advertising {shared.replicas} vGPUs instead of {known.replicas}", **gpu)
-        yield from _faults(known, shared)
+        yield from _faults(known, shared, rules)
         for note in shared.notes:
             if known is None or note not in known.notes:
                 yield _warning(note, **gpu)
     listed = {shared.gpu.uuid for shared in after.inventory.gpus}
     for shared in before.inventory.gpus:
         if shared.gpu.uuid not in listed and shared.gpu.uuid not in after.present:
-            minutes = rules.lost_card_seconds / 60
+            minutes = rules.health.lost_card_seconds / 60
             yield _warning(
                 f"lost for {minutes:.0f} minutes: no longer listed", **_fields(shared.gpu)
             )
@@ -130,7 +137,7 @@ def _gpus(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[Log
             yield _warning(f"GPU excluded: {each.detail}", **_fields(each.gpu), reason=each.reason)
 
 
-def _faults(known: SharedGpu | None, shared: SharedGpu) -> Iterator[LogLine]:
+def _faults(known: SharedGpu | None, shared: SharedGpu, rules: Rules) -> Iterator[LogLine]:
     """A new fault with what to do about it, or the end of some."""
     gpu = _fields(shared.gpu)
     old = {} if known is None else {each.reason: each for each in known.faults}
@@ -143,9 +150,9 @@ def _faults(known: SharedGpu | None, shared: SharedGpu) -> Iterator[LogLine]:
         or (each.reason is Reason.CORDONED and old[each.reason].detail != each.detail)
     ]
     if news:
-        advice = "; ".join(dict.fromkeys(each.advice for each in news if each.advice))
+        next_ = advice.for_gpu(remedy(shared.faults), shared.gpu.uuid, rules.place, rules.sharing)
         yield _warning(
-            f"{shared.replicas} vGPUs are unhealthy: {shared.fault_text}. Next: {advice}",
+            f"{shared.replicas} vGPUs are unhealthy: {shared.fault_text}. {_next(next_, rules)}",
             **gpu,
             reason=",".join(each.reason for each in news),
         )
@@ -161,15 +168,15 @@ def _fields(gpu: Gpu) -> dict[str, object]:
     return {"gpu": gpu.index, "uuid": gpu.uuid}
 
 
-def _mps(before: Snapshot, after: Snapshot, sharing: SharingRules) -> Iterator[LogLine]:
+def _mps(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
     old, new = before.mps, after.mps
     if after.holders is not before.holders:
+        sharing = rules.sharing
         split = split_containers(after, sharing) - split_containers(before, sharing)
         for holder in sorted(split):
             yield _warning(
                 "a container was given vGPUs of several GPUs, each with an MPS daemon of its own,"
-                " and cannot start. Next: delete the pod, for one that asks for fewer vGPUs, or set"
-                " VGPU_MPS_DAEMONS=node",
+                f" and cannot start. {_next(advice.MPS_SPLIT, rules)}",
                 namespace=holder.namespace,
                 pod=holder.pod,
                 container=holder.container,
@@ -179,7 +186,8 @@ def _mps(before: Snapshot, after: Snapshot, sharing: SharingRules) -> Iterator[L
     first = before.mps_look is None or old is None
     problem = None if first or old is None else old.problem
     if new.problem is not None and new.problem != problem:
-        yield _warning(f"no vGPU can be given: {new.problem}. Next: see the MPS pod of the node")
+        next_ = _next(advice.mps(rules.place), rules)
+        yield _warning(f"no vGPU can be given: {new.problem}. {next_}")
     elif new.problem is None and (first or problem is not None):
         yield _info("the MPS daemons answer and their limits are in effect")
     if new.replacement is not None and (old is None or new.replacement != old.replacement):
@@ -196,12 +204,15 @@ def _mps(before: Snapshot, after: Snapshot, sharing: SharingRules) -> Iterator[L
             yield _warning(words, clients=now.waiting, **fields)
 
 
-def _kubelet(before: Snapshot, after: Snapshot, resource: str) -> Iterator[LogLine]:
-    old, new = before.kubelet, after.kubelet
+def _kubelet(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
+    old, new, resource = before.kubelet, after.kubelet, rules.resource
     if new.registered and not old.registered:
         yield _info("registered with the kubelet; it follows the list", resource=resource)
     elif new.error is not None and new.error != old.error:
-        if old.registered:
+        if new.rival is not None:
+            message = f"{new.error}. {_next(advice.rival(rules.place), rules)}"
+            yield LogLine(logging.ERROR, message, {"resource": resource})
+        elif old.registered:
             yield _warning(f"registration ended: {new.error}; registering again", resource=resource)
         elif new.away:
             yield _warning(f"{new.error}; waiting for it", resource=resource)

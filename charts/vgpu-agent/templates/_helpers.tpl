@@ -109,6 +109,13 @@ has a value. Both workloads have the same, so that the agent and MPS agree. */}}
   value: {{ ternary "/var/run/nvidia-container-devices" "all" (eq .deviceList "volume-mounts") }}
 - name: NVIDIA_DRIVER_CAPABILITIES
   value: compute,utility
+{{ end -}}
+# What page, log and commands name.
+{{- range $name, $field := dict "NODE_NAME" "spec.nodeName" "POD_NAME" "metadata.name" "POD_NAMESPACE" "metadata.namespace" }}
+- name: VGPU_{{ $name }}
+  valueFrom:
+    fieldRef:
+      fieldPath: {{ $field }}
 {{- end }}
 {{- range $name, $value := $settings }}
 {{- if not (has (toJson $value) (list "null" "\"\"" "[]" "{}")) }}

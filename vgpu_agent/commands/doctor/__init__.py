@@ -14,9 +14,10 @@ from pathlib import Path
 
 import anyio
 
-from vgpu_agent import __version__, control, store
+from vgpu_agent import control, store
 from vgpu_agent import settings as configuration
-from vgpu_agent.commands import ask, judge
+from vgpu_agent.agent import make_place, make_rules
+from vgpu_agent.commands import ask
 from vgpu_agent.commands.doctor import preflight
 from vgpu_agent.commands.doctor.checks import (
     TIMEOUTS,
@@ -30,18 +31,21 @@ from vgpu_agent.commands.doctor.checks import (
     unexpected,
     worst,
 )
-from vgpu_agent.commands.judge import Check, Verdict
 from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
 from vgpu_agent.gpu import cordons, memory
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.watch import GpuWatch, Intervals
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
+from vgpu_agent.model.acceptance import Refusal
+from vgpu_agent.model.advice import Place, agent_log, rival
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
-from vgpu_agent.model.snapshot import Rules
+from vgpu_agent.model.policy import remedy
 from vgpu_agent.mps.daemon import Daemons
-from vgpu_agent.observe.report import Identity, Report, make_report
+from vgpu_agent.observe import judge
+from vgpu_agent.observe.report import Check, Report, Verdict
+from vgpu_agent.observe.reporting import make_report
 from vgpu_agent.settings import GpuDriverKind, Settings
 from vgpu_agent.settings_unknown import unknown_variables
 
@@ -68,19 +72,20 @@ async def examine(
     if isinstance(settings, SettingsError):
         settings = configuration.assume(environment)
     reports: list[Report] = []
-    asking = partial(_ask, settings.state_directory, reports)
+    place = make_place(settings)
+    asking = partial(_ask, settings.state_directory, reports, place)
     answered = await in_thread("agent", asking, timeouts.ask)
     report = reports[0] if reports else None
     looks = [
         in_thread(name, checking, timeouts.look)
-        for name, checking in _preflight(settings, report, other_mps).items()
+        for name, checking in _preflight(settings, report, other_mps, place).items()
     ]
     if report is None:
         looks.insert(0, look_once(settings, make_driver, make_daemons, make_watch, timeouts))
     return tuple(chain(checks, answered, *await asyncio.gather(*looks)))
 
 
-def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
+def _ask(directory: Path, reports: list[Report], place: Place) -> Iterable[Check]:
     """What the running agent reports; none where no agent answers."""
     try:
         report = ask.by_socket(directory).report
@@ -89,12 +94,21 @@ def _ask(directory: Path, reports: list[Report]) -> Iterable[Check]:
             where = directory / control.SOCKET
             yield Check("agent", Verdict.OK, f"none serves {where}: looking at the node itself")
         else:
-            advice = "see the agent's log; its liveness probe restarts it if it hangs"
-            yield Check("agent", Verdict.WARN, str(error), advice)
+            what = agent_log(place)
+            yield Check("agent", Verdict.WARN, str(error), what.what, what.steps)
         return
     reports.append(report)
-    yield Check("agent", Verdict.OK, f"version {report.version} runs, and reports what follows")
-    yield from judge.of_report(report)
+    detail = f"version {report.version} runs on node {report.node}, and reports what follows"
+    yield Check("agent", Verdict.OK, detail)
+    yield _accepts(report)
+    yield from report.checks
+
+
+def _accepts(report: Report) -> Check:
+    """The verdict on the node. One that is full is not in trouble."""
+    found = report.acceptance
+    fine = found.accepts or found.refusals == (Refusal.FULL,)
+    return Check("node", Verdict.OK if fine else Verdict.FAIL, found.words, "see below why")
 
 
 async def look_once(
@@ -105,7 +119,7 @@ async def look_once(
     timeouts: Timeouts,
 ) -> tuple[Check, ...]:
     """What the agent would report of driver, GPUs and MPS. Raises nothing, and does not hang."""
-    rules = Rules(settings.sharing_rules(), settings.health_rules())
+    rules = make_rules(settings)
     node = Node(rules, clock=lambda: Moment(time.monotonic(), time.time()))
     kept = guarded("kept faults", partial(_recall, settings.state_directory, node))
     kept += guarded("cordons", partial(_cordons, settings.cordon_directory, node))
@@ -139,10 +153,8 @@ async def look_once(
         node.set_mps(look)
 
     await asyncio.gather(look_at_gpus(), look_at_daemons())
-    report = make_report(
-        node.snapshot, rules, Identity(__version__, "", settings.resource_name), time.time()
-    )
-    found = guarded("report", partial(judge.of_look, report))
+    report = make_report(node.snapshot, rules, time.time())
+    found = guarded("report", partial(judge.of_look, report, rules))
     if failed:
         found = tuple(each for each in found if each.name != "driver")
     return (*failed, *found, *kept, *_absent(node))
@@ -177,10 +189,12 @@ def _absent(node: Node) -> Iterable[Check]:
         if health.waits_for_reset and node.snapshot.inventory.find(uuid) is None:
             fault = next(each for each in health.faults if each.until_reset)
             detail = f"{uuid} is not listed, and waits for a reset: {fault.detail}"
-            yield Check("kept faults", Verdict.FAIL, detail, fault.advice)
+            yield Check("kept faults", Verdict.FAIL, detail, remedy(health.faults).words)
 
 
-def _preflight(settings: Settings, report: Report | None, other_mps: Path) -> dict[str, Checking]:
+def _preflight(
+    settings: Settings, report: Report | None, other_mps: Path, place: Place
+) -> dict[str, Checking]:
     """What blocks, by the name under which a failure is reported."""
     real = settings.gpu_driver is GpuDriverKind.NVML
     endpoint = settings.plugin_directory / settings.endpoint
@@ -188,7 +202,9 @@ def _preflight(settings: Settings, report: Report | None, other_mps: Path) -> di
     sockets = [endpoint, control_socket, settings.kubelet_dir / POD_RESOURCES]
     checks: dict[str, Checking] = {}
     if real and settings.sharing_rules().mps:
-        checks["mps directories"] = lambda: preflight.check_mps_directories(settings.mps_directory)
+        checks["mps directories"] = lambda: preflight.check_mps_directories(
+            settings.mps_directory, place.mps_log("prepare")
+        )
     if real:
         checks["other mps"] = lambda: [preflight.check_other_mps(other_mps)]
     if report is None or not report.podresources.up:
@@ -197,9 +213,20 @@ def _preflight(settings: Settings, report: Report | None, other_mps: Path) -> di
         "socket path": lambda: preflight.check_socket_paths(*sockets),
         "kubelet": lambda: preflight.check_kubelet(settings.plugin_directory),
         "endpoint": lambda: [
-            preflight.check_endpoint(endpoint, control_socket, report, settings.resource_name)
+            preflight.check_endpoint(
+                endpoint,
+                control_socket,
+                report,
+                settings.resource_name,
+                rival(place),
+            )
         ],
-        "metrics address": lambda: [preflight.check_metrics(settings.metrics_address)],
+        "other plugins": lambda: [
+            preflight.check_plugins(settings.plugin_directory, settings.endpoint)
+        ],
+        "metrics address": lambda: [
+            preflight.check_metrics(settings.metrics_address, agent_log(place))
+        ],
         "state directory": lambda: [
             preflight.check_kept_directory(
                 "state directory",

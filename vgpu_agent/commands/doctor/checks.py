@@ -1,14 +1,16 @@
 """What the doctor says: checks with a verdict each, as text and as JSON."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import anyio
 from anyio import to_thread
 
-from vgpu_agent.commands.judge import Check, Verdict
+from vgpu_agent.commands.paste import command_lines
+from vgpu_agent.model.advice import Step
+from vgpu_agent.observe.report import Check, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +43,30 @@ def render_text(checks: Sequence[Check]) -> str:
     """The report for people: one line for each check, and below it what to do."""
     width = max((len(check.name) for check in checks), default=0)
     margin = " " * (len("warn") + 2 + width + 2)
-    lines = []
+    lines: list[str] = []
+    given: dict[tuple[str, tuple[Step, ...]], str] = {}
     for check in checks:
         detail = check.detail.replace("\n", "\n" + margin)
         lines.append(f"{check.verdict.value:<4}  {check.name:<{width}}  {detail}")
         if check.advice and check.verdict is not Verdict.OK:
-            lines.append(f"{margin}-> {check.advice}")
+            lines += _advice(check, margin, given)
     counts = [
         f"{sum(check.verdict is verdict for check in checks)} {verdict.value}"
         for verdict in Verdict
     ]
     return "\n".join([*lines, "", ", ".join(counts)]) + "\n"
+
+
+def _advice(
+    check: Check, margin: str, given: dict[tuple[str, tuple[Step, ...]], str]
+) -> Iterator[str]:
+    """What to do; commands that were `given` before are not said again, but where they were."""
+    before = given.setdefault((check.advice, check.steps), check.name)
+    if check.steps and before != check.name:
+        yield f"{margin}-> as for {before}"
+        return
+    yield f"{margin}-> {check.advice}"
+    yield from command_lines(check.steps, 80, "      ")
 
 
 def render_json(checks: Sequence[Check]) -> str:

@@ -1,22 +1,21 @@
 """What no report can know of a node: its paths, sockets, permissions and programs."""
 
 import os
-import socket
 import stat
-import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from vgpu_agent.address import Address
 from vgpu_agent.commands.ask import get
-from vgpu_agent.commands.judge import FAIL, OK, WARN, Check, Verdict
 from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
-from vgpu_agent.observe.report import Report
+from vgpu_agent.model.advice import Advice
+from vgpu_agent.observe.judge import FAIL, OK, WARN
+from vgpu_agent.observe.report import Check, Report, Verdict
 from vgpu_agent.observe.server import listen
-from vgpu_agent.unixsocket import MAX_PATH, refusal
+from vgpu_agent.unixsocket import MAX_PATH, listener, listener_pid, listeners, refusal
 
 # Small questions about files and sockets
 
@@ -32,20 +31,6 @@ def selinux_label(path: Path) -> str | None:
         return os.getxattr(path, "security.selinux").rstrip(b"\0").decode()
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def listener_pid(path: Path) -> int | None:
-    """The process that listens on a unix socket; None where it cannot be seen from here."""
-    credentials = struct.Struct("3i")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(str(path))
-            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-        except OSError:
-            return None
-    pid: int = credentials.unpack(raw)[0]
-    return pid or None  # 0: of another PID namespace
 
 
 def _directory(
@@ -134,10 +119,13 @@ def _kubelet_at(
     return Check(name, bad, f"{detail}; nor at {seen}", advice)
 
 
-def check_endpoint(path: Path, control: Path, agent: Report | None, resource: str) -> Check:
+def check_endpoint(
+    path: Path, control: Path, agent: Report | None, resource: str, what: Advice
+) -> Check:
     """Our own socket: free, left by an agent that is gone, or served, then by whom.
 
-    `agent` is the report of the running agent and `control` its control socket.
+    `agent` is the report of the running agent and `control` its control socket; `what` to do about
+    a rival.
     """
     name = "endpoint"
     try:
@@ -154,12 +142,19 @@ def check_endpoint(path: Path, control: Path, agent: Report | None, resource: st
     ours = agent is not None and (agent.kubelet.error is None if unnamed else pid == agent_pid)
     if ours:
         return Check(name, OK, f"{path} is served by the running agent")
-    detail = f"another process{f', {pid},' if pid else ''} serves {path}"
-    return Check(name, FAIL, detail, f"another agent for {resource}? Remove one")
+    detail = f"another process serves {path.parent}/{listener(path)}: a rival for {resource}"
+    return Check(name, FAIL, detail, what.what, what.steps)
 
 
-def check_metrics(address: Address) -> Check:
-    """The metrics address: free, or served by the running agent."""
+def check_plugins(directory: Path, endpoint: str) -> Check:
+    """The other device plugins of the node, one of which may serve our resource."""
+    others = listeners(directory, KUBELET_SOCKET, endpoint)
+    found = f"{', '.join(others)}, the newest first" if others else "no other"
+    return Check("other plugins", OK, f"in {directory}: {found}")
+
+
+def check_metrics(address: Address, what: Advice) -> Check:
+    """The metrics address: free, or served by the running agent; `what` to do if that is stuck."""
     name = "metrics address"
     code, body = 0, b""
     with suppress(NoAgentError):
@@ -169,8 +164,8 @@ def check_metrics(address: Address) -> Check:
     if code == 200 and text == "ok":
         return Check(name, OK, f"{address} is served by the running agent")
     if code == 503 and text.startswith("no sign of life"):
-        advice = "see the agent's log; its liveness probe restarts it"
-        return Check(name, FAIL, f"the agent at {address} is stuck: {text}", advice)
+        detail = f"the agent at {address} is stuck, its liveness probe restarts it: {text}"
+        return Check(name, FAIL, detail, what.what, what.steps)
     try:
         listen(address).close()
     except ListenError as error:
@@ -207,8 +202,8 @@ def check_other_mps(path: Path) -> Check:
     return Check(name, WARN, detail, advice)
 
 
-def check_mps_directories(directory: Path) -> Iterable[Check]:
+def check_mps_directories(directory: Path, prepare_log: str) -> Iterable[Check]:
     """The daemons' directories: containers of every user must get into each `pipe`."""
-    advice = "`vgpu-agent mps prepare` in the MPS pod makes it: see that pod's log"
+    advice = f"`vgpu-agent mps prepare` in the MPS pod makes it: {prepare_log}"
     for name, path in [("directory", directory), *(("pipe", p) for p in directory.glob("*/pipe"))]:
         yield _directory(f"mps {name}", path, advice, others=stat.S_IROTH | stat.S_IXOTH)

@@ -8,6 +8,7 @@ from typing import NewType, TypeVar
 import pynvml
 
 from vgpu_agent.errors import DriverError, DriverLibraryError
+from vgpu_agent.model.advice import NVIDIA_RUNTIME
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import ComputeMode
 from vgpu_agent.model.rules import MPS_CONTEXTS, MPS_MAX_CLIENTS
@@ -47,8 +48,8 @@ _LIBRARY_ERRORS = frozenset(
 
 _INIT_HELP = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: (
-        "libnvidia-ml.so.1 is not here: install the NVIDIA driver on the node, and run this"
-        " container with the NVIDIA runtime, which brings the driver's libraries in"
+        "libnvidia-ml.so.1 is not here: install the NVIDIA driver on the node, and for this"
+        f" container to get its libraries {NVIDIA_RUNTIME}"
     ),
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: (
         "the NVIDIA driver is not loaded: install it on the node or load its kernel module"
@@ -59,8 +60,8 @@ _INIT_HELP = {
         " changed under a running system; restart this pod, and the node if that is not enough"
     ),
     pynvml.NVML_ERROR_NO_PERMISSION: (
-        "the NVIDIA device files may not be opened: run this container with the NVIDIA runtime"
-        " or as privileged, and look at the permissions of /dev/nvidia*"
+        f"the NVIDIA device files may not be opened: {NVIDIA_RUNTIME}; and look at the permissions"
+        " of /dev/nvidia* on the node"
     ),
 }
 

@@ -1,0 +1,374 @@
+"""What to do about what is wrong: the only place that words it, as commands that can be pasted.
+
+`Place` says where the agent runs, so that commands name node, pod and namespace. What is not known
+of it stands there as in the runbook: NAMESPACE, POD.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vgpu_agent.model.rules import SharingRules
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The node, and the agent's own pod on it, by their names in Kubernetes."""
+
+    node: str = "NODE"
+    namespace: str = "NAMESPACE"
+    pod: str = "POD"
+
+    @property
+    def in_pod(self) -> bool:
+        """Whether the names of the agent's own pod are known."""
+        unknown = Place()
+        return self.namespace != unknown.namespace and self.pod != unknown.pod
+
+    @property
+    def agent(self) -> str:
+        """Begins a command in the agent's container."""
+        return f"kubectl -n {self.namespace} exec {self.pod} -c agent --"
+
+    @property
+    def shell(self) -> str:
+        """Begins a command on the node; a shell where none follows."""
+        debug = f"kubectl debug node/{self.node} -it --image=busybox --profile=sysadmin"
+        return f"{debug} -- chroot /host"
+
+    @property
+    def log(self) -> str:
+        """The agent's log."""
+        return f"kubectl -n {self.namespace} logs {self.pod} -c agent --tail=50"
+
+    @property
+    def mps_pods(self) -> str:
+        """Finds the node's MPS pod."""
+        return (
+            f"kubectl -n {self.namespace} get pods -l app.kubernetes.io/component=mps"
+            f" --field-selector spec.nodeName={self.node}"
+        )
+
+    @property
+    def mps_pod(self) -> str:
+        """The node's MPS pod, as an argument."""
+        return f"$({self.mps_pods} -o name)"
+
+    def in_mps(self, container: str) -> str:
+        """Begins a command in a container of the node's MPS pod."""
+        return f"kubectl -n {self.namespace} exec {self.mps_pod} -c {container} --"
+
+    def mps_log(self, container: str) -> str:
+        """The log of a container of the node's MPS pod."""
+        return f"kubectl -n {self.namespace} logs {self.mps_pod} -c {container} --tail=50"
+
+    def pods(self, *words: str) -> str:
+        """The pods of the node; with words those whose line has one of them."""
+        found = "".join(f" -e {word}" for word in words)
+        pods = f"kubectl get pods -A -o wide --field-selector spec.nodeName={self.node}"
+        return f"{pods} | grep -i{found}" if words else pods
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command, and what it is for."""
+
+    words: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do, and the commands for it in their order."""
+
+    what: str
+    steps: tuple[Step, ...] = ()
+
+
+def in_a_line(advice: Advice, place: Place) -> str:
+    """For a log line: what to do, and how it begins."""
+    if not advice.steps:
+        return advice.what
+    first = f"{advice.what}: {advice.steps[0].command}"
+    more = f"; all commands: {place.agent} vgpu-agent status"
+    return first + (more if len(advice.steps) > 1 else "")
+
+
+# A GPU
+
+
+class Remedy(StrEnum):
+    """What makes a GPU healthy again. A later one makes the ones before it superfluous."""
+
+    NOTHING = "nothing"
+    UNCORDON = "uncordon"
+    WAIT = "wait"
+    RESET_LATER = "reset-later"
+    MPS_CLIENTS = "mps-clients"
+    MPS_MODE = "mps-mode"
+    MPS_POD = "mps-pod"
+    COMPUTE_MODE = "compute-mode"
+    LOOK = "look"
+    HANG = "hang"
+    RESET = "reset"
+    RECOVERY = "recovery"
+    REBOOT = "reboot"
+    REPLACE = "replace"
+
+    @property
+    def words(self) -> str:
+        """What to do, in words."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Remedy.NOTHING: "nothing to do for the GPU; look at the application that ran on it",
+    Remedy.WAIT: (
+        "wait: it is healthy again after `VGPU_RECOVERY_SECONDS` of passed probes; if it comes"
+        " again, see the kernel log"
+    ),
+    Remedy.UNCORDON: "when it is to be given to pods again, uncordon it",
+    Remedy.RESET_LATER: "reset the GPU when it suits",
+    Remedy.MPS_CLIENTS: (
+        "find the client that failed; it is over when the GPU's MPS clients are gone: delete the"
+        " pods that do not end"
+    ),
+    Remedy.MPS_MODE: "set the GPU's compute mode again",
+    Remedy.MPS_POD: "see what the node's MPS pod says",
+    Remedy.COMPUTE_MODE: "set the GPU's compute mode back",
+    Remedy.LOOK: "see what `nvidia-smi` and the kernel log of the node say",
+    Remedy.HANG: "see the kernel log; a driver that goes on hanging needs a reboot of the node",
+    Remedy.RESET: "delete the pods that hold the GPU, release it, reset it",
+    Remedy.RECOVERY: (
+        "do what the driver asks for; for a reset delete the pods that hold the GPU, release it,"
+        " reset it"
+    ),
+    Remedy.REBOOT: "drain the node and reboot it",
+    Remedy.REPLACE: "have the GPU replaced: it has no spare memory rows left",
+}
+
+
+def for_gpu(remedy: Remedy, uuid: str, place: Place, sharing: SharingRules) -> Advice:
+    """What to do for that GPU."""
+    kernel_log = _kernel_log(place)
+    match remedy:
+        case Remedy.WAIT:
+            steps = [kernel_log]
+        case Remedy.MPS_CLIENTS:
+            steps = [_drain_list(uuid, place), Step("what MPS says", place.mps_log("watch"))]
+        case Remedy.MPS_POD:
+            steps = _mps_logs(place)
+        case Remedy.MPS_MODE:
+            steps = [_mps_mode(place)]
+        case Remedy.UNCORDON:
+            steps = [Step("gives it to pods again", f"{place.agent} vgpu-agent uncordon {uuid}")]
+        case Remedy.COMPUTE_MODE:
+            mode = f"{place.shell} nvidia-smi -i {uuid} -c DEFAULT"
+            steps = [Step("set it", mode)]
+        case Remedy.LOOK:
+            steps = [Step("does the driver answer?", f"{place.shell} nvidia-smi"), kernel_log]
+        case Remedy.HANG | Remedy.REBOOT:
+            steps = _reboot(place)
+        case Remedy.RESET | Remedy.RECOVERY | Remedy.RESET_LATER:
+            steps = _reset(uuid, place, sharing)
+        case Remedy.REPLACE:
+            rows = f"{place.shell} nvidia-smi -q -i {uuid} -d ROW_REMAPPER"
+            steps = [Step("what the driver says of it", rows), _drain_list(uuid, place)]
+        case Remedy.NOTHING:
+            steps = []
+    return Advice(remedy.words, tuple(steps))
+
+
+def _drain_list(uuid: str, place: Place) -> Step:
+    words = "lists the pods that hold it, as commands that delete them"
+    return Step(words, f"{place.agent} vgpu-agent drain-list {uuid}")
+
+
+def _reset(uuid: str, place: Place, sharing: SharingRules) -> list[Step]:
+    """The driver refuses a reset while any process has the GPU open."""
+    steps = [_drain_list(uuid, place)]
+    if sharing.mps:
+        restart = f"vgpu-agent mps restart {sharing.daemon_of(uuid)}"
+        steps.append(Step("ends its MPS server", f"{place.in_mps('daemon')} {restart}"))
+    others = "pods that hold it without a vGPU, such as `dcgm-exporter`: take them off the node"
+    steps += [
+        Step(others, place.pods("dcgm", "nvidia")),
+        Step("makes the agent close NVML", f"{place.agent} vgpu-agent release --for 10m"),
+        Step("a shell on the node; the next three commands are for it", place.shell),
+        Step("what else has it open, such as `nvidia-persistenced`?", "fuser -v /dev/nvidia[0-9]*"),
+        Step("ends that; start it again afterwards", "systemctl stop nvidia-persistenced"),
+        Step("resets it", f"nvidia-smi --gpu-reset -i {uuid}"),
+        Step(
+            "outside of that shell: says that it was reset",
+            f"{place.agent} vgpu-agent release --reset-done {uuid}",
+        ),
+    ]
+    if sharing.mps and sharing.mps_exclusive:
+        steps.append(_mps_mode(place))
+    return steps
+
+
+def _mps_mode(place: Place) -> Step:
+    words = "sets EXCLUSIVE_PROCESS; a reset sets DEFAULT"
+    return Step(words, f"{place.in_mps('restore')} vgpu-agent mps compute-modes")
+
+
+def _kernel_log(place: Place) -> Step:
+    log = f"{place.shell} journalctl -k -g NVRM"
+    return Step("the driver's lines of the kernel log", log)
+
+
+def _reboot(place: Place) -> list[Step]:
+    drain = f"kubectl drain {place.node} --ignore-daemonsets --delete-emptydir-data"
+    return [
+        _kernel_log(place),
+        Step("moves its pods away and keeps new ones off", drain),
+        Step("reboots it", f"{place.shell} systemctl reboot"),
+        Step("when it is back", f"kubectl uncordon {place.node}"),
+    ]
+
+
+def _mps_logs(place: Place) -> list[Step]:
+    return [
+        Step("is it there?", place.mps_pods),
+        Step("what the daemons do", place.mps_log("daemon")),
+        Step("what they say", place.mps_log("watch")),
+    ]
+
+
+# The node
+
+NVIDIA_RUNTIME = (
+    "set the chart's value `runtimeClassName=nvidia`, or make the NVIDIA runtime the node's default"
+)
+"""What gives the driver to our containers."""
+
+
+def cordoned(uuid: str, place: Place) -> Advice:
+    """A GPU that gives no vGPUs anyway is cordoned."""
+    step = Step("takes the cordon back", f"{place.agent} vgpu-agent uncordon {uuid}")
+    return Advice("where it is gone for good, uncordon it", (step,))
+
+
+def agent_log(place: Place) -> Advice:
+    """Where nothing better is known."""
+    return Advice("see the agent's log", (Step("the log", place.log),))
+
+
+def driver_down(place: Place) -> Advice:
+    """The driver cannot be asked."""
+    what = "make `nvidia-smi` work on the node, then in the agent's container"
+    steps = (
+        Step("does it work on the node?", f"{place.shell} nvidia-smi"),
+        Step("does it work in the agent's container?", f"{place.agent} nvidia-smi"),
+        Step(
+            "after a change of the driver: a new container has what the node has now",
+            f"kubectl -n {place.namespace} delete pod {place.pod}",
+        ),
+    )
+    return Advice(what, steps)
+
+
+def released(place: Place) -> Advice:
+    """NVML is closed for a reset."""
+    steps = (
+        Step("a shell on the node, for the reset", place.shell),
+        Step("the GPUs that need one", "nvidia-smi --gpu-reset -i INDEX"),
+    )
+    return Advice("reset the GPUs now, or wait", steps)
+
+
+def no_gpu(place: Place) -> Advice:
+    """The driver answers and names no GPU."""
+    steps = (
+        Step("the GPUs of the driver", f"{place.shell} nvidia-smi -L"),
+        Step("the GPUs of the PCI bus", f"{place.shell} lspci -d 10de:"),
+    )
+    return Advice("see what the node has; a node without GPUs needs no agent", steps)
+
+
+def silent_gpu(place: Place) -> Advice:
+    """The driver counts a GPU that does not say what it is."""
+    return Advice(
+        "see the kernel log; where it stays so the node needs a reboot", tuple(_reboot(place))
+    )
+
+
+def kubelet_away(place: Place) -> Advice:
+    """No kubelet listens, or it refuses us."""
+    steps = (
+        Step("directories and sockets", f"{place.agent} vgpu-agent doctor"),
+        Step("does the kubelet run?", f"{place.shell} systemctl status kubelet"),
+        Step("how attempts end", place.log),
+    )
+    return Advice("if this lasts for more than a few seconds, see why", steps)
+
+
+def rival(place: Place) -> Advice:
+    """Another device plugin serves our resource."""
+    steps = (
+        Step("plugins of the node", place.pods("device-plugin", "vgpu")),
+        Step("what runs there twice?", "kubectl get daemonsets -A -o wide"),
+        Step("the sockets of all plugins", f"{place.agent} vgpu-agent doctor"),
+    )
+    what = "remove one of the two, or give one another `VGPU_RESOURCE_NAME` (value `resourceName`)"
+    return Advice(what, steps)
+
+
+def podresources(place: Place) -> Advice:
+    """The kubelet does not say who holds what."""
+    what = "mount the kubelet's pod-resources directory, or set `VGPU_KUBELET_DIR` (`kubeletDir`)"
+    return Advice(what, (Step("where a kubelet listens", f"{place.agent} vgpu-agent doctor"),))
+
+
+def processes(place: Place) -> Advice:
+    """Processes of no pod that is known are on a GPU."""
+    steps = (
+        Step("the processes on the GPUs", f"{place.shell} nvidia-smi"),
+        Step("the pods of the node", place.pods()),
+    )
+    return Advice("find out what they are, and end what has no business there", steps)
+
+
+def mps(place: Place) -> Advice:
+    """An MPS daemon does not do what it must."""
+    return Advice(Remedy.MPS_POD.words, tuple(_mps_logs(place)))
+
+
+def mps_replacement(place: Place) -> Advice:
+    """MPS daemons were set up for something else than the settings say."""
+    what = (
+        "when it suits: where the number of vGPUs differs, drain the GPU and run"
+        " `vgpu-agent mps restart GPU` in the MPS pod; for other limits drain the node's GPU pods,"
+        " then delete its MPS pod"
+    )
+    delete = f"kubectl -n {place.namespace} delete {place.mps_pod}"
+    steps = (
+        Step(
+            "drains the node",
+            f"kubectl drain {place.node} --ignore-daemonsets --delete-emptydir-data",
+        ),
+        Step("the next MPS pod is set up by the settings", delete),
+        Step("lets pods in again", f"kubectl uncordon {place.node}"),
+    )
+    return Advice(what, steps)
+
+
+def mps_busy(place: Place) -> Advice:
+    """Another process keeps the daemon's only connection."""
+    return Advice("end that process, or the pod it belongs to", (_on_the_node(place),))
+
+
+def _on_the_node(place: Place) -> Step:
+    return Step("a shell on the node", place.shell)
+
+
+MPS_ONE_USER = Advice("run the containers of a GPU as one user: MPS serves one at a time")
+MPS_SPLIT = Advice(
+    "delete their pods, for ones that ask for fewer vGPUs, or set `VGPU_MPS_DAEMONS=node`"
+    " (`mps.daemons`)"
+)
+ORPHANED = Advice("delete the pods that hold them, or set `VGPU_REPLICAS` (`replicas`) back")
+CHECKS_OFF = Advice("set `VGPU_HEALTH_CHECKS=on` (`health.checks`)")
+EXCLUDED = Advice("do that, or leave it to others")
+ALL_EXCLUDED = Advice("see below why each GPU is excluded")
+NOTES = Advice("see docs/health.md and docs/settings.md")

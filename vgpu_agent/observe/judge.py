@@ -1,0 +1,196 @@
+"""What the state of the node means, as checks, each with what to do.
+
+The agent puts them into its report: `status`, `doctor` and the page show the same ones.
+"""
+
+from collections.abc import Iterator
+
+from vgpu_agent.model import advice
+from vgpu_agent.model.advice import Advice, Place, Remedy
+from vgpu_agent.model.devices import Reason
+from vgpu_agent.model.rules import MIB
+from vgpu_agent.model.snapshot import Rules
+from vgpu_agent.observe.mps import MpsReport
+from vgpu_agent.observe.report import (
+    Check,
+    ExcludedReport,
+    FaultReport,
+    GpuReport,
+    KubeletReport,
+    Report,
+    Verdict,
+    utc,
+)
+
+OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
+
+NONE = Advice("")
+
+
+def checks(report: Report, rules: Rules) -> Iterator[Check]:
+    """All that a running agent says. The first cause first."""
+    look = [*of_look(report, rules)]
+    yield from (check for check in look if check.gpu is None)
+    yield from _agent(report, rules.place)
+    yield from (check for check in look if check.gpu is not None)
+
+
+def of_look(report: Report, rules: Rules) -> Iterator[Check]:
+    """What a look at driver, GPUs and MPS found, whoever looked."""
+    yield from _driver(report, rules.place)
+    yield from _mps(report, rules.place)
+    yield from _overview(report, rules.place)
+    every: list[GpuReport | ExcludedReport] = [*report.gpus, *report.excluded]
+    for each in sorted(every, key=lambda each: each.index):
+        if isinstance(each, ExcludedReport):
+            yield _excluded(each, rules.place)
+        else:
+            yield from _gpu(each, rules)
+    shared = {gpu.uuid for gpu in report.gpus}
+    for uuid, reason in report.cordoned.items():
+        if uuid not in shared:
+            detail = f"{uuid} is cordoned, and gives no vGPUs: {reason or 'no reason given'}"
+            yield _check("cordoned", WARN, detail, advice.cordoned(uuid, rules.place))
+
+
+def _check(
+    name: str, verdict: Verdict, detail: str, what: Advice = NONE, gpu: str | None = None
+) -> Check:
+    if verdict is OK:
+        what = NONE
+    return Check(name, verdict, detail, what.what, what.steps, gpu)
+
+
+# The node
+
+
+def _driver(report: Report, place: Place) -> Iterator[Check]:
+    driver = report.driver
+    if driver.released_until is not None:
+        detail = f"all GPUs are released for a reset until {utc(driver.released_until)}"
+        yield _check("driver", WARN, detail, advice.released(place))
+    elif driver.error is not None:
+        yield _check("driver", FAIL, driver.error, advice.driver_down(place))
+    else:
+        yield _check("driver", OK, f"version {driver.version}")
+    if not report.health_checks:
+        detail = "off: pods are put on broken GPUs"
+        yield _check("health checks", WARN, detail, advice.CHECKS_OFF)
+
+
+def _mps(report: Report, place: Place) -> Iterator[Check]:
+    mps = report.mps
+    if mps is None:
+        yield _check("sharing", OK, "by time-slicing, without MPS")
+        return
+    yield _mps_daemons(mps, place)
+    if mps.unwatched is not None:
+        yield _check("mps watch", WARN, mps.unwatched, advice.mps(place))
+    if mps.replacement is not None:
+        yield _check("mps settings", WARN, mps.replacement, advice.mps_replacement(place))
+    for gpu in report.gpus:
+        daemon = mps.daemons[gpu.uuid]
+        name = f"GPU {gpu.index} mps"
+        if daemon.busy is not None:
+            yield _check(name, WARN, daemon.busy, advice.mps_busy(place), gpu.uuid)
+        if daemon.failing is not None:
+            yield _check(name, FAIL, daemon.failing, advice.mps(place), gpu.uuid)
+    if mps.waiting_clients:
+        detail = f"{mps.waiting_clients} clients of another user wait until all of the first end"
+        yield _check("mps clients", WARN, detail, advice.MPS_ONE_USER)
+    if mps.split_containers:
+        detail = f"{mps.split_containers} containers hold vGPUs of several GPUs and cannot start"
+        yield _check("mps containers", FAIL, detail, advice.MPS_SPLIT)
+
+
+def _mps_daemons(mps: MpsReport, place: Place) -> Check:
+    if mps.problem is not None:
+        return _check("mps", FAIL, f"no vGPU can be given: {mps.problem}", advice.mps(place))
+    clients = sum(mps.clients.values())
+    serving = sum(daemon.problem is None for daemon in mps.daemons.values())
+    detail = f"{serving} of {len(mps.daemons)} GPUs are served, with {clients} clients"
+    if serving == len(mps.daemons):
+        return _check("mps", OK, detail)
+    return _check("mps", FAIL, detail, advice.mps(place))
+
+
+def _overview(report: Report, place: Place) -> Iterator[Check]:
+    shared, excluded = len(report.gpus), len(report.excluded)
+    detail = f"{shared} of {shared + excluded} GPUs are shared, as {report.vgpus.total} vGPUs"
+    if shared:
+        yield _check("GPUs", OK, detail)
+    elif excluded:
+        yield _check("GPUs", FAIL, detail, advice.ALL_EXCLUDED)
+    elif report.driver.up:
+        yield _check("GPUs", FAIL, "the driver lists no GPU", advice.no_gpu(place))
+
+
+def _agent(report: Report, place: Place) -> Iterator[Check]:
+    """What only a running agent knows."""
+    yield _kubelet(report.kubelet, place)
+    pods = report.podresources
+    if pods.up:
+        usage = "" if report.process_metrics else "; usage: off (`VGPU_PROCESS_METRICS`)"
+        yield _check("podresources", OK, f"the kubelet says who holds which vGPU{usage}")
+    else:
+        old = "" if report.orphaned is None else ", what is shown is older"
+        why = pods.error or "for an unknown reason"
+        detail = f"the kubelet does not say who holds which vGPU{old}: {why}"
+        yield _check("podresources", WARN, detail, advice.podresources(place))
+    if report.orphaned:
+        detail = f"held, but no longer advertised: {', '.join(report.orphaned)}"
+        yield _check("orphaned", WARN, detail, advice.ORPHANED)
+    for problem in report.problems:
+        yield _check("agent", WARN, problem, advice.agent_log(place))
+
+
+def _kubelet(kubelet: KubeletReport, place: Place) -> Check:
+    if kubelet.connected and kubelet.error is None:
+        return _check("kubelet", OK, "registered, and it follows the list")
+    if kubelet.connected:
+        detail = f"connected, after {kubelet.error}"
+        return _check("kubelet", WARN, detail, advice.agent_log(place))
+    state = "it does not follow the list" if kubelet.registered else "not registered"
+    what = advice.rival(place) if kubelet.rival else advice.kubelet_away(place)
+    return _check("kubelet", FAIL, f"{state}: {kubelet.error or 'starting'}", what)
+
+
+# GPUs
+
+
+def _gpu(gpu: GpuReport, rules: Rules) -> Iterator[Check]:
+    """One check says how it is, with one advice, whatever is wrong with it; then what is odd."""
+    name, place = f"GPU {gpu.index}", rules.place
+    if gpu.healthy:
+        size = f"{_memory(gpu.memory_bytes)}; {gpu.vgpus.total} vGPUs of {_memory(gpu.vgpu_bytes)}"
+        detail = f"{gpu.model} {gpu.uuid}, {size}; healthy"
+        yield _check(name, OK, detail, gpu=gpu.uuid)
+    else:
+        what = advice.for_gpu(gpu.remedy or Remedy.LOOK, gpu.uuid, place, rules.sharing)
+        detail = f"unhealthy: {'; '.join(map(_fault, gpu.faults))}"
+        # A cordon is meant: nothing is wrong with the GPU.
+        meant = all(fault.reason == Reason.CORDONED for fault in gpu.faults)
+        yield _check(name, WARN if meant else FAIL, detail, what, gpu.uuid)
+    for note in gpu.notes:
+        yield _check(f"{name} note", WARN, note, advice.NOTES, gpu.uuid)
+    if gpu.unattributed_processes:
+        detail = f"{gpu.unattributed_processes} processes of no pod that holds its vGPUs"
+        yield _check(f"{name} processes", WARN, detail, advice.processes(place), gpu.uuid)
+
+
+def _fault(fault: FaultReport) -> str:
+    return f"{fault.reason} since {utc(fault.since)}: {fault.detail} (ends {fault.ends})"
+
+
+def _memory(count: int | None) -> str:
+    return "memory not known" if count is None else f"{count // MIB} MiB"
+
+
+def _excluded(gpu: ExcludedReport, place: Place) -> Check:
+    name = f"GPU {gpu.index}"
+    detail = f"{gpu.model} {gpu.uuid} is excluded ({gpu.reason}): {gpu.detail}"
+    # The detail says what to do; of a GPU that says nothing it is not known what it would be.
+    if gpu.reason in ("error", "timeout"):
+        return _check(name, FAIL, detail, advice.silent_gpu(place), gpu.uuid)
+    verdict = OK if gpu.reason == "replicas" else WARN
+    return _check(name, verdict, detail, advice.EXCLUDED, gpu.uuid)

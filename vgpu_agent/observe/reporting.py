@@ -1,0 +1,155 @@
+"""Makes the report of a snapshot."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from vgpu_agent import __version__
+from vgpu_agent.model.acceptance import Counts, acceptance, counts, gpu_counts
+from vgpu_agent.model.devices import SharedGpu
+from vgpu_agent.model.holders import Part, Used
+from vgpu_agent.model.policy import remedy
+from vgpu_agent.model.snapshot import Rules, Snapshot
+from vgpu_agent.observe import judge
+from vgpu_agent.observe.mps import mps_report
+from vgpu_agent.observe.report import (
+    FORMAT,
+    AllocationReport,
+    DriverReport,
+    ExcludedReport,
+    FaultReport,
+    GpuReport,
+    KubeletReport,
+    PodResourcesReport,
+    Report,
+)
+
+
+def make_report(
+    snapshot: Snapshot,
+    rules: Rules,
+    now: float,
+    *,
+    names_pods: bool = True,
+    version: str = __version__,
+) -> Report:
+    """The report of a snapshot; `now` is in seconds since the epoch.
+
+    Without `names_pods` it is not said which containers hold what.
+    """
+    report = _report(snapshot, rules, now, names_pods=names_pods, version=version)
+    return replace(report, checks=tuple(judge.checks(report, rules)))
+
+
+def _report(
+    snapshot: Snapshot, rules: Rules, now: float, *, names_pods: bool, version: str
+) -> Report:
+    driver, kubelet, gpus = snapshot.driver, snapshot.kubelet, snapshot.inventory.gpus
+    known = snapshot.assignments is not None
+    usage = None if snapshot.usage is None else snapshot.usage.problem
+    mps = snapshot.mps
+    applied = None if mps is None else mps.look.limits
+    limited = rules.sharing.with_applied_limits(applied).limits_memory
+    place, of_gpus = rules.place, gpu_counts(snapshot)
+    return Report(
+        format=FORMAT,
+        version=version,
+        node=place.node,
+        namespace=place.namespace if place.in_pod else None,
+        pod=place.pod if place.in_pod else None,
+        time=_time(now),
+        resource=rules.resource,
+        acceptance=acceptance(snapshot, rules.resource, now),
+        vgpus=counts(snapshot),
+        largest_free=snapshot.largest_free if known else None,
+        driver=DriverReport(
+            driver.up,
+            driver.version,
+            driver.error,
+            _time_or_none(driver.released_until),
+            _time_or_none(driver.since),
+        ),
+        kubelet=KubeletReport(
+            kubelet.connected,
+            kubelet.registered,
+            kubelet.streams,
+            kubelet.error,
+            kubelet.rival,
+            _time_or_none(kubelet.since),
+        ),
+        mps=None if mps is None else mps_report(mps, snapshot, rules.sharing),
+        podresources=PodResourcesReport(snapshot.holders.up, snapshot.holders.error),
+        health_checks=rules.health.health_checks,
+        process_metrics=snapshot.usage is not None,
+        names_pods=names_pods,
+        problems=tuple(
+            filter(
+                None,
+                (
+                    snapshot.store_error,
+                    snapshot.cordon_error,
+                    snapshot.holders.checkpoint_error,
+                    usage,
+                ),
+            )
+        ),
+        gpus=tuple(_gpu(shared, of_gpus[shared.gpu.uuid], snapshot) for shared in gpus),
+        excluded=tuple(
+            ExcludedReport(e.gpu.uuid, e.gpu.index, e.gpu.model, e.reason, e.detail)
+            for e in snapshot.excluded
+        ),
+        cordoned={uuid: each.reason for uuid, each in sorted(snapshot.cordons.items())},
+        allocations=tuple(_allocation(part, snapshot, limited=limited) for part in snapshot.parts)
+        if known and names_pods
+        else None,
+        orphaned=snapshot.orphans if known else None,
+        checks=(),
+    )
+
+
+def _gpu(shared: SharedGpu, vgpus: Counts, snapshot: Snapshot) -> GpuReport:
+    gpu, usage = shared.gpu, snapshot.usage
+    return GpuReport(
+        uuid=gpu.uuid,
+        index=gpu.index,
+        model=gpu.model,
+        memory_bytes=gpu.memory_bytes,
+        memory_used_bytes=snapshot.memory_used.get(gpu.uuid),
+        pci_bus_id=gpu.pci_bus_id,
+        numa_node=gpu.numa_node,
+        healthy=shared.healthy,
+        accepts=snapshot.kubelet.connected and shared.healthy and bool(vgpus.free),
+        vgpus=vgpus,
+        vgpu_bytes=shared.share_bytes(1),
+        faults=tuple(
+            FaultReport(f.reason, _time(f.since), f.detail, f.effect.ends) for f in shared.faults
+        ),
+        remedy=None if shared.healthy else remedy(shared.faults),
+        notes=shared.notes,
+        recovery_wait_seconds=shared.recovery_wait,
+        unattributed_processes=None if usage is None else usage.unattributed.get(gpu.uuid),
+    )
+
+
+def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationReport:
+    gpu, holder, usage = part.shared.gpu, part.holder, snapshot.usage
+    used = None if usage is None else usage.containers.get((gpu.uuid, holder), Used(0, 0))
+    return AllocationReport(
+        namespace=holder.namespace,
+        pod=holder.pod,
+        container=holder.container,
+        gpu_uuid=gpu.uuid,
+        gpu_index=gpu.index,
+        numbers=part.numbers,
+        memory_share_bytes=part.shared.share_bytes(len(part.numbers)) if part.whole else None,
+        memory_limited=limited,
+        memory_used_bytes=None if used is None else used.memory_bytes,
+        processes=None if used is None else used.processes,
+    )
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _time_or_none(seconds: float | None) -> str | None:
+    return None if seconds is None else _time(seconds)
