@@ -17,11 +17,12 @@ from tests.observe.machine import REPLICAS, Machine, Page
 from tests.observe.rules import alerts, runbook_of
 from vgpu_agent.errors import DriverError
 from vgpu_agent.model.devices import device_id
-from vgpu_agent.model.facts import Reading
+from vgpu_agent.model.facts import Cordon, Reading
 from vgpu_agent.model.holders import Holder, Used
 
-BEFORE, AFTER = 10, 70
-"""Minutes in which all is well, and minutes from the fault on."""
+BEFORE, AFTER, LATER = 10, 70, 40
+"""Minutes in which all is well, then those until every alert has fired that is to, and those in
+which no other does."""
 
 NODE = "node-a"
 TARGET = {
@@ -73,7 +74,7 @@ def pages(of: Scenario) -> tuple[Page, ...]:
         machine = Machine(of.gpus)
         before = [await machine.minute() for _ in range(BEFORE)]
         await of.happen(machine)
-        return (*before, *[await machine.minute() for _ in range(AFTER)])
+        return (*before, *[await machine.minute() for _ in range(AFTER + LATER)])
 
     return anyio.run(play)
 
@@ -178,6 +179,13 @@ async def mig(machine: Machine) -> None:
 @scenario("XIDs of an application, one a minute", "VgpuXidsRising")
 async def xids_of_an_application(machine: Machine) -> None:
     machine.before_look = partial(machine.xid, 0, 31)
+
+
+@scenario("an operator cordons a GPU; then it has errors, and its MPS daemon ends for a reset")
+async def cordon(machine: Machine) -> None:
+    machine.node.set_cordons({machine.uuids[0]: Cordon(machine.watched.wall, "reset it")})
+    await ecc(machine)
+    machine.daemons.set(machine.uuids[0], down="no MPS daemon serves it")
 
 
 # The node

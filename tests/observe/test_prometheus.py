@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.agent_process import Agent, running
+from tests.agent_process import Agent, execute, running
 from tests.kubelet.podresources_peer import Pod, PodResourcesPeer, encoded
 from tests.kubelet.rig import RESOURCE
 from tests.kubelet_peer import KubeletPeer
@@ -74,6 +74,7 @@ class Scene:
     agent: Agent
     kubelet: KubeletPeer
     pods: PodResourcesPeer
+    state: Path
 
     @property
     def vgpus(self) -> list[str]:
@@ -111,7 +112,7 @@ def scene() -> Iterator[Scene]:
             job("overridden/agents", honor=False, static_configs=found[OVERRIDDEN]),
         ]
         prometheus = stack.enter_context(prometheus_of(jobs))
-        it = Scene(prometheus, agent, kubelet, pods)
+        it = Scene(prometheus, agent, kubelet, pods, directory / "state")
         it.hold(*it.vgpus[:2])
         kubelet.preferred(it.vgpus, [], 1)
         kubelet.allocate(it.vgpus[:2])
@@ -240,6 +241,35 @@ def test_the_first_event_is_seen_by_the_queries_of_the_dashboards():
             (found,) = prometheus.wait_query(f"({expr}) > 0")
             if "rate(" not in expr:
                 assert 0.9 < float(found["value"][1]) < 1.5, expr
+
+
+def test_a_rehearsed_xid_is_one_alert_with_its_gpu_node_xid_and_pods():
+    with scene() as it:
+        it.prometheus.wait_query(f'vgpu_allocation_info{{instance="{HERE}"}}')
+        done = execute("simulate", "xid", "79", "--gpu", "0", VGPU_STATE_DIRECTORY=str(it.state))
+        assert done.returncode == 0, done.stderr
+        uuid = it.vgpus[0].partition("::")[0]
+
+        def worded() -> dict[str, Any] | None:
+            alert = it.prometheus.wait_alert("VgpuGpuUnhealthy", instance=HERE)
+            return alert if "xid" in alert["annotations"]["summary"] else None
+
+        alert = it.prometheus.wait("the alert with the reason", worded)
+        assert re.fullmatch(
+            r"GPU 0 on node-a is unhealthy:( [a-z-]+)+", alert["annotations"]["summary"]
+        )
+        for words in (
+            f"GPU 0 ({uuid})",
+            "or of no GPU by name: 79.",
+            (
+                "Pods that hold vGPUs of it: 1, listed by"
+                f' vgpu_allocation_info{{instance="{HERE}",gpu_uuid="{uuid}"}}.'
+            ),
+        ):
+            assert words in alert["annotations"]["description"]
+        active = [each["labels"] for each in it.prometheus.get("alerts")["alerts"]]
+        ours = [o for o in active if o.get("instance") == HERE or o.get("resource") == RESOURCE]
+        assert [labels["alertname"] for labels in ours] == ["VgpuGpuUnhealthy"]
 
 
 def test_what_happens_on_the_node_is_seen_in_the_alerts_and_the_series_of_a_pod_end_with_it():
