@@ -245,6 +245,5 @@ def _holder(allocation: AllocationReport, total: int | str) -> list[Text]:
 
 
 def _used(allocation: AllocationReport) -> Text:
-    used, share = allocation.memory_used_bytes, allocation.memory_share_bytes
-    over = used is not None and share is not None and used > share
-    return Text(f"{size(used)}, over its share", BAD) if over else Text(size(used))
+    used = size(allocation.memory_used_bytes)
+    return Text(f"{used}, over its share", BAD) if allocation.is_over_share else Text(used)

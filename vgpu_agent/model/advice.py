@@ -371,4 +371,8 @@ ORPHANED = Advice("delete the pods that hold them, or set `VGPU_REPLICAS` (`repl
 CHECKS_OFF = Advice("set `VGPU_HEALTH_CHECKS=on` (`health.checks`)")
 EXCLUDED = Advice("do that, or leave it to others")
 ALL_EXCLUDED = Advice("see below why each GPU is excluded")
+AS_FOR_DRIVER = Advice("as for the driver")
+OVER_SHARE = Advice(
+    "give its program less memory (`VGPU_MEMORY_BYTES` says how much), or its container more vGPUs"
+)
 NOTES = Advice("see docs/health.md and docs/settings.md")

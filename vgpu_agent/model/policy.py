@@ -254,7 +254,10 @@ def judge_reading(
     mode = reading.compute_mode
     if mode is ComputeMode.DEFAULT:
         if sharing.mps and sharing.mps_exclusive:
-            detail = "its compute mode is DEFAULT: processes can bypass MPS and its limits"
+            detail = (
+                "its compute mode is DEFAULT: processes can bypass MPS and its limits;"
+                " `vgpu-agent mps compute-modes` in the container `restore` of the MPS pod sets it"
+            )
             findings.append(Finding(Fact.OPEN_MODE, detail))
     elif mode is ComputeMode.PROHIBITED or (mode is not None and not sharing.mps):
         findings.append(Finding(Fact.COMPUTE_MODE, f"its compute mode is {mode.name}"))

@@ -45,7 +45,7 @@ def of_look(report: Report, rules: Rules) -> Iterator[Check]:
         if isinstance(each, ExcludedReport):
             yield _excluded(each, rules.place)
         else:
-            yield from _gpu(each, rules)
+            yield from _gpu(each, report, rules)
     shared = {gpu.uuid for gpu in report.gpus}
     for uuid, reason in report.cordoned.items():
         if uuid not in shared:
@@ -158,7 +158,7 @@ def _kubelet(kubelet: KubeletReport, place: Place) -> Check:
 # GPUs
 
 
-def _gpu(gpu: GpuReport, rules: Rules) -> Iterator[Check]:
+def _gpu(gpu: GpuReport, report: Report, rules: Rules) -> Iterator[Check]:
     """One check says how it is, with one advice, whatever is wrong with it; then what is odd."""
     name, place = f"GPU {gpu.index}", rules.place
     if gpu.healthy:
@@ -167,6 +167,8 @@ def _gpu(gpu: GpuReport, rules: Rules) -> Iterator[Check]:
         yield _check(name, OK, detail, gpu=gpu.uuid)
     else:
         what = advice.for_gpu(gpu.remedy or Remedy.LOOK, gpu.uuid, place, rules.sharing)
+        if not report.driver.up:
+            what = advice.AS_FOR_DRIVER
         detail = f"unhealthy: {'; '.join(map(_fault, gpu.faults))}"
         # A cordon is meant: nothing is wrong with the GPU.
         meant = all(fault.reason == Reason.CORDONED for fault in gpu.faults)
@@ -176,6 +178,12 @@ def _gpu(gpu: GpuReport, rules: Rules) -> Iterator[Check]:
     if gpu.unattributed_processes:
         detail = f"{gpu.unattributed_processes} processes of no pod that holds its vGPUs"
         yield _check(f"{name} processes", WARN, detail, advice.processes(place), gpu.uuid)
+    for each in report.allocations or ():
+        if each.gpu_uuid == gpu.uuid and each.is_over_share:
+            used, share = _memory(each.memory_used_bytes), _memory(each.memory_share_bytes)
+            who = f"{each.namespace}/{each.pod}, container {each.container}"
+            detail = f"{who}, uses {used} of its share of {share}"
+            yield _check(f"{name} share", WARN, detail, advice.OVER_SHARE, gpu.uuid)
 
 
 def _fault(fault: FaultReport) -> str:

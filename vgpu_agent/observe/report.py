@@ -130,6 +130,12 @@ class AllocationReport:
     memory_used_bytes: int | None
     processes: int | None
 
+    @property
+    def is_over_share(self) -> bool:
+        """Whether it is known to use more memory than its share."""
+        used, share = self.memory_used_bytes, self.memory_share_bytes
+        return used is not None and share is not None and used > share
+
 
 class Verdict(StrEnum):
     """What a check came to. `FAIL`: some vGPUs, or all, cannot be given until that ends."""
