@@ -194,7 +194,7 @@ def test_beside_it_all_commands_work_and_the_doctor_finds_nothing_wrong(temporar
         errors = process.stderr.read()
     assert doctor.stdout.splitlines()[-1].endswith(" ok, 0 warn, 0 fail"), doctor.stdout
     assert (doctor.returncode, doctor.stderr) == (0, "")
-    assert "GPU 1 health" in ill.stdout
+    assert re.search(r"^fail +GPU 1 +unhealthy: ecc ", ill.stdout, re.MULTILINE)
     assert no_log_lines(errors) == []
     # What the pods have in use, of a GPU as drivers report it.
     assert re.findall(r"[\d.]+ GiB of [\d.]+ GiB", status.stdout) == [

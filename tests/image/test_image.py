@@ -211,7 +211,7 @@ def test_the_agent_of_the_image_serves_a_kubelet_without_privileges(
 
         code, text = container.beside("vgpu-agent", "doctor")
         assert (code, ", 0 fail" in text) == (0, True), text
-        code, text = container.beside("vgpu-agent", "status")
+        code, text = container.beside("vgpu-agent", "status", "--wide")
         assert (code, "GPU-00000000" in text) == (0, True), text
         code, text = container.beside("python", "-c", WITHOUT_BYTECODE)
         told = json.loads(text)
