@@ -40,10 +40,12 @@ def refusal(path: Path) -> str | None:
 
 
 def listener_pid(path: Path) -> int | None:
-    """The process that listens on a unix socket; None where it cannot be seen from here."""
+    """The process that listens on a unix socket; None where it cannot be seen from here.
+
+    Does not wait: of one whose queue is full it is not seen.
+    """
     credentials = struct.Struct("3i")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
             raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
