@@ -25,7 +25,10 @@ TEXTS = DOCUMENTS | {
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document in its parts: prose with its inline code, that code, and fenced lines."""
+    """A document in its parts: prose with its inline code, that code, and fenced lines.
+
+    What is fenced as `text` is what programs say, and nobody types it.
+    """
 
     prose: tuple[str, ...]
     spans: tuple[str, ...]
@@ -40,13 +43,16 @@ class Document:
 def read(path: Path) -> Document:
     fenced: list[str] = []
     prose: list[str] = []
-    inside = False
+    said: list[str] = []
+    inside: list[str] | None = None
     for line in path.read_text("utf-8").splitlines():
-        if line.lstrip().startswith("```"):
-            inside = not inside
+        if not line.lstrip().startswith("```"):
+            (prose if inside is None else inside).append(line)
+        elif inside is not None:
+            inside = None
         else:
-            (fenced if inside else prose).append(line)
-    assert not inside, f"{path.name}: a fence is not closed"
+            inside = said if line.strip() == "```text" else fenced
+    assert inside is None, f"{path.name}: a fence is not closed"
     # Before spans: a command may go over lines.
     found = re.findall(r"`([^`]+)`", "\n".join(prose))
     spans = tuple(re.sub(r"\s+", " ", span) for span in found)
