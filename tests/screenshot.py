@@ -19,12 +19,12 @@ from tests.model.strategies import a_look
 from vgpu_agent import __version__
 from vgpu_agent.address import Address
 from vgpu_agent.gpu.simulated import simulated_gpus
-from vgpu_agent.model.advice import Place
 from vgpu_agent.model.devices import Effect, Fault, Gpu, Reason, device_id
 from vgpu_agent.model.facts import Reading, Scan
 from vgpu_agent.model.health import ActiveFault, GpuHealth, Moment, Probed
 from vgpu_agent.model.holders import Assignment, Holder, Usage, Used
 from vgpu_agent.model.node import Node
+from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe.metrics import Metrics

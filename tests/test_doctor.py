@@ -41,10 +41,10 @@ from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.acceptance import Acceptance, Refusal
-from vgpu_agent.model.advice import Advice, Step
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading
 from vgpu_agent.model.health import Counters
+from vgpu_agent.model.place import Advice, Step
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
 from vgpu_agent.observe.report import (

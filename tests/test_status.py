@@ -45,9 +45,10 @@ from vgpu_agent.commands.status import show
 from vgpu_agent.commands.tables import GOOD, WIDEST, page, ranges, size
 from vgpu_agent.errors import ControlError, NoAgentError, SettingsError
 from vgpu_agent.model.acceptance import Acceptance, Counts
-from vgpu_agent.model.advice import Place, Remedy, for_gpu
+from vgpu_agent.model.advice import Remedy, for_gpu
 from vgpu_agent.model.devices import Effect
 from vgpu_agent.model.holders import Holder
+from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.model.snapshot import RegistrationResult, Rules
 from vgpu_agent.observe import judge

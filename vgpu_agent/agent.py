@@ -28,9 +28,9 @@ from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.kubelet.podresources import CHECKPOINT, SOCKET, PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
-from vgpu_agent.model.advice import Place
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
+from vgpu_agent.model.place import Place
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemons, MpsGuard, RealDaemons, SimulatedDaemons

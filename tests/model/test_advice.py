@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests.model.strategies import fault_sets, tried
 from vgpu_agent.arguments import parse
 from vgpu_agent.model import advice
-from vgpu_agent.model.advice import Advice, Place, Remedy, Step, for_gpu, in_a_line
+from vgpu_agent.model.advice import Remedy, for_gpu
 from vgpu_agent.model.devices import Effect, Fault, Reason
+from vgpu_agent.model.place import Advice, Place, Step, in_a_line
 from vgpu_agent.model.policy import Fact, Finding, remedy
 from vgpu_agent.model.rules import MpsDaemons, SharingRules
 

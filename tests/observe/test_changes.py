@@ -8,11 +8,12 @@ import pytest
 
 from tests.model.strategies import a_gpu, a_look
 from vgpu_agent.model import advice
-from vgpu_agent.model.advice import Place, Remedy, in_a_line
+from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.devices import Effect, Excluded, Fault, Reason
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
+from vgpu_agent.model.place import Place, in_a_line
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, Inputs, Kubelet, Rules, Snapshot, compose
 from vgpu_agent.observe.changes import NAMED, changes, write

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from vgpu_agent.model.advice import Step
+from vgpu_agent.model.place import Step
 
 
 def command_lines(steps: Iterable[Step], width: int, indent: str) -> Iterator[str]:

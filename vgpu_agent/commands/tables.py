@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vgpu_agent.commands.paste import command_lines, folded
 from vgpu_agent.model.acceptance import Refusal
-from vgpu_agent.model.advice import Step
+from vgpu_agent.model.place import Step
 from vgpu_agent.model.rules import GIB, MIB
 from vgpu_agent.observe.report import AllocationReport, Check, GpuReport, Report, Verdict, utc
 

@@ -11,7 +11,6 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TypeVar
 
-from vgpu_agent.model.advice import Place
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.facts import EVENTS, Cordon, DaemonLook, MpsLook
 from vgpu_agent.model.health import GpuHealth
@@ -25,6 +24,7 @@ from vgpu_agent.model.holders import (
     orphaned,
     parts,
 )
+from vgpu_agent.model.place import Place
 from vgpu_agent.model.policy import cordon_faults
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide

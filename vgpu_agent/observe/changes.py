@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 
 from vgpu_agent.model import advice
-from vgpu_agent.model.advice import Advice, in_a_line
 from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.place import Advice, in_a_line
 from vgpu_agent.model.policy import judge_xid, remedy
 from vgpu_agent.model.rules import HealthRules
 from vgpu_agent.model.snapshot import Rules, Snapshot, split_containers

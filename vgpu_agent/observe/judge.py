@@ -6,8 +6,9 @@ The agent puts them into its report: `status`, `doctor` and the page show the sa
 from collections.abc import Iterator
 
 from vgpu_agent.model import advice
-from vgpu_agent.model.advice import Advice, Place, Remedy
+from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.devices import Reason
+from vgpu_agent.model.place import Advice, Place
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import Rules
 from vgpu_agent.observe.mps import MpsReport

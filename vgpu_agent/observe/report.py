@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from vgpu_agent.model.acceptance import Acceptance, Counts
-from vgpu_agent.model.advice import Remedy, Step
+from vgpu_agent.model.advice import Remedy
+from vgpu_agent.model.place import Step
 from vgpu_agent.observe.mps import MpsReport
 from vgpu_agent.store import decoded
 

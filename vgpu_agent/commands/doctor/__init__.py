@@ -37,10 +37,11 @@ from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.watch import GpuWatch, Intervals
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.model.acceptance import Refusal
-from vgpu_agent.model.advice import Place, agent_log, rival
+from vgpu_agent.model.advice import agent_log, rival
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
+from vgpu_agent.model.place import Place
 from vgpu_agent.model.policy import remedy
 from vgpu_agent.mps.daemon import Daemons
 from vgpu_agent.observe import judge

@@ -9,7 +9,7 @@ import anyio
 from anyio import to_thread
 
 from vgpu_agent.commands.paste import command_lines
-from vgpu_agent.model.advice import Step
+from vgpu_agent.model.place import Step
 from vgpu_agent.observe.report import Check, Verdict
 
 

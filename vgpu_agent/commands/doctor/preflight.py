@@ -11,7 +11,7 @@ from vgpu_agent.commands.ask import get
 from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
-from vgpu_agent.model.advice import Advice
+from vgpu_agent.model.place import Advice
 from vgpu_agent.observe.judge import FAIL, OK, WARN
 from vgpu_agent.observe.report import Check, Report, Verdict
 from vgpu_agent.observe.server import listen
