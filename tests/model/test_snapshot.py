@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.model.strategies import a_gpu, a_look, fault_sets, ids, tried
 from vgpu_agent.model.container import grant
-from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason
+from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, flips
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
 from vgpu_agent.model.holders import Assignment, Holder, Holders
@@ -20,7 +20,6 @@ from vgpu_agent.model.snapshot import (
     Rules,
     Snapshot,
     compose,
-    flips,
     split_containers,
 )
 from vgpu_agent.observe.report import from_json, to_json

@@ -20,9 +20,8 @@ from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.mps import state
-from vgpu_agent.mps.answers import UNREPORTED
+from vgpu_agent.mps.answers import UNREPORTED, fault_of
 from vgpu_agent.mps.daemon import RealDaemons
-from vgpu_agent.mps.look import fault_of
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
 

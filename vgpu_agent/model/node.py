@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeVar
 
-from vgpu_agent.model.devices import Gpu, Reason
+from vgpu_agent.model.devices import Gpu, Reason, flips
 from vgpu_agent.model.facts import Cordon, GpuEvent, MpsLook, Scan, XidEvent
 from vgpu_agent.model.health import (
     Away,
@@ -32,7 +32,6 @@ from vgpu_agent.model.snapshot import (
     Rules,
     Snapshot,
     compose,
-    flips,
 )
 
 K = TypeVar("K")

@@ -342,21 +342,3 @@ def _replacement(look: MpsLook, inputs: Inputs, sharing: SharingRules) -> str | 
                 " is restarted"
             )
     return "; ".join(differing) or None
-
-
-@dataclass(frozen=True, slots=True)
-class Flip:
-    """A GPU that became healthy or unhealthy; `reason` is what did it, or what ended."""
-
-    shared: SharedGpu
-    reason: Reason
-
-
-def flips(before: Inventory, after: Inventory) -> tuple[Flip, ...]:
-    """The GPUs whose vGPUs may be given now and could not before, or the other way round."""
-    found = []
-    for shared in after.gpus:
-        known = before.find(shared.gpu.uuid)
-        if known is not None and known.healthy != shared.healthy:
-            found.append(Flip(shared, (known.faults or shared.faults)[0].reason))
-    return tuple(found)

@@ -5,6 +5,7 @@ what cannot be misread and refuses the rest.
 """
 
 import re
+from collections.abc import Mapping
 
 from vgpu_agent.errors import MpsRefusedError
 from vgpu_agent.model.rules import GIB, MIB
@@ -113,3 +114,19 @@ def same_limit(wanted: int | None, found: int | None) -> bool:
         return wanted is found
     wanted = wanted // MIB * MIB
     return found in {wanted, wanted // GIB * GIB}
+
+
+_INITIALIZING_SECONDS = 60.0
+"""A server that needs longer to start does not serve."""
+
+
+def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float) -> str | None:
+    """Why clients of these servers, by PID, are lost; `since` is when each came to its status."""
+    for pid, status in statuses.items():
+        if status in ("ACTIVE", UNREPORTED):
+            continue
+        if status != "INITIALIZING":
+            return f"MPS server {pid} has the status {status[:40]}"
+        if now - since[pid] > _INITIALIZING_SECONDS:
+            return f"MPS server {pid} is INITIALIZING for over {_INITIALIZING_SECONDS:.0f} s"
+    return None

@@ -48,9 +48,6 @@ _HANGS = 3
 _DEFAULTS_SECONDS = 60.0
 """How often defaults are read that are not ours."""
 
-_INITIALIZING_SECONDS = 60.0
-"""A server that needs longer to start does not serve."""
-
 _IDLE = 5
 """So many times as long between two looks where there is no server: each costs lines of log."""
 
@@ -58,18 +55,6 @@ _CLIENTS = "get_device_client_list"
 
 _PASSED_ON = 20
 """Most lines of a daemon's log that are passed on at a time."""
-
-
-def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float) -> str | None:
-    """Why clients of these servers, by PID, are lost; `since` is when each came to its status."""
-    for pid, status in statuses.items():
-        if status in ("ACTIVE", answers.UNREPORTED):
-            continue
-        if status != "INITIALIZING":
-            return f"MPS server {pid} has the status {status[:40]}"
-        if now - since[pid] > _INITIALIZING_SECONDS:
-            return f"MPS server {pid} is INITIALIZING for over {_INITIALIZING_SECONDS:.0f} s"
-    return None
 
 
 def _uuids(look: DaemonLook) -> list[str]:
@@ -268,7 +253,7 @@ class Watcher:
             generation=known.generation,
             gpus=await self._with_server_bytes(known, tuple(statuses)),
             problem=problem,
-            fault=fault_of(statuses, since, now),
+            fault=answers.fault_of(statuses, since, now),
             servers=tuple(statuses),
             clients=dict(Counter(uuids.get(name, name) for name in clients)),
         )
