@@ -22,6 +22,7 @@ from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.mps import state
 from vgpu_agent.mps.answers import UNREPORTED, fault_of
 from vgpu_agent.mps.daemon import RealDaemons
+from vgpu_agent.mps.look import Watcher
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
 
@@ -221,6 +222,18 @@ async def test_a_gpu_is_divided_anew_when_no_server_has_the_limits_of_before(any
         any_mps.kill()
         any_mps.start()
         await becomes_well(50)
+
+
+async def test_a_server_that_no_look_has_seen_yet_keeps_its_division(any_mps):
+    any_mps.start()
+    old, new = (threads(percentage).daemons[A].look for percentage in (10, 20))
+    watcher = Watcher(old, any_mps.control(), MpsLimits.SERVER, None, None)
+    await watcher.look()
+    await anyio.sleep(0.05)
+    server = any_mps.start_server()
+    watcher.divide(new)
+    found = await watcher.look()
+    assert (found.servers, found.thread_percentage, found.problem) == ((server,), 10, None)
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,7 @@ from vgpu_agent.errors import (
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook
 from vgpu_agent.model.rules import MpsLimits
 from vgpu_agent.mps import answers, processes, state
-from vgpu_agent.mps.control import (
-    Control,
-    Defaults,
-    get_defaults,
-    read_defaults,
-    set_defaults,
-)
+from vgpu_agent.mps.control import Control, Defaults, get_defaults, read_defaults, set_defaults
 from vgpu_agent.mps.log import read_on
 from vgpu_agent.mps.programs import CONTROL
 from vgpu_agent.mps.state import Watched, generation_of
@@ -126,12 +120,11 @@ class Watcher:
                 if self._next != self._plan and not self._look.servers:
                     break
 
-    async def look(self) -> None:
+    async def look(self) -> DaemonLook:
         """One look at the daemon and its log. Raises nothing but for bugs."""
         await self._read_log()
         generation = generation_of(self._control.directories.pipe)
-        if not self._look.servers or generation != self._look.generation:
-            self._plan = self._next
+        await self._divide(generation)
         found = await self._asked(generation)
         seen, now = self._watched.log, state.now()
         failing = None
@@ -147,6 +140,19 @@ class Watcher:
         self._watched = replace(self._watched, look=found)
         wrong = found.down or found.problem or found.fault or found.busy
         self._say(logging.WARNING if wrong else logging.INFO, wrong or self._in_effect())
+        return found
+
+    async def _divide(self, generation: str | None) -> None:
+        """Takes the division that is next, unless a server of this daemon has the one before."""
+        if self._next != self._plan and generation == self._look.generation is not None:
+            if self._look.servers:
+                return
+            try:  # one may have started since it was looked at
+                if answers.parse_pids((await self._ask(["get_server_list"]))[0]):
+                    return
+            except MpsError:
+                return
+        self._plan = self._next
 
     def _in_effect(self) -> str:
         return f"limits are in effect: {self._limits}, {self._wanted}"
