@@ -26,6 +26,7 @@ from vgpu_agent.model.rules import (
     MPS_SERVER_MARGIN,
     DeviceList,
     HealthRules,
+    MemoryLimits,
     MpsDaemons,
     MpsLimits,
     Placement,
@@ -141,6 +142,16 @@ class Settings(BaseSettings):
         "a directory of its own, not /dev/shm itself")
     memory_reserved: kinds.Reserved = setting("auto", "memoryReserved",
         f"Memory of each GPU kept out of the shares, for the MPS server. `auto`: {_RESERVED}.")
+    memory_limits: MemoryLimits = setting("auto", "memoryLimits",
+        "Whether the driver holds a container to its memory, from r615 on, with MPS and without."
+        " `auto`: where the node's container toolkit does it. `driver`: a container of the agent's"
+        " pod does it, and vGPUs are unhealthy where the driver cannot.")
+    memory_guarantee: Switch = setting("off", "memoryGuarantee",
+        "Whether the driver also keeps a container's share of memory for it, which leaves"
+        " reservations behind where a container ends at a bad moment.")
+    memory_limits_enable_controller: Switch = setting("off", "memoryLimitsEnableController",
+        "Whether the cgroup controller that memory limits need is turned on for pods. Only with"
+        " VGPU_MEMORY_LIMITS=driver.")
     placement: Placement = setting("spread", "placement",
         "Put containers on the GPU with the most free vGPUs, or fill GPUs up.")
     health_interval: Seconds = setting("5", "health.interval",

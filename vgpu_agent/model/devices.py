@@ -27,6 +27,7 @@ class Reason(StrEnum):
     MPS = "mps"
     MPS_FAULT = "mps-fault"
     COMPUTE_MODE = "compute-mode"
+    LIMITS = "limits"
     CORDONED = "cordoned"
 
 

@@ -78,6 +78,18 @@ class DeviceList(StrEnum):
         return self in (DeviceList.CDI, DeviceList.CDI_ENVVAR)
 
 
+class MemoryLimits(StrEnum):
+    """Whether the driver itself holds a container to its memory: a limit of the container's cgroup.
+
+    From driver r615 on, with MPS and without it. `auto`: where node and container toolkit do it by
+    themselves. `driver`: wanted, set where it is missing, and without it no vGPU is given. `off`.
+    """
+
+    AUTO = "auto"
+    DRIVER = "driver"
+    OFF = "off"
+
+
 class Placement(StrEnum):
     """How containers are put on GPUs."""
 
@@ -95,7 +107,8 @@ class SharingRules:
     of each GPU are kept out of the shares, None for the margin that MPS needs. `mps_max_clients`
     None is what the GPU's MPS serves. Each MPS daemon has a directory of its name in
     `mps_directory`. `mps_shm_directory` is None where containers keep their own /dev/shm.
-    `mps_exclusive`: the MPS pod sets the GPUs to EXCLUSIVE_PROCESS.
+    `mps_exclusive`: the MPS pod sets the GPUs to EXCLUSIVE_PROCESS. `memory_guarantee`: where the
+    driver limits memory, a container's share is also kept for it.
     """
 
     mps: bool = True
@@ -113,6 +126,8 @@ class SharingRules:
     mps_directory: str = "/run/vgpu-agent/mps"
     mps_shm_directory: str | None = "/dev/shm/vgpu-agent"  # noqa: S108 - a path on the host
     mps_exclusive: bool = True
+    memory_limits: MemoryLimits = MemoryLimits.AUTO
+    memory_guarantee: bool = False
 
     @property
     def reserved_bytes(self) -> int:

@@ -21,6 +21,9 @@ and the values that are used where there is none. */}}
   "deviceList": "envvar",
   "cdiKind": "nvidia.com/gpu",
   "memoryReserved": "auto",
+  "memoryLimits": "auto",
+  "memoryGuarantee": false,
+  "memoryLimitsEnableController": false,
   "placement": "spread",
   "health": {
     "interval": 5,
@@ -63,6 +66,9 @@ and the values that are used where there is none. */}}
   "VGPU_LOG_FORMAT" .log.format
   "VGPU_LOG_LEVEL" .log.level
   "VGPU_LOST_CARD_SECONDS" .health.lostCardSeconds
+  "VGPU_MEMORY_GUARANTEE" .memoryGuarantee
+  "VGPU_MEMORY_LIMITS" .memoryLimits
+  "VGPU_MEMORY_LIMITS_ENABLE_CONTROLLER" .memoryLimitsEnableController
   "VGPU_MEMORY_RESERVED" .memoryReserved
   "VGPU_PLACEMENT" .placement
   "VGPU_PODRESOURCES_INTERVAL" .podResourcesInterval
