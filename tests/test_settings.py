@@ -16,6 +16,7 @@ from vgpu_agent.errors import SettingsError
 from vgpu_agent.model.rules import (
     DeviceList,
     HealthRules,
+    MemoryLimits,
     MpsDaemons,
     MpsLimits,
     Placement,
@@ -101,6 +102,11 @@ TABLE = {
     "log_format": one_of(LogFormat.TEXT, "|JSON|logfmt"),
     "log_level": one_of(LogLevel.INFO, "|INFO|trace|10"),
     "lost_card_seconds": Row(3600, {"86400": 86400}, "|0.9|1h", "seconds from 1"),
+    "memory_guarantee": Row(False, SWITCH, "|true|1", "`on` not with VGPU_MEMORY_LIMITS=off"),
+    "memory_limits": one_of(MemoryLimits.AUTO, "|AUTO|on|hook"),
+    "memory_limits_enable_controller": Row(
+        False, {"off": False}, "|true|on", "`on` only with VGPU_MEMORY_LIMITS=driver"
+    ),
     "memory_reserved": Row(
         None,
         {"auto": None, "0": 0, "512Mi": 512 * MIB},
@@ -309,6 +315,9 @@ TIME_SLICING = {"VGPU_SHARING": "time-slicing"}
         {"VGPU_RESOURCE_NAME": f"example.com/{'x' * 63}", "VGPU_KUBELET_DIR": "/k"},
         EXAMPLE | {"VGPU_KUBELET_DIR": f"{KUBELET_DIR}d", "VGPU_DEVICE_PLUGIN_DIR": "/k"},
         EXAMPLE | {"VGPU_DEVICE_PLUGIN_DIR": f"{KUBELET_DIR}/device-plugins"},
+        {"VGPU_MEMORY_LIMITS": "driver", "VGPU_MEMORY_LIMITS_ENABLE_CONTROLLER": "on"},
+        {"VGPU_MEMORY_LIMITS": "driver", "VGPU_MEMORY_GUARANTEE": "on"},
+        {"VGPU_MEMORY_LIMITS": "off", "VGPU_MEMORY_GUARANTEE": "off"},
     ],
 )
 def test_values_that_go_together_are_taken(monkeypatch, given):
@@ -317,10 +326,13 @@ def test_values_that_go_together_are_taken(monkeypatch, given):
     settings = load()
     for name, value in given.items():
         found = getattr(settings, name.removeprefix("VGPU_").lower())
-        assert str(found).replace("'", '"') == value
+        text = {True: "on", False: "off"}[found] if isinstance(found, bool) else str(found)
+        assert text.replace("'", '"') == value
 
 
 CLIENTS = "VGPU_MPS_MAX_CLIENTS"
+CONTROLLER = "VGPU_MEMORY_LIMITS_ENABLE_CONTROLLER"
+NO_LIMITS = {"VGPU_MEMORY_LIMITS": "off"}
 
 
 @pytest.mark.parametrize(
@@ -339,6 +351,9 @@ CLIENTS = "VGPU_MPS_MAX_CLIENTS"
             {"VGPU_RESOURCE_NAME": f"{'x' * 60}.com/vgpu"},
         ),
         ("VGPU_CRITICAL_XIDS", "13", "that VGPU_IGNORED_XIDS has", {"VGPU_IGNORED_XIDS": "79,13"}),
+        ("VGPU_MEMORY_GUARANTEE", "on", "not with VGPU_MEMORY_LIMITS=off", NO_LIMITS),
+        (CONTROLLER, "on", "only with VGPU_MEMORY_LIMITS=driver", NO_LIMITS),
+        (CONTROLLER, "on", "only with VGPU_MEMORY_LIMITS=driver", {"VGPU_MEMORY_LIMITS": "auto"}),
         ("VGPU_MPS_DIRECTORY", "/" + 42 * "m", "at most 42 bytes", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/dev/shm", "not /dev/shm itself", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/run", "a directory of its own", {}),
@@ -390,6 +405,8 @@ def test_gpus_are_shared_and_their_health_is_judged_as_the_settings_say(monkeypa
         "MPS_THREADS": "1.5",
         "MPS_COMPUTE_MODE": "keep",
         "MEMORY_RESERVED": "0",
+        "MEMORY_LIMITS": "driver",
+        "MEMORY_GUARANTEE": "on",
         "REPLICAS_BY_GPU": '{"0": 4}',
         "PLACEMENT": "pack",
         "HEALTH_CHECKS": "off",
@@ -406,6 +423,8 @@ def test_gpus_are_shared_and_their_health_is_judged_as_the_settings_say(monkeypa
         mps_threads=1.5,
         mps_exclusive=False,
         memory_reserved=0,
+        memory_limits=MemoryLimits.DRIVER,
+        memory_guarantee=True,
         replicas_by_gpu={"0": 4},
         placement=Placement.PACK,
     )
@@ -503,6 +522,7 @@ def test_every_setting_has_its_documented_default_and_it_can_be_set(monkeypatch)
 CHART_IS_LOOSER = {
     "replicas": {"1e2"},  # a number in YAML, and whole
     # Rules that templates/validate.yaml has.
+    "memory_limits_enable_controller": {"on"},
     "resource_name": {
         "kubernetes.io/vgpu",
         "sub.kubernetes.io/vgpu",

@@ -148,10 +148,11 @@ class Settings(BaseSettings):
         " pod does it, and vGPUs are unhealthy where the driver cannot.")
     memory_guarantee: Switch = setting("off", "memoryGuarantee",
         "Whether the driver also keeps a container's share of memory for it, which leaves"
-        " reservations behind where a container ends at a bad moment.")
+        " reservations behind where a container ends at a bad moment.",
+        "`on` not with VGPU_MEMORY_LIMITS=off")
     memory_limits_enable_controller: Switch = setting("off", "memoryLimitsEnableController",
-        "Whether the cgroup controller that memory limits need is turned on for pods. Only with"
-        " VGPU_MEMORY_LIMITS=driver.")
+        "Whether the cgroup controller that memory limits need is turned on for pods.",
+        "`on` only with VGPU_MEMORY_LIMITS=driver")
     placement: Placement = setting("spread", "placement",
         "Put containers on the GPU with the most free vGPUs, or fill GPUs up.")
     health_interval: Seconds = setting("5", "health.interval",
@@ -301,6 +302,12 @@ _RULES: dict[str, Callable[[Any, Others], bool]] = {
     ),
     "mps_directory": lambda path, _others: len(bytes(path)) <= _MAX_MPS_DIRECTORY,
     "mps_shm_directory": _directory_of_its_own,
+    "memory_guarantee": lambda on, others: (
+        not on or others.get("memory_limits") is not MemoryLimits.OFF
+    ),
+    "memory_limits_enable_controller": lambda on, others: (
+        not on or others.get("memory_limits", MemoryLimits.DRIVER) is MemoryLimits.DRIVER
+    ),
     "state_directory": lambda path, others: _outside(path, others.get("mps_shm_directory")),
     "cordon_directory": lambda path, others: (
         _outside(path, others.get("mps_shm_directory")) and path != others.get("state_directory")

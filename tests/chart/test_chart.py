@@ -211,6 +211,7 @@ def test_the_schema_is_closed_at_every_level() -> None:
         ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),
         ({"metrics": {"port": 0}}, ["metrics.port", "greater than or equal to 1024"]),
         ({"updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, ["maxSurge"]),
+        ({"memoryLimits": "hook"}, ["memoryLimits", '"auto", "driver", "off"']),
         ({"resources": {"watch": {"requests": {"cpu": 1}}}}, ["requests is not allowed"]),
         ({"mps": {"endOrphans": True}}, ["mps: Additional property endOrphans"]),
         ({"mps": {"daemons": "each"}}, ["mps.daemons", '"gpu", "node"']),
@@ -278,6 +279,22 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         ),
         ({"pools": [{"name": "mps-a"}]}, ['name "mps-a" begins with mps']),
         (
+            {"memoryGuarantee": True, "memoryLimits": "off"},
+            ["memoryGuarantee: true: with memoryLimits off", "auto or driver"],
+        ),
+        (
+            {"memoryLimitsEnableController": True},
+            ["memoryLimitsEnableController: true: only with", "memoryLimits is auto"],
+        ),
+        (
+            {
+                "memoryLimits": "driver",
+                "memoryLimitsEnableController": True,
+                "pools": [{"name": "a", "memoryLimits": "off"}],
+            },
+            ['memoryLimitsEnableController: true in pool "a": only with', "memoryLimits is off"],
+        ),
+        (
             {"monitoring": {"podMonitor": ON, "serviceMonitor": ON}, "service": ON},
             ["monitoring.podMonitor.enabled", "serviceMonitor.enabled", "twice", "to false"],
         ),
@@ -308,6 +325,8 @@ def test_rules_over_several_keys_are_told_in_words(values: Object, words: list[s
         {"replicas": 1024, "sharing": "time-slicing"},
         {"replicas": 60, "mps": {"maxClients": 60}},
         {"replicas": 4, "pools": [{"name": "a", "replicas": None, "deviceMemory": "8Gi"}]},
+        {"memoryGuarantee": True},
+        {"pools": [{"name": "a", "memoryLimits": "driver", "memoryLimitsEnableController": True}]},
         {
             "pools": [
                 {"name": "a", "nodeSelector": {"kind": "a"}},
@@ -362,6 +381,7 @@ def test_each_container_has_its_own_capabilities(objects: list[Object]) -> None:
         node = {**NOTHING, "add": [*FILES, "SYS_ADMIN"] if exclusive else FILES}
         expected = {
             "agent": NOTHING,
+            "limits": {**NOTHING, "add": ["SYS_ADMIN"]},
             "watch": NOTHING,
             "daemon": None,
             "prepare": node,
@@ -369,7 +389,7 @@ def test_each_container_has_its_own_capabilities(objects: list[Object]) -> None:
         }
         context = container["securityContext"]
         assert context.get("capabilities") == expected[name], name
-        escalates = exclusive and name in {"prepare", "restore"}
+        escalates = (exclusive and name in {"prepare", "restore"}) or name == "limits"
         assert context["allowPrivilegeEscalation"] is escalates, name
 
 
@@ -437,19 +457,75 @@ def test_an_agent_mounts_what_its_settings_use_and_nothing_else(objects: list[Ob
             f"{kubelet}/pod-resources": True,
             state: False,
         }
-        mps = variables.get("VGPU_MPS_DIRECTORY")
-        if variables["VGPU_GPU_DRIVER"] == "nvml" and mps and not mps.startswith(f"{state}/"):
+        mps, driver = variables.get("VGPU_MPS_DIRECTORY"), variables["VGPU_GPU_DRIVER"]
+        if driver == "nvml" and mps and not mps.startswith(f"{state}/"):
             expected[mps] = False
         if not variables["VGPU_CORDON_DIRECTORY"].startswith(f"{state}/"):
             expected[variables["VGPU_CORDON_DIRECTORY"]] = False
-        if variables["VGPU_PROCESS_METRICS"] == "on":
+        limits = variables["VGPU_MEMORY_LIMITS"] != "off" and driver == "nvml"
+        if variables["VGPU_PROCESS_METRICS"] == "on" or limits:
             expected[str(LINKS)] = True
+        if limits:
+            expected[CGROUPS] = True
         if "cdi" in variables["VGPU_DEVICE_LIST"]:
             expected |= {str(directory): True for directory in cdi.DIRECTORIES}
         found = mounts(workload, "agent")
         found.pop(f"{DEVICES_DIRECTORY}/all", None)
         assert {path: each["read_only"] for path, each in found.items()} == expected
         assert all(each["host"] == path for path, each in found.items())
+
+
+# The enforcer of memory limits
+
+CGROUPS = "/sys/fs/cgroup"
+"""Where the driver opens the cgroups that it is given, whatever container asks."""
+
+
+def test_an_enforcer_is_there_where_the_driver_must_limit_and_nowhere_else(
+    objects: list[Object],
+) -> None:
+    for workload, name, container, variables in every_container(objects):
+        mode = (variables["VGPU_MEMORY_LIMITS"], variables["VGPU_GPU_DRIVER"], component(workload))
+        enforced = mode == ("driver", "nvml", "agent")
+        assert ("limits" in containers(workload)) is enforced
+        if name != "limits":
+            continue
+        assert container["args"] == ["limits", "enforce"]
+        assert not {"livenessProbe", "readinessProbe", "startupProbe", "ports"} & set(container)
+        assert container["resources"]["limits"] == {"memory": "96Mi"}
+        found = mounts(workload, name)
+        found.pop(f"{DEVICES_DIRECTORY}/all", None)
+        assert {path: each["read_only"] for path, each in found.items()} == {
+            CGROUPS: variables["VGPU_MEMORY_LIMITS_ENABLE_CONTROLLER"] == "off",
+            str(settings_of(variables).plugin_directory): True,
+            str(LINKS): True,
+            variables["VGPU_STATE_DIRECTORY"]: False,
+        }
+        assert all(each["host"] == path for path, each in found.items())
+        assert found[CGROUPS]["type"] == "Directory"
+
+
+def test_every_kind_of_enforcer_is_rendered_by_a_file() -> None:
+    found = [
+        mounts(workload, name)[CGROUPS]["read_only"]
+        for each in CI
+        for workload, name, _, _ in every_container(rendered(each))
+        if name == "limits"
+    ]
+    assert sorted(found) == [False, True]
+
+
+def test_the_default_asks_for_no_privilege_that_an_agent_without_limits_has_not() -> None:
+    (default,) = agents(rendered("default"))
+    (off,) = agents(helm.render({"memoryLimits": "off"}))
+    assert list(containers(default)) == list(containers(off)) == ["agent"]
+    context = containers(default)["agent"]["securityContext"]
+    assert context == containers(off)["agent"]["securityContext"]
+    assert (context["capabilities"], context["allowPrivilegeEscalation"]) == (NOTHING, False)
+    more = mounts(default, "agent").keys() - mounts(off, "agent").keys()
+    assert more == {CGROUPS, str(LINKS)}
+    assert all(mounts(default, "agent")[path]["read_only"] for path in more)
+    assert {key for key in pod(default) if key.startswith("host")} == set()
 
 
 def test_agents_roll_one_after_the_other_and_never_two_on_a_node() -> None:
@@ -851,6 +927,8 @@ def test_the_notes_name_the_next_commands(name: str, tmp_path: Path) -> None:
     for words in ("1. ", "2. ", "3. ", "vgpu-agent doctor", "enforce=privileged"):
         assert words in said
     assert ("MPS pods" in said) == bool(mps_pods(rendered(name)))
+    enforced = any("limits" in containers(each) for each in agents(rendered(name)))
+    assert ("memoryLimits: driver" in said) == enforced
     manifest = said.partition("<<EOF\n")[2].partition("EOF")[0]
     test_pod = yaml.safe_load(manifest)
     first = agents(rendered(name))[0]

@@ -87,7 +87,7 @@ of {pools: [...]}. A null takes the default away; where a setting is needed, the
 {{- define "vgpu-agent.pools" -}}
 {{- $pools := list }}
 {{- $base := include "vgpu-agent.defaults" . | fromJson }}
-{{- $base = set $base "resources" (dict "agent" dict "prepare" dict "daemon" dict "watch" dict "restore" dict) }}
+{{- $base = set $base "resources" (dict "agent" dict "limits" dict "prepare" dict "daemon" dict "watch" dict "restore" dict) }}
 {{- $base = set (set $base "updateStrategy" dict) "nodeSelector" dict }}
 {{- range .Values.pools | default (list dict) }}
 {{- $own := include "vgpu-agent.over" (list (omit $.Values "pools") .) | fromJson }}
