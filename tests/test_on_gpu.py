@@ -20,10 +20,16 @@ import pytest
 from tests import fake_cuda
 from tests.agent_process import REPOSITORY
 from tests.fake_nvml import FakeGpu, FakeNvml
-from tests.on_gpu import load, reach, runner, wheels
+from tests.on_gpu import driver_limits, load, reach, runner, wheels
 from tests.on_gpu.__main__ import LIMIT
 
 UUID = "GPU-0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
+
+CGROUPS: tuple[str, ...] = ()
+"""What a command runs in where the machine has cgroups v2 beside v1 only."""
+if not Path("/sys/fs/cgroup/cgroup.controllers").exists() and os.geteuid() == 0:
+    bound = 'mount --bind /sys/fs/cgroup/unified /sys/fs/cgroup; exec "$@"'
+    CGROUPS = ("unshare", "--mount", "sh", "-c", bound, "sh")
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for mounts of its own")
 
@@ -42,10 +48,11 @@ class Machine:
     place: Path
     out: Path
     variables: dict[str, str]
+    nvml: FakeNvml
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, *arguments],
+            [*CGROUPS, sys.executable, *arguments],
             cwd=REPOSITORY,
             env={**os.environ, **self.variables},
             stdout=subprocess.PIPE,
@@ -104,7 +111,7 @@ def machine(fake_nvml_library: Path, tmp_path: Path) -> Iterator[Machine]:
         place.chmod(0o755)
         paths = f"{fakes['LD_LIBRARY_PATH']}:{fake_nvml_library.parent}"
         variables = {**nvml.environment(), **fakes, "LD_LIBRARY_PATH": paths, "TMPDIR": name}
-        yield Machine(place, tmp_path / "out", variables)
+        yield Machine(place, tmp_path / "out", variables, nvml)
 
 
 def figures(machine: Machine, titles: list[str]) -> None:
@@ -226,6 +233,55 @@ def test_load_and_accidents_are_reported_in_full(machine):
 
 @root_only
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_limits_of_the_driver_are_reported_in_full(machine):
+    machine.nvml.set_driver("615.71")
+    code, said = machine.run("limits", str(machine.out), "--load", "0.1")
+    assert code == 0, said
+    figures(
+        machine,
+        ["The machine", "What the driver answers", "Two cgroups with limits",
+         "A limit that comes late", "Who may set limits"],
+    )  # fmt: skip
+    answers = machine.rows("What the driver answers")
+    assert answers["read: a new cgroup"] == ["hard none, soft 0, used 0"]
+    assert answers["read"] == ["hard 4096, soft 0, used 0"]
+    assert answers["read, again"] == answers["read: a new cgroup"]
+    two = machine.rows("Two cgroups with limits")
+    # Sees the limit, and takes what the context leaves of it; its neighbour does not notice.
+    _, _, seen, total, _, taken, less, used, beside = two["time-slicing"]
+    assert (seen, total, less, used) == ("7753, 8053", "8053", "300", "8053")
+    assert taken.startswith("7753: cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY")
+    assert beside == "4026: not refused; works"
+    assert two["MPS"][:4] == ["set", "yes", "7753, 8053", "8053"]
+    assert two["MPS, with its own limit"][:4] == ["set", "yes", "7753, 81559", "81559"]
+    assert two["no limit, time-slicing"][0] == "-"
+    assert two["no limit, time-slicing"][5].endswith(": not refused")
+    late = machine.rows("A limit that comes late")
+    assert late["has twice the limit"][0] == "16208: not refused"
+    assert late["takes more"][0].startswith("0: cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY")
+    assert late["another client, takes"][1] == "0, 8104"
+    assert late["the limit is lifted, takes"][0] == "16208: not refused"
+    assert len(machine.rows("Who may set limits")) == 2 + 5
+    machine.assert_clean()
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/{driver_limits.PREFIX}*"))
+
+
+@root_only
+@pytest.mark.slow
+def test_a_driver_that_is_too_old_to_limit_memory_is_named(machine):
+    code, said = machine.run("limits", str(machine.out))
+    assert code == 0, said
+    machine_, *others = machine.sections().values()
+    assert machine_.startswith("done")
+    assert len(others) == 4
+    too_old = "not run: the driver is too old to limit memory: r615 (CUDA 13.4) is the first that"
+    assert all(each.startswith(too_old) for each in others)
+    machine.assert_clean()
+
+
+@root_only
+@pytest.mark.slow
 def test_without_a_control_program_that_is_said_and_the_rest_is_measured(machine):
     control = Path(machine.variables["PATH"].partition(":")[0]) / "nvidia-cuda-mps-control"
     control.unlink()
@@ -334,7 +390,7 @@ def test_a_run_that_is_ended_keeps_what_it_found_and_leaves_nothing(machine, end
     machine.assert_clean()
 
 
-@pytest.mark.parametrize("sections", [reach.SECTIONS, load.SECTIONS])
+@pytest.mark.parametrize("sections", [reach.SECTIONS, load.SECTIONS, driver_limits.SECTIONS])
 def test_every_section_can_use_its_bound_within_nine_minutes(sections):
     assert sum(each.bound for each in sections) + runner.GRACE + 1 < LIMIT <= 9 * 60
 

@@ -5,8 +5,9 @@
  * client by a connection that it keeps; otherwise it runs without MPS. A client wants that directory
  * and /dev/shm to be writable, so that a test sees which mounts there are. FAKE_CUDA_MEMORY is the GPU's
  * memory in MiB, of which a context takes CONTEXT. Limits of the environment are kept for well-formed
- * values of ordinal 0, of the daemon not at all. Of the bodies that attract each other only the first
- * few move. What real drivers do where a daemon, a server or a neighbour dies is not known here: the
+ * values of ordinal 0, of the daemon not at all. A limit that the fake NVML has for the process's
+ * cgroup holds, and is what is shown as the total unless MPS limits too; what is in use is said to that
+ * NVML. Of the bodies that attract each other only the first few move. What real drivers do where a daemon, a server or a neighbour dies is not known here: the
  * errors are some.
  */
 #include <math.h>
@@ -42,24 +43,73 @@ static size_t env(const char *name, size_t otherwise)
     return text && *text ? strtoul(text, NULL, 10) : otherwise;
 }
 
-static size_t total(void) { return env("FAKE_CUDA_MEMORY", 81559) * MIB; }
+static size_t whole(void) { return env("FAKE_CUDA_MEMORY", 81559) * MIB; }
 
-static size_t limit(void)
+/* The path of the process's cgroup, v2, as a file of tests/fake_nvml has it; its length. */
+static int cgroup(char *path, size_t size)
+{
+    char line[512];
+    FILE *file = fopen("/proc/self/cgroup", "r");
+    int length = 0;
+    while (file && fgets(line, sizeof line, file))
+        if (strncmp(line, "0::/", 4) == 0)
+            length = snprintf(path, size, "/sys/fs/cgroup%.*s", (int)strcspn(line + 3, "\n"), line + 3);
+    if (file) fclose(file);
+    return length;
+}
+
+/* What the driver lets the cgroup have: the limit of the nearest one above that has any. */
+static size_t by_driver(void)
+{
+    char own[600], path[4096];
+    unsigned long long hard, nearest = ~0ull;
+    size_t length, longest = 0;
+    const char *name = getenv("FAKE_NVML_LIMITS");
+    FILE *file = name ? fopen(name, "r") : NULL;
+    char kind[8];
+    cgroup(own, sizeof own);
+    while (file && fscanf(file, "%7s %*s %*u %llu %zu%*c", kind, &hard, &length) == 3) {
+        if (length >= sizeof path || fread(path, 1, length, file) != length) break;
+        if (strcmp(kind, "limit") != 0 || strncmp(own, path, length) != 0 || length < longest) continue;
+        if (own[length] != '/' && own[length] != '\0') continue;
+        if (hard == ~0ull && length > longest) continue;
+        nearest = hard;
+        longest = length;
+    }
+    if (file) fclose(file);
+    return nearest < whole() ? (size_t)nearest : whole();
+}
+
+static size_t by_mps(void)
 {
     const char *text = getenv("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT");
     size_t value;
     char unit;
-    if (connection < 0 || !text || sscanf(text, "0=%zu%c", &value, &unit) != 2) return total();
-    if (value == 0 || (unit != 'M' && unit != 'G')) return total();
+    if (connection < 0 || !text || sscanf(text, "0=%zu%c", &value, &unit) != 2) return whole();
+    if (value == 0 || (unit != 'M' && unit != 'G')) return whole();
     value *= unit == 'G' ? 1024 * MIB : MIB;
-    return value < total() ? value : total();
+    return value < whole() ? value : whole();
 }
+
+static size_t total(void) { return by_mps() < whole() ? whole() : by_driver(); }
+static size_t limit(void) { return by_mps() < by_driver() ? by_mps() : by_driver(); }
 
 static size_t used(void)
 {
     size_t sum = CONTEXT * MIB;
     for (int n = 0; n < count; n++) sum += taken[n].size;
     return sum;
+}
+
+static void say_used(size_t bytes)
+{
+    char path[600];
+    const char *name = getenv("FAKE_NVML_LIMITS"), *gpu = getenv("NVIDIA_VISIBLE_DEVICES");
+    int length = cgroup(path, sizeof path);
+    FILE *file = name && gpu && length > 0 ? fopen(name, "a") : NULL;
+    if (!file) return;
+    fprintf(file, "used %s %zu 0 %d\n%s\n", gpu, bytes, length, path);
+    fclose(file);
 }
 
 static int lost(void)
@@ -92,7 +142,12 @@ int cuInit(unsigned int flags)
 }
 
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return SUCCESS; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &count; return device; }
+int cuDevicePrimaryCtxRetain(void **context, int device)
+{
+    *context = &count;
+    say_used(used());
+    return device;
+}
 int cuCtxSetCurrent(void *context) { (void)context; return SUCCESS; }
 int cuCtxSynchronize(void) { usleep(200); return lost(); }
 
@@ -125,6 +180,7 @@ int cuMemAlloc_v2(pointer *at, size_t size)
     else *at = next += 1ull << 40;
     taken[count].at = *at;
     taken[count++].size = size;
+    say_used(used());
     return SUCCESS;
 }
 
@@ -134,6 +190,7 @@ int cuMemFree_v2(pointer at)
         if (taken[n].at == at) {
             if (taken[n].size <= 4 * MIB) free((void *)(size_t)at);
             taken[n] = taken[--count];
+            say_used(used());
             return lost();
         }
     return INVALID_VALUE;

@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 LIMIT = 540.0
+COMMANDS = {
+    "reach": "what clients of MPS reach",
+    "load": "load and accidents",
+    "limits": "memory limits that the driver enforces",
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -14,7 +19,7 @@ def arguments() -> argparse.Namespace:
     wheels.add_argument("folder", type=Path)
     wheels.add_argument("venv", type=Path, nargs="?", help="made, for this Python")
     wheels.add_argument("--python", default="3.12", help="of the machine with the GPU")
-    for name, what in (("reach", "what clients reach"), ("load", "load and accidents")):
+    for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what)
         command.add_argument("folder", type=Path, help="for report.md and transcript.json")
         command.add_argument("--limit", type=float, default=LIMIT, help="seconds, for all of it")
@@ -38,12 +43,13 @@ def main() -> int:
         return 0
     # Only now: these need what the wheels bring.
     try:
-        from tests.on_gpu import load, reach, runner
+        from tests.on_gpu import driver_limits, load, reach, runner
     except ImportError as error:
         print(f"{error}: see `python -m tests.on_gpu wheels`", file=sys.stderr)
         return 2
 
-    sections = reach.SECTIONS if options.command == "reach" else load.SECTIONS
+    modules = {"reach": reach, "load": load, "limits": driver_limits}
+    sections = modules[options.command].SECTIONS
     if options.sections:
         names = options.sections.split(",")
         if unknown := set(names) - {each.name for each in sections}:

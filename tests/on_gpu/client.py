@@ -181,6 +181,10 @@ class Client:
             **self._cuda.memory(),
         }
 
+    def memory(self) -> dict[str, Any]:
+        """What `open` said of it, as it is now."""
+        return self._cuda.memory()
+
     def seen(self) -> dict[str, Any]:
         """Memory as PyTorch shows it, in MiB."""
         if importlib.util.find_spec("torch") is None:

@@ -233,8 +233,11 @@ class Client:
         shm: str = "shared",
         read_only: bool = False,
         uid: int = 0,
+        cgroup: Path | None = None,
     ) -> None:
         lines = ["set -e"]
+        if cgroup is not None:
+            lines.append(f"echo $$ > {cgroup}/cgroup.procs")
         self.daemon = served_by
         chosen = {k: v for k, v in variables.items() if k != "CUDA_MPS_PIPE_DIRECTORY"}
         if served_by is not None:

@@ -174,7 +174,7 @@ LIMITED = ("setpriv", "--no-new-privs", "--inh-caps=-all")
 
 def rights(context: Context) -> None:
     it = Machine()
-    chart = (*LIMITED, f"--bounding-set=-all,{_added(RUNTIME)}")
+    chart = (*LIMITED, f"--bounding-set=-all,{added(RUNTIME)}")
     cases: dict[str, dict[str, Any]] = {
         "all": {},
         "the chart's: the runtime's own, no new privileges": {"before": chart},
@@ -183,7 +183,7 @@ def rights(context: Context) -> None:
             "script": "mount --bind {root} {root}; mount -o remount,bind,ro /",
         },
         "SETUID and SETGID": {
-            "before": (*LIMITED, f"--bounding-set=-all,{_added('setuid,setgid')}")
+            "before": (*LIMITED, f"--bounding-set=-all,{added('setuid,setgid')}")
         },
         "none": {"before": (*LIMITED, "--bounding-set=-all")},
         "all, directories that others may write": {"script": "chmod 0777 {pipe} {log}"},
@@ -204,7 +204,7 @@ def rights(context: Context) -> None:
     table.measure({name: partial(case, how) for name, how in cases.items()})
 
 
-def _added(capabilities: str) -> str:
+def added(capabilities: str) -> str:
     return ",".join(f"+{each}" for each in capabilities.split(","))
 
 
@@ -252,13 +252,13 @@ def limits(context: Context) -> None:
             filled = client.ask("fill", 30, most=3 * limit)
             return (
                 proof, answer["sms"], memory, answer["cuDeviceTotalMem"], shown,
-                _taken(filled), limit - filled["mib"] if filled.get("refusal") else "-",
+                taken(filled), limit - filled["mib"] if filled.get("refusal") else "-",
             )  # fmt: skip
 
     table.measure({name: partial(case, *how) for name, how in cases.items()})
 
 
-def _taken(filled: Mapping[str, Any]) -> str:
+def taken(filled: Mapping[str, Any]) -> str:
     if "failed" in filled:
         return outcome(filled)
     return f"{filled['mib']}: {filled['refusal'] or 'not refused'}"
@@ -288,7 +288,7 @@ def malformed(context: Context) -> None:
                 if "failed" in answer:
                     return (outcome(answer),)
                 filled = client.ask("fill", 15, most=4096)
-                return _taken(filled), client.proof(answer), answer["sms"]
+                return taken(filled), client.proof(answer), answer["sms"]
 
         table.measure({name: partial(case, variables) for name, variables in cases.items()})
 
