@@ -4,12 +4,16 @@ A limit is of a container's cgroup on one GPU (`nvmlDeviceSetMemoryLimits_v1`, d
 processes together cannot take more, with MPS or without.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
+from vgpu_agent.model.devices import SharedGpu, split_device_id
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.rules import MIB
+
+Shares = Mapping[str, Sequence[int]]
+"""What one vGPU of a GPU is worth, two, and so on, in bytes, by UUID: for GPUs whose memory is
+known."""
 
 GRACE = 5.0
 """Seconds after which a container without its limits is reported."""
@@ -35,17 +39,14 @@ class MemoryLimit:
 class Limited:
     """A container that holds vGPUs and runs, with what the driver has for it, by UUID.
 
-    `pod_uid` and `container` are as the kubelet's checkpoint has them. `holder` is None where its
-    names are not known. `wanted` are bytes, `peaks` the most that was seen in use. `problem` says
-    why its limits are not in effect.
+    `wanted` are bytes, `peaks` the most that was seen in use. `problem` says why its limits are not
+    in effect.
     """
 
-    pod_uid: str
-    container: str
-    holder: Holder | None
+    holder: Holder
     wanted: Mapping[str, int]
-    limits: Mapping[str, MemoryLimit] = field(default_factory=lambda: MappingProxyType({}))
-    peaks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    limits: Mapping[str, MemoryLimit] = field(default_factory=dict)
+    peaks: Mapping[str, int] = field(default_factory=dict)
     problem: str | None = None
 
 
@@ -60,20 +61,45 @@ class LimitsLook:
     """
 
     error: str | None = None
-    gpus: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    gpus: Mapping[str, str] = field(default_factory=dict)
     hook: str | None = None
     certain: bool = False
     enforced: bool = False
     containers: tuple[Limited, ...] = ()
 
+    def why_not(self, uuids: Iterable[str]) -> str | None:
+        """Why the driver does not limit what is on all of these GPUs; None where it can."""
+        return self.error or next((self.gpus[uuid] for uuid in uuids if uuid in self.gpus), None)
 
-def whole_mib(share: int) -> int:
-    """A share of memory as a limit: whole MiB, which is what the toolkit's hook takes."""
-    return share // MIB * MIB
+
+def shares(gpus: Iterable[SharedGpu]) -> Shares:
+    """The shares of these GPUs, in whole MiB: what the toolkit's hook takes."""
+    found = {}
+    for shared in gpus:
+        each = [shared.share_bytes(n) for n in range(1, shared.replicas + 1)]
+        found[shared.gpu.uuid] = [share // MIB * MIB for share in each if share is not None]
+    return {uuid: each for uuid, each in found.items() if each}
 
 
-def in_effect(found: MemoryLimit, wanted: int, *, guarantee: bool) -> bool:
+def wanted(device_ids: Iterable[str], of: Shares) -> dict[str, int]:
+    """The limit on each GPU, in bytes by UUID, of a container that holds these vGPUs.
+
+    None for a GPU that is not known, and for one that was divided anew since: what its vGPUs were
+    worth is not known then.
+    """
+    numbers: dict[str, list[int]] = {}
+    for vgpu in device_ids:
+        if (split := split_device_id(vgpu)) is not None:
+            numbers.setdefault(split[0], []).append(split[1])
+    return {
+        uuid: of[uuid][len(each) - 1]
+        for uuid, each in numbers.items()
+        if uuid in of and max(each) < len(of[uuid])
+    }
+
+
+def in_effect(found: MemoryLimit, hard: int, soft: int) -> bool:
     """Whether what the driver has is what a container should have, but for rounding."""
-    if found.hard_bytes is None or abs(found.hard_bytes - wanted) >= ROUNDED:
+    if found.hard_bytes is None or abs(found.hard_bytes - hard) >= ROUNDED:
         return False
-    return abs(found.soft_bytes - (wanted if guarantee else 0)) < ROUNDED
+    return abs(found.soft_bytes - soft) < ROUNDED
