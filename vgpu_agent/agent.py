@@ -24,9 +24,10 @@ from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.gpu.watch import GpuWatch
+from vgpu_agent.kubelet.checkpoint import CHECKPOINT
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
-from vgpu_agent.kubelet.podresources import CHECKPOINT, SOCKET, PodResourcesWatch
+from vgpu_agent.kubelet.podresources import SOCKET, PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
