@@ -1,1 +1,1 @@
-"""Memory limits that the driver enforces for containers: looked at, and set where they are missing."""
+"""Memory limits that the driver enforces for containers: looked at, and set where missing."""

@@ -45,7 +45,7 @@ class Said(Generic[T]):
     """One of the files, read when it is another one."""
 
     def __init__(self, kind: type[T], directory: Path) -> None:
-        self._kind = kind
+        self._kind: type[T] = kind
         self.path = path_of(kind, directory)
         self._read: tuple[object, T | None] = None, None
 

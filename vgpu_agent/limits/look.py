@@ -1,5 +1,6 @@
-"""One look after the other at all containers that hold vGPUs: their cgroups, and what the driver
-has for these. Where it is asked for, limits that are missing or wrong are set.
+"""One look after the other at the containers that hold vGPUs, and their limits by the driver.
+
+Where it is asked for, limits that are missing or wrong are set.
 
 The kubelet's checkpoint says who holds which vGPUs, by pod UID and container name; the links in
 /var/log/containers name containers by their IDs, and cgroups are named by ID and pod UID. A cgroup

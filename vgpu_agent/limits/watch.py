@@ -1,4 +1,4 @@
-"""Who looks at the limits, and when: the agent itself, or the container beside it that sets them."""
+"""Who looks at the limits: the agent itself, or the container beside it that sets them."""
 
 import logging
 import time
@@ -70,7 +70,9 @@ class OwnLook:
 
     async def look(self, snapshot: Snapshot) -> LimitsLook | None:
         """See `Source`."""
-        return await self.paced.look(shares(snapshot.inventory.gpus)) if snapshot.driver.up else None
+        return (
+            await self.paced.look(shares(snapshot.inventory.gpus)) if snapshot.driver.up else None
+        )
 
 
 class Enforced:

@@ -65,7 +65,8 @@ def grant(
 ) -> Grant:
     """What a container that holds these vGPUs gets.
 
-    `limits` is what is known of the driver's memory limits, None where they are off. Raises InvalidRequestError and UnavailableDeviceError, see `check_devices`.
+    `limits` is what is known of the driver's memory limits, None where they are off. Raises
+    InvalidRequestError and UnavailableDeviceError, see `check_devices`.
     """
     counts = Counter(shared.gpu.uuid for shared in check_devices(inventory, device_ids))
     parts = [

@@ -6,10 +6,45 @@ processes together cannot take more, with MPS or without.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from vgpu_agent.model.devices import SharedGpu, split_device_id
-from vgpu_agent.model.holders import Holder
+from vgpu_agent.model.holders import Holder, Used
 from vgpu_agent.model.rules import MIB
+
+
+class Mode(StrEnum):
+    """How memory limits by the driver come about on a node now.
+
+    `driver`: a container of ours sets them. `hook`: the container toolkit may, by the variables
+    that containers get, and it is read back whether it did. `none`: there are none. `off`.
+    """
+
+    DRIVER = "driver"
+    HOOK = "hook"
+    NONE = "none"
+    OFF = "off"
+
+
+class MemorySource(StrEnum):
+    """Who says how much memory a container has: the driver by its cgroup, or its processes."""
+
+    DRIVER = "driver"
+    PROCESSES = "processes"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A container's memory on a GPU, in bytes: in use, the most that was seen, the driver's limit.
+
+    None is not known, and of the limit none.
+    """
+
+    used_bytes: int | None = None
+    source: MemorySource | None = None
+    peak_bytes: int | None = None
+    limit_bytes: int | None = None
+
 
 Shares = Mapping[str, Sequence[int]]
 """What one vGPU of a GPU is worth, two, and so on, in bytes, by UUID: for GPUs whose memory is
@@ -67,6 +102,20 @@ class LimitsLook:
     enforced: bool = False
     containers: tuple[Limited, ...] = ()
 
+    @property
+    def mode(self) -> Mode:
+        """How limits come about."""
+        if self.error is not None:
+            return Mode.NONE
+        if self.enforced:
+            return Mode.DRIVER
+        return Mode.HOOK if self.hook is None else Mode.NONE
+
+    @property
+    def missing(self) -> tuple[Limited, ...]:
+        """The containers whose limits are not in effect."""
+        return tuple(each for each in self.containers if each.problem is not None)
+
     def why_not(self, uuids: Iterable[str]) -> str | None:
         """Why the driver does not limit what is on all of these GPUs; None where it can."""
         return self.error or next((self.gpus[uuid] for uuid in uuids if uuid in self.gpus), None)
@@ -96,6 +145,17 @@ def wanted(device_ids: Iterable[str], of: Shares) -> dict[str, int]:
         for uuid, each in numbers.items()
         if uuid in of and max(each) < len(of[uuid])
     }
+
+
+def memory_of(uuid: str, limited: Limited | None, used: Used | None) -> Memory:
+    """What is known of a container's memory on a GPU. The driver's own word comes first."""
+    limit = None if limited is None else limited.limits.get(uuid)
+    if limited is not None and limit is not None:
+        peak = limited.peaks.get(uuid)
+        return Memory(limit.used_bytes, MemorySource.DRIVER, peak, limit.hard_bytes)
+    if used is None or used.memory_bytes is None:
+        return Memory()
+    return Memory(used.memory_bytes, MemorySource.PROCESSES)
 
 
 def in_effect(found: MemoryLimit, hard: int, soft: int) -> bool:

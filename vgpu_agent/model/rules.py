@@ -17,8 +17,8 @@ MPS_SERVER_MARGIN = 512 * MIB
 same Allocate request must have the same answer for as long as the settings are the same."""
 
 CONTEXT_MPS, CONTEXT = 448 * MIB, 832 * MIB
-"""What a process cannot allocate of a limit that the driver enforces, in bytes, as an MPS client and
-without MPS: its CUDA context (NVIDIA's measurement with driver 615, rounded up)."""
+"""What a process cannot allocate of a limit that the driver enforces, in bytes, as an MPS client
+and without MPS: its CUDA context (NVIDIA's measurement with driver 615, rounded up)."""
 
 MAX_REPLICAS = 1024
 """Most vGPUs of a GPU, by count or by size."""

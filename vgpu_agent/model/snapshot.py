@@ -24,7 +24,7 @@ from vgpu_agent.model.holders import (
     orphaned,
     parts,
 )
-from vgpu_agent.model.limits import Limited, LimitsLook
+from vgpu_agent.model.limits import Limited, LimitsLook, Memory, memory_of
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.policy import cordon_faults
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
@@ -188,6 +188,11 @@ class Snapshot(Inputs):
         found = () if self.limits is None else self.limits.containers
         return {each.holder: each for each in found}
 
+    def memory_of(self, uuid: str, holder: Holder) -> Memory:
+        """What is known of a container's memory on a GPU."""
+        used = None if self.usage is None else self.usage.containers.get((uuid, holder))
+        return memory_of(uuid, self.limited.get(holder), used)
+
     @cached_property
     def orphans(self) -> tuple[str, ...]:
         """The vGPUs that are held though the node no longer has them.
@@ -315,14 +320,6 @@ def _daemon_of(uuid: str, inputs: Inputs, sharing: SharingRules) -> str:
     name = sharing.daemon_of(uuid)
     look = inputs.mps_look and inputs.mps_look.daemons.get(name)
     return name if look and any(gpu.uuid == uuid for gpu in look.gpus) else ""
-
-
-def split_containers(snapshot: Snapshot, sharing: SharingRules) -> frozenset[Holder]:
-    """The containers that hold vGPUs of several MPS daemons, and so cannot start."""
-    held: dict[Holder, set[str]] = {}
-    for part in snapshot.parts if sharing.mps else ():
-        held.setdefault(part.holder, set()).add(sharing.daemon_of(part.shared.gpu.uuid))
-    return frozenset(holder for holder, daemons in held.items() if len(daemons) > 1)
 
 
 def _mps(inputs: Inputs, inventory: Inventory, sharing: SharingRules) -> Mps:

@@ -6,7 +6,6 @@ The agent asks no daemon: it reads what `mps watch` wrote, and checks that the d
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import anyio

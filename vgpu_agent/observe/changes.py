@@ -13,10 +13,11 @@ from types import MappingProxyType
 from vgpu_agent.model import advice
 from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.holders import split_containers
 from vgpu_agent.model.place import Advice, in_a_line
 from vgpu_agent.model.policy import judge_xid, remedy
 from vgpu_agent.model.rules import HealthRules
-from vgpu_agent.model.snapshot import Rules, Snapshot, split_containers
+from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe.logs import Repeats
 
 log = logging.getLogger("vgpu_agent")
@@ -172,7 +173,7 @@ def _mps(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
     old, new = before.mps, after.mps
     if after.holders is not before.holders:
         sharing = rules.sharing
-        split = split_containers(after, sharing) - split_containers(before, sharing)
+        split = split_containers(after.parts, sharing) - split_containers(before.parts, sharing)
         for holder in sorted(split):
             yield _warning(
                 "a container was given vGPUs of several GPUs, each with an MPS daemon of its own,"
