@@ -34,6 +34,7 @@ REASONS = [
     "mps",
     "mps-fault",
     "compute-mode",
+    "limits",
     "cordoned",
 ]
 

@@ -10,7 +10,7 @@ that these three do not name together is never touched.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import anyio
@@ -93,6 +93,7 @@ class Looker:
     _peaks: dict[tuple[str, str], int] = field(default_factory=dict)
     _kept: dict[str, Held] = field(default_factory=dict)
     _set: set[str] = field(default_factory=set)
+    _applied: bool = False
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
     def signs(self) -> object:
@@ -129,17 +130,22 @@ class Looker:
             if isinstance(word := of.get(tree.scratch, "NVML does not answer for it now"), str)
         }
         alike = set(gpus.values()) if gpus.keys() == shares.keys() else set()
-        containers = [
-            each
-            for held in tree.held
-            if (each := self._limited(held, limits[held.leaf.path], answers, tree)) is not None
-        ]
+        found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
+        wrong = [held.leaf for held, each in found if each.problem is not None]
+        ended = await anyio.to_thread.run_sync(self._ended, wrong, limiter=self._limiter)
+        containers = [each for held, each in found if held.leaf.path not in ended]
         self._forget(tree)
+        late = any(each.problem is not None for each in containers)
+        applied = self.enforce or self._applied or not late
+        if not (self.enforce or (tree.hook is None and applied)):
+            # That is of the node, and of none of its containers.
+            containers = [replace(each, problem=None) for each in containers]
         return LimitsLook(
             error=alike.pop() if len(alike) == 1 else None,
             gpus=gpus,
             hook=tree.hook,
             enforced=self.enforce,
+            applied=applied,
             containers=tuple(containers),
         )
 
@@ -190,6 +196,9 @@ class Looker:
         scratch = next((leaf.path for leaf in leaves.values()), str(self.hierarchy.root))
         return Tree(None, self.hierarchy.hook(), tuple(held), scratch)
 
+    def _ended(self, leaves: Sequence[Leaf]) -> set[str]:
+        return {leaf.path for leaf in leaves if self.hierarchy.ended(leaf)}
+
     def _lacks(self, leaf: Leaf) -> str | None:
         lacks = self.hierarchy.lacks(leaf)
         if lacks is None or not self.enable:
@@ -233,50 +242,31 @@ class Looker:
     # What it comes to
 
     def _limited(
-        self,
-        held: Held,
-        limits: Mapping[str, int],
-        answers: Mapping[str, Answers],
-        tree: Tree,
-    ) -> Limited | None:
-        """None for a container that has ended meanwhile."""
+        self, held: Held, limits: Mapping[str, int], answers: Mapping[str, Answers]
+    ) -> Limited:
         has: dict[str, MemoryLimit] = {}
         problem, path, now = None, held.leaf.path, self.clock()
         for uuid, hard in limits.items():
-            found = answers[uuid].get(path)
+            found, key = answers[uuid].get(path), (path, uuid)
             if isinstance(found, MemoryLimit):
                 has[uuid] = found
-                key = held.leaf.container_id, uuid
                 self._peaks[key] = max(self._peaks.get(key, 0), found.used_bytes)
-            if (
-                held.lacks is None
-                and isinstance(found, MemoryLimit)
-                and in_effect(found, hard, self._soft(hard))
-            ):
-                self._wrong.pop((path, uuid), None)
-                continue
-            since = self._wrong.setdefault((path, uuid), now)
-            if now - since >= GRACE:
+                if held.lacks is None and in_effect(found, hard, self._soft(hard)):
+                    self._wrong.pop(key, None)
+                    self._applied = True
+                    continue
+            if now - self._wrong.setdefault(key, now) >= GRACE:
                 problem = held.lacks or self._words(found, hard)
-        if problem is not None and self.hierarchy.ended(held.leaf):
-            return None
         if any(found.soft_bytes for found in has.values()):
             self._kept[path] = held
-        expected = self.enforce or tree.hook is None
-        return Limited(
-            held.holder,
-            limits,
-            has,
-            {uuid: self._peaks[held.leaf.container_id, uuid] for uuid in has},
-            problem if expected else None,
-        )
+        peaks = {uuid: self._peaks[path, uuid] for uuid in has}
+        return Limited(held.holder, limits, has, peaks, problem)
 
     def _forget(self, tree: Tree) -> None:
         """What was remembered of containers that are no longer there."""
-        ids = {each.leaf.container_id for each in tree.held}
         paths = {each.leaf.path for each in tree.held}
         self._set &= paths
-        self._peaks = {key: peak for key, peak in self._peaks.items() if key[0] in ids}
+        self._peaks = {key: peak for key, peak in self._peaks.items() if key[0] in paths}
         self._wrong = {key: since for key, since in self._wrong.items() if key[0] in paths}
 
     def _words(self, found: MemoryLimit | str | None, hard: int) -> str:

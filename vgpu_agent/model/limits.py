@@ -50,6 +50,11 @@ Shares = Mapping[str, Sequence[int]]
 """What one vGPU of a GPU is worth, two, and so on, in bytes, by UUID: for GPUs whose memory is
 known."""
 
+NOT_APPLIED = (
+    "no container has its limit: the node's container toolkit does not set them (1.20.1 and later"
+    " do)"
+)
+
 GRACE = 5.0
 """Seconds after which a container without its limits is reported."""
 
@@ -92,7 +97,8 @@ class LimitsLook:
     `error` says why there can be none on this node, or why nothing is known; `gpus` the same of
     single GPUs, by UUID. `hook` says why containers get no variables for the container toolkit's
     hook, which would keep them from starting; None where it cannot. `certain`: the hook is known
-    to set the limits before a container starts. `enforced`: what is missing is set.
+    to set the limits before a container starts. `enforced`: what is missing is set. `applied`:
+    some limit was seen in effect, or there was none to be seen.
     """
 
     error: str | None = None
@@ -100,6 +106,7 @@ class LimitsLook:
     hook: str | None = None
     certain: bool = False
     enforced: bool = False
+    applied: bool = True
     containers: tuple[Limited, ...] = ()
 
     @property
@@ -109,7 +116,14 @@ class LimitsLook:
             return Mode.NONE
         if self.enforced:
             return Mode.DRIVER
-        return Mode.HOOK if self.hook is None else Mode.NONE
+        return Mode.HOOK if self.hook is None and self.applied else Mode.NONE
+
+    @property
+    def why_none(self) -> str | None:
+        """Why the mode is `none`."""
+        if self.mode is not Mode.NONE:
+            return None
+        return self.error or self.hook or NOT_APPLIED
 
     @property
     def missing(self) -> tuple[Limited, ...]:

@@ -112,8 +112,8 @@ def _report(
 def _limits(look: LimitsLook | None) -> LimitsReport:
     if look is None:
         return LimitsReport(Mode.OFF, None, 0)
-    why = look.error or (look.hook if look.mode is Mode.NONE else None)
-    return LimitsReport(look.mode, why or next(iter(look.gpus.values()), None), len(look.missing))
+    why = look.why_none or next(iter(look.gpus.values()), None)
+    return LimitsReport(look.mode, why, len(look.missing))
 
 
 def _gpu(shared: SharedGpu, vgpus: Counts, snapshot: Snapshot) -> GpuReport:
