@@ -27,6 +27,7 @@ ROOMS = {
     "mps": ("model", "gpu.driver", *LEAVES),
     "kubelet": ("model", *LEAVES),
     "usage": ("model", "gpu.driver", *LEAVES),
+    "limits": ("model", "gpu.driver", "kubelet.checkpoint", "usage.containers", *LEAVES),
     "observe": ("model", *LEAVES),
     "control": LEAVES,
     "signals": (),
