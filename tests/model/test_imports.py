@@ -28,7 +28,6 @@ ROOMS = {
     "kubelet": ("model", *LEAVES),
     "limits": ("model", "gpu.driver", "kubelet.checkpoint", "usage.containers", *LEAVES),
     "usage": ("model", "gpu.driver", *LEAVES),
-    "limits": ("model", "gpu.driver", "kubelet.checkpoint", "usage.containers", *LEAVES),
     "observe": ("model", *LEAVES),
     "control": LEAVES,
     "signals": (),

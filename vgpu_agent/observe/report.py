@@ -129,11 +129,12 @@ class AllocationReport:
     """What a container holds and uses of a GPU: the `numbers` of its vGPUs.
 
     `memory_share_bytes` is what they are worth, null where some of them are no longer advertised;
-    `memory_limited`: a process of the container is held to it by MPS. `memory_used_bytes` is as
-    `memory_source` says: by the `driver` for the container, or by its `processes`; `processes` is
-    null where they are not looked at. `memory_peak_bytes` is the most that was seen of the
-    container. `memory_limit_bytes` is the driver's limit for it, null where there is none, and
-    `memory_limit_problem` says why it is not in effect.
+    `memory_limited`: each of its processes is held to it by MPS, or all by the driver.
+
+    `memory_used_bytes` is what the container has, by the `memory_source`: the `driver`, or its
+    `processes`, whose number is null where they are not looked at. `memory_peak_bytes` is the most
+    that was seen. `memory_limit_bytes` is the driver's limit, null where there is none, and
+    `memory_limit_problem` says why that is not in effect.
     """
 
     namespace: str

@@ -144,6 +144,7 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
     gpu, holder, usage = part.shared.gpu, part.holder, snapshot.usage
     used = None if usage is None else usage.containers.get((gpu.uuid, holder), Used(0, 0))
     memory, limits = snapshot.memory_of(gpu.uuid, holder), snapshot.limited.get(holder)
+    problem = None if limits is None else limits.problem
     return AllocationReport(
         namespace=holder.namespace,
         pod=holder.pod,
@@ -152,12 +153,12 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
         gpu_index=gpu.index,
         numbers=part.numbers,
         memory_share_bytes=part.shared.share_bytes(len(part.numbers)) if part.whole else None,
-        memory_limited=limited,
+        memory_limited=limited or (memory.limit_bytes is not None and problem is None),
         memory_used_bytes=memory.used_bytes,
         memory_source=memory.source,
         memory_peak_bytes=memory.peak_bytes,
         memory_limit_bytes=memory.limit_bytes,
-        memory_limit_problem=None if limits is None else limits.problem,
+        memory_limit_problem=problem,
         processes=None if used is None else used.processes,
     )
 
