@@ -3,6 +3,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +59,80 @@ def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, c
     assert caplog.text.count("cannot be read") == 11
 
 
+HOOK = {
+    "hookName": "createContainer",
+    "path": "/usr/bin/nvidia-cdi-hook",
+    "args": ["nvidia-cdi-hook", "apply-cuda-memory-limits"],
+}
+OLDER = HOOK | {"args": ["nvidia-ctk", "hook", "apply-cuda-memory-limits"]}
+OTHER = HOOK | {"args": ["nvidia-cdi-hook", "update-ldcache", "--folder", "apply-cuda"]}
+
+
+def edits(*hooks):
+    return {"containerEdits": {"hooks": list(hooks)}}
+
+
+def spec(*devices, kind="nvidia.com/gpu", **rest):
+    """With a device of each of these edits."""
+    named = [{"name": str(n)} | device for n, device in enumerate(devices)]
+    return {"cdiVersion": "0.7.0", "kind": kind, "devices": named} | rest
+
+
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        ([], False),
+        ([spec({}, edits(OTHER))], False),
+        ([spec({}, {}, **edits(OTHER, HOOK))], True),
+        ([spec({}, {}, **edits(OLDER))], True),
+        ([spec(edits(HOOK), edits(OTHER, HOOK))], True),
+        ([spec(edits(HOOK), edits(OTHER))], False),
+        ([spec(edits(HOOK), {})], False),
+        ([spec(edits(OTHER), **edits(HOOK)), spec({}, **edits(HOOK))], True),
+        ([spec({}, **edits(HOOK)), spec({}, **edits(OTHER))], False),
+        # Of another kind, or without a device, it says nothing.
+        ([spec({}, **edits(HOOK)), spec({}, kind="example.com/nic")], True),
+        ([spec({}, kind="example.com/nic", **edits(HOOK))], False),
+        ([spec({}, **edits(HOOK)), spec()], True),
+        ([spec(**edits(HOOK))], False),
+        # What cannot be read could be of any kind.
+        ([spec({}, **edits(HOOK)), []], False),
+        ([spec({}, **edits(HOOK)), spec({"name": None}, **edits(HOOK))], False),
+        # Odd edits have no hook, and hide no device.
+        ([spec({}, containerEdits=[HOOK])], False),
+        ([spec({}, containerEdits=None)], False),
+        ([spec({}, containerEdits={"hooks": HOOK})], False),
+        ([spec({}, **edits(None, 7, "args", [HOOK], {}))], False),
+        ([spec({}, **edits({"args": "nvidia-cdi-hook apply-cuda-memory-limits"}))], False),
+        ([spec({}, **edits({"args": {"apply-cuda-memory-limits": 1}}))], False),
+        ([spec({}, **edits({"args": [None, ["apply-cuda-memory-limits"]]}, HOOK))], True),
+        ([spec({}, **edits(*32 * [OTHER], HOOK))], False),
+        ([spec({}, hooks=[HOOK])], False),
+    ],
+)
+def test_limits_come_with_every_device_or_are_not_certain(tmp_path, specs, expected):
+    for n, content in enumerate(specs):
+        (tmp_path / f"{n}.json").write_text(json.dumps(content))
+    found = CdiSpecs("nvidia.com/gpu", (tmp_path,))
+    assert found.limits_memory() is expected
+    named = {
+        device["name"]
+        for content in specs
+        if isinstance(content, dict) and content["kind"] == "nvidia.com/gpu"
+        for device in content["devices"]
+    }
+    assert found.names() == named - {None}
+
+
+def test_whether_limits_come_with_a_device_is_what_its_spec_says_now(tmp_path):
+    found = CdiSpecs("nvidia.com/gpu", (tmp_path,))
+    for hooks in ([], [HOOK], [OTHER, OTHER], [HOOK, HOOK, HOOK]):
+        (tmp_path / "nvidia.yaml").write_text(json.dumps(spec({}, **edits(*hooks))))
+        assert found.limits_memory() is (HOOK in hooks)
+    (tmp_path / "nvidia.yaml").unlink()
+    assert not found.limits_memory()
+
+
 laughter = "".join(f"a{n}: &a{n} [{', '.join(8 * [f'*a{n - 1}'])}]\n" for n in range(1, 12))
 BOMB = f"kind: nvidia.com/gpu\na0: &a0 [ha]\n{laughter}devices: [{{name: *a11}}]\n"
 
@@ -65,11 +140,19 @@ values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(ONE),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["kind", "devices", "name", "x"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["kind", "devices", "name", "containerEdits", "hooks", "args", "x"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
-specs = st.fixed_dictionaries({"kind": st.just("nvidia.com/gpu"), "devices": values})
+named = st.fixed_dictionaries({"name": st.text()}, optional={"containerEdits": values})
+specs = st.fixed_dictionaries(
+    {"kind": st.just("nvidia.com/gpu"), "devices": values | st.lists(named, max_size=3)},
+    optional={"containerEdits": values},
+)
 
 
 @given(st.binary() | st.text().map(str.encode) | (values | specs).map(json.dumps).map(str.encode))
@@ -78,7 +161,9 @@ specs = st.fixed_dictionaries({"kind": st.just("nvidia.com/gpu"), "devices": val
 def test_whatever_a_spec_is_names_are_texts(content):
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "a.yaml").write_bytes(content)
-        names = CdiSpecs("nvidia.com/gpu", (Path(directory),)).names()
+        found = CdiSpecs("nvidia.com/gpu", (Path(directory),))
+        names = found.names()
+        assert not found.limits_memory()
     assert all(isinstance(name, str) and len(name) <= len(content) for name in names)
 
 

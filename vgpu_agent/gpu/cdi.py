@@ -1,12 +1,13 @@
-"""Which GPUs the host's CDI specs name: what they do not name a container cannot be given.
+"""Which GPUs the host's CDI specs name, and whether the hook for memory limits comes with them.
 
-Specs are YAML or JSON files in two directories of the host (Container Device Interface
-specification); JSON is YAML too.
+What they do not name a container cannot be given. Specs are YAML or JSON files in two directories
+of the host (Container Device Interface specification); JSON is YAML too.
 """
 
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -20,7 +21,29 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 2**22
 """A node with many GPUs and MIG devices has a spec of some hundred KiB."""
 
+HOOK = "apply-cuda-memory-limits"
+"""The container toolkit's hook (1.20.1), an argument of its program, which sets memory limits."""
+
+MAX_LOOKED_AT = 32
+"""Hooks, and arguments of each; a spec has some five hooks, whose name is their second argument.
+
+YAML can repeat a long list without end.
+"""
+
 DIRECTORIES = (Path("/etc/cdi"), Path("/var/run/cdi"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Spec:
+    """A file as it was read: the names of its devices of the kind.
+
+    `limits_memory`: it has no device without the hook. Of one that cannot be read that is not
+    known.
+    """
+
+    identity: Identity
+    names: frozenset[str] = frozenset()
+    limits_memory: bool = False
 
 
 class CdiSpecs:
@@ -29,36 +52,47 @@ class CdiSpecs:
     def __init__(self, kind: str, directories: Iterable[Path] = DIRECTORIES) -> None:
         self._kind = kind
         self._directories = tuple(directories)
-        self._read: dict[Path, tuple[Identity, frozenset[str]]] = {}
+        self._read: dict[Path, _Spec] = {}
 
     def names(self) -> frozenset[str]:
         """The names of all devices of the kind. Blocks. A spec that cannot be read has none.
 
         Where no directory can be looked at now (out of descriptors) they are as they were.
         """
+        self._look()
+        return frozenset().union(*(spec.names for spec in self._read.values()))
+
+    def limits_memory(self) -> bool:
+        """Whether every device of the kind comes with the hook that sets memory limits. Blocks.
+
+        A file that cannot be read may name one without.
+        """
+        self._look()
+        specs = self._read.values()
+        return any(spec.names for spec in specs) and all(spec.limits_memory for spec in specs)
+
+    def _look(self) -> None:
         with suppress(OSError):
             paths = [path for each in self._directories for path in sorted(each.glob("*"))]
             self._read = {
                 path: self._of(path) for path in paths if path.suffix in (".yaml", ".json")
             }
-        return frozenset().union(*(names for _, names in self._read.values()))
 
-    def _of(self, path: Path) -> tuple[Identity, frozenset[str]]:
-        """Which file it is, and its devices."""
+    def _of(self, path: Path) -> _Spec:
         try:
             identity = Identity.of(path.stat())
         except OSError as error:
             # A link that leads nowhere is a file of its own.
             identity = Identity(0, 0, error.errno or 0)
         known = self._read.get(path)
-        if known is not None and known[0] == identity:
+        if known is not None and known.identity == identity:
             return known
         try:
-            return identity, frozenset(_devices_of(path, self._kind))
+            return _read(path, self._kind, identity)
         except _WRONG as error:
             words = f"CDI spec {path} cannot be read: {type(error).__name__}: {error}"
             log.warning("%s", words[:500])
-            return identity, frozenset()
+            return _Spec(identity)
 
 
 _WRONG = (
@@ -73,12 +107,24 @@ _WRONG = (
 )
 
 
-def _devices_of(path: Path, kind: str) -> set[str]:
+def _read(path: Path, kind: str, identity: Identity) -> _Spec:
     """Raises one of `_WRONG`."""
     spec = yaml.safe_load(store.read_bytes(path, MAX_BYTES) or b"")
     if spec["kind"] != kind:
-        return set()
+        return _Spec(identity, limits_memory=True)
     names = [device["name"] for device in spec["devices"]]
     if not all(isinstance(name, str | int) for name in names):
         raise TypeError("a device has a name that is no text")  # YAML can nest without end
-    return set(map(str, names))
+    limited = _has_hook(spec) or all(map(_has_hook, spec["devices"]))
+    return _Spec(identity, frozenset(map(str, names)), limited)
+
+
+def _has_hook(edited: dict[str, object]) -> bool:
+    """Whether the container edits of a spec or of a device have the hook, whatever they are."""
+    edits = edited.get("containerEdits")
+    hooks = edits.get("hooks") if isinstance(edits, dict) else None
+    for hook in hooks[:MAX_LOOKED_AT] if isinstance(hooks, list) else ():
+        args = hook.get("args") if isinstance(hook, dict) else None
+        if isinstance(args, list) and HOOK in args[:MAX_LOOKED_AT]:
+            return True
+    return False
