@@ -168,7 +168,8 @@ class Enforcer:
                 try:
                     look = await self._look(paced, await anyio.to_thread.run_sync(wanted.read))
                 except (StoreError, DriverError) as error:
-                    look, wait = LimitsLook(error=str(error), enforced=True), RETRY
+                    look = LimitsLook(error=str(error), enforced=True)
+                    wait = RETRY if isinstance(error, DriverError) else self.poll
                 await self._say(look)
                 await anyio.sleep(wait)
 
