@@ -321,7 +321,7 @@ async def test_real_gpus_cannot_be_made_to_fail(tmp_path):
     class Real(GpuDriver):
         """It is not even asked."""
 
-        scan = probe = processes = next_events = release = None
+        scan = probe = processes = next_events = release = memory_limits = limit_memory = None
 
     it = Asked(tmp_path, Real())
     for fault in ("xid", "lose", "ecc", "hang", "heal", "burn"):

@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import fcntl
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +21,25 @@ Processes = tuple[tuple[int, int | None], ...]
 """PIDs, and how much memory each has."""
 
 
-def build(directory: Path) -> Path:
+NO_LIMIT = 2**64 - 1
+"""A hard limit that is none."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What is set for a cgroup on a GPU, in bytes."""
+
+    soft: int
+    hard: int
+
+
+def build(directory: Path, *flags: str) -> Path:
     """Compiles the library with `cc` into that directory; raises CalledProcessError."""
     library = directory / "libnvidia-ml.so.1"
     command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run([*command, "-o", library, SOURCE], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [*command, *flags, "-o", library, SOURCE], check=True, capture_output=True, text=True
+    )
     return library
 
 
@@ -36,7 +52,8 @@ class FakeGpu:
     names the one call ("DeviceGetName") that these two are of. `set_mode_error` is what setting its
     compute mode answers, `handle_error` what asking for its handle does. `compute` and `mps` are
     its two lists of processes, `compute_error` and `mps_error` what asking for them answers
-    instead; that takes `list_hang` seconds.
+    instead; that takes `list_hang` seconds. `limits_error` is what asking for memory limits and
+    setting them answers, `set_limits_error` what setting them does.
     """
 
     uuid: str
@@ -66,6 +83,8 @@ class FakeGpu:
     list_hang: float = 0
     events: int | None = ALL_EVENTS
     memory_v2: bool = True
+    limits_error: int = 0
+    set_limits_error: int = 0
     epoch: int = 0
     hang: float = 0
     call_error: int = 0
@@ -84,7 +103,8 @@ class FakeGpu:
 class FakeNvml:
     """One set of GPUs, as the fake library and the folders of the kernel show them.
 
-    Every change is there at once, as a whole, for every process that uses `environment()`.
+    Every change is there at once, as a whole, for every process that uses `environment()`. Memory
+    can be limited with a `driver` from 615 on; with `dmem` on cgroups that have a file dmem.max.
     """
 
     library: Path
@@ -94,11 +114,14 @@ class FakeNvml:
     init_code: int = 0
     wait_code: int = 0
     system_call: str = ""
+    dmem: bool = False
     _events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.numa_root.mkdir(parents=True)
         self.proc_root.mkdir()
+        self.limits_file.touch()
+        self.limits_file.chmod(0o666)  # the agent and what sets the limits are different users
         self._write()
 
     @property
@@ -110,6 +133,11 @@ class FakeNvml:
     def log(self) -> Path:
         """What was set, a line each."""
         return self.directory / "log"
+
+    @property
+    def limits_file(self) -> Path:
+        """The memory limits that were set; see nvml.c."""
+        return self.directory / "limits"
 
     @property
     def numa_root(self) -> Path:
@@ -127,6 +155,7 @@ class FakeNvml:
             "LD_LIBRARY_PATH": str(self.library.parent),
             "FAKE_NVML_CONTROL": str(self.control),
             "FAKE_NVML_LOG": str(self.log),
+            "FAKE_NVML_LIMITS": str(self.limits_file),
         }
 
     def set_gpus(self, *gpus: FakeGpu) -> None:
@@ -169,6 +198,31 @@ class FakeNvml:
         self.wait_code = code or 0
         self._write()
 
+    def set_driver(self, version: str, *, dmem: bool = False) -> None:
+        """Makes this the driver of the machine."""
+        self.driver, self.dmem = version, dmem
+        self._write()
+
+    def limits(self) -> dict[tuple[str, str], Limit]:
+        """The memory limits that are set, by UUID and the real path of the cgroup."""
+        found: dict[tuple[str, str], Limit] = {}
+        with self.limits_file.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            while line := file.readline():
+                kind, uuid, soft, hard, length = line.split()
+                path = os.fsdecode(file.read(int(length)))
+                file.read(1)
+                if kind == b"limit":
+                    found[uuid.decode(), path] = Limit(int(soft), int(hard))
+        return {place: limit for place, limit in found.items() if limit != Limit(0, NO_LIMIT)}
+
+    def use(self, uuid: str, cgroup: Path | str, used: int) -> None:
+        """So many bytes of that GPU are in use by the processes of that cgroup from now on."""
+        path = os.fsencode(os.path.realpath(cgroup))
+        with self.limits_file.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b"used %s %d 0 %d\n%s\n" % (uuid.encode(), used, len(path), path))
+
     def system_hang(self, call: str) -> None:
         """Makes that call ("DeviceGetCount_v2") never return; none where empty."""
         self.system_call = call
@@ -180,6 +234,7 @@ class FakeNvml:
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
             f"system_hang {self.system_call}",
+            f"limits_backend {'dmem' if self.dmem else 'misc'}",
             *(shared.line() for shared in self.gpus),
             *self._events,
         ]

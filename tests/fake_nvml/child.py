@@ -36,6 +36,24 @@ async def processes(driver: NvmlDriver, uuid: str) -> Any:
     return None if found is None else [dataclasses.astuple(process) for process in found]
 
 
+async def memory_limits(driver: NvmlDriver, uuid: str, *cgroups: str) -> Any:
+    """Hard, soft and used bytes by path, or words; and how many seconds it took."""
+    start = time.monotonic()
+    found = await driver.memory_limits(uuid, cgroups)
+    took = time.monotonic() - start
+    answers = {
+        path: each if isinstance(each, str) else dataclasses.astuple(each)
+        for path, each in found.items()
+    }
+    return [answers, took]
+
+
+async def limit_memory(
+    driver: NvmlDriver, uuid: str, cgroup: str, hard: int | None, soft: int
+) -> Any:
+    return await driver.limit_memory(uuid, cgroup, hard, soft)
+
+
 async def release(driver: NvmlDriver) -> Any:
     return await driver.release()
 
@@ -57,7 +75,12 @@ async def cancel(driver: NvmlDriver, after: float) -> Any:
 
 
 async def hang(
-    driver: NvmlDriver, uuid: str, seconds: float, times: int, name: str = "probe"
+    driver: NvmlDriver,
+    uuid: str,
+    seconds: float,
+    times: int,
+    name: str = "probe",
+    *arguments: Any,
 ) -> Any:
     """What happens on the loop and to threads while calls hang: ticks, timeouts, new threads."""
     call = getattr(driver, name)
@@ -75,7 +98,7 @@ async def hang(
         tasks.start_soon(tick)
         for _ in range(times):
             with anyio.move_on_after(seconds) as scope:
-                await call(uuid)
+                await call(uuid, *arguments)
             timeouts += scope.cancelled_caught
         done.set()
     return {"ticks": ticks, "timeouts": timeouts, "threads": threading.active_count() - before}
@@ -100,7 +123,19 @@ async def leave(driver: NvmlDriver) -> Any:
 
 COMMANDS = {
     command.__name__: command
-    for command in (scan, probe, processes, release, events, cancel, hang, advance, leave)
+    for command in (
+        scan,
+        probe,
+        processes,
+        memory_limits,
+        limit_memory,
+        release,
+        events,
+        cancel,
+        hang,
+        advance,
+        leave,
+    )
 }
 
 offset = 0.0

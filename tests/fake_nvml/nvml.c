@@ -8,6 +8,8 @@
  *   system_hang SystemGetDriverVersion
  *                                the call of NVML as a whole that does not return: nvml<Name>
  *   wait_error 999               what the wait for events answers at once (0: it works)
+ *   limits_backend dmem          who keeps memory limits: misc, a map of the driver's own, or dmem,
+ *                                the kernel: for cgroups with a file dmem.max
  *   card uuid=GPU-a name="NVIDIA L4" memory=24576 ...
  *                                a card; memory in MiB, the fields are in struct card
  *                                compute=12:512,13:- are its processes, a PID and the MiB that it
@@ -26,19 +28,35 @@
  * `compute_mode GPU-a 3`. The last one for a card is its mode, in every process, whatever the
  * control file says.
  *
+ * FAKE_NVML_LIMITS names a file that holds the memory limits of cgroups, for every process: a record
+ * for each that is set, and for each use that a test appends, of which the last one counts. Paths
+ * are as realpath(3) has them, and may hold whatever a path may:
+ *
+ *   limit GPU-a 0 1048576 3\n/pa\n   soft and hard limit in bytes, how long the path is, the path
+ *   used GPU-a 4096 0 3\n/pa\n       bytes that the processes of that cgroup have
+ *
+ * A process with FAKE_NVML_UNPRIVILEGED in its environment cannot set any. What NVML answers to a
+ * path that is no directory is not known; here it is NOT_FOUND where nothing is there, and else
+ * INVALID_ARGUMENT. Built with -DNO_MEMORY_LIMITS the library lacks these calls, as older ones do.
+ *
  * As in NVML, the cards are those of the first nvmlInit until the last nvmlShutdown. One that has
  * left the file since then, or whose `epoch` is not that of the handle, answers GPU_IS_LOST. A
  * shutdown while a thread waits for events is a crash waiting to happen: here it always does.
  */
 #define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 typedef int nvmlReturn_t;
 
@@ -47,6 +65,7 @@ enum {
     UNINITIALIZED = 1,
     INVALID_ARGUMENT = 2,
     NOT_SUPPORTED = 3,
+    NO_PERMISSION = 4,
     NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
     DRIVER_NOT_LOADED = 9,
@@ -68,6 +87,7 @@ enum {
     MEMORY_V2 = 0x02000028,
     EVENT_XID = 0x8,
     EVENT_RECOVERY_ACTION = 0x8000,
+    LIMITS_DRIVER = 615,   /* the first that can limit memory */
 };
 
 struct process {
@@ -99,6 +119,8 @@ struct card {
     long long energy;        /* mJ since the driver initialised the card */
     long long events;        /* event types that the card supports, as a mask */
     long long memory_v2;     /* 0: only the first version of the memory call works */
+    long long limits_error;  /* what asking for memory limits and setting them answers */
+    long long set_limits_error; /* what setting them does */
     long long epoch;         /* grows when the card was enumerated anew */
     double hang;             /* seconds that every call takes, until the file says 0 */
     long long call_error;    /* what every call answers */
@@ -115,6 +137,7 @@ struct control {
     char driver[80];
     int init_error, wait_error;
     char system_hang[96];
+    bool dmem; /* the kernel keeps memory limits */
     int cards, events;
     struct card card[MAX_CARDS];
     struct event event[MAX_EVENTS];
@@ -264,6 +287,7 @@ static void set_field(struct card *card, const char *key, const char *value)
         FIELD(set_mode_error), FIELD(handle_error), FIELD(lost), FIELD(error), FIELD(ecc), FIELD(remap_failed),
         FIELD(remap_pending), FIELD(action), FIELD(energy), FIELD(compute_error), FIELD(mps_error),
         FIELD(process_v3), FIELD(events), FIELD(memory_v2), FIELD(epoch), FIELD(call_error),
+        FIELD(limits_error), FIELD(set_limits_error),
     };
     size_t i;
 
@@ -369,6 +393,7 @@ static bool refresh(void)
     control_read = true;
     control.cards = control.events = control.init_error = control.wait_error = 0;
     control.system_hang[0] = '\0';
+    control.dmem = false;
     copy(control.driver, sizeof control.driver, "570.1");
     while (getline(&line, &size, file) > 0) {
         line[strcspn(line, "\n")] = '\0';
@@ -380,6 +405,8 @@ static bool refresh(void)
             control.wait_error = (int)number(line + 11);
         else if (strncmp(line, "system_hang ", 12) == 0)
             copy(control.system_hang, sizeof control.system_hang, line + 12);
+        else if (strncmp(line, "limits_backend ", 15) == 0)
+            control.dmem = strcmp(line + 15, "dmem") == 0;
         else if (strncmp(line, "card ", 5) == 0)
             parse_card(line + 5);
         else if (strstr(line, "event ") != NULL)
@@ -560,7 +587,9 @@ nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *version)
     LOCK_SYSTEM();
     if (references > 0) {
         refresh();
-        *version = atoi(control.driver) >= 590 ? 13010 : 13000;
+        *version = atoi(control.driver) >= LIMITS_DRIVER ? 13040
+                   : atoi(control.driver) >= 590         ? 13010
+                                                         : 13000;
         result = SUCCESS;
     }
     pthread_mutex_unlock(&mutex);
@@ -842,6 +871,209 @@ static nvmlReturn_t list(const struct processes *from, long long error, unsigned
 
 PROCESSES(nvmlDeviceGetComputeRunningProcesses, compute)
 PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses, mps)
+
+/* Memory limits */
+
+#ifndef NO_MEMORY_LIMITS
+
+#define NO_LIMIT (~0ULL)
+
+typedef struct {
+    const char *nameSpace;
+    unsigned long long softLimit, hardLimit;
+} nvmlSetMemoryLimits_v1_t;
+
+typedef struct {
+    const char *nameSpace;
+    unsigned long long softLimit, hardLimit, currentUsed;
+} nvmlGetMemoryLimits_v1_t;
+
+struct limited {
+    char uuid[96], *path;
+    unsigned long long soft, hard, used;
+};
+
+/* What the file of limits said when it was read last, and how far that was. Guarded by `mutex`. */
+static struct limited *limited;
+static size_t limiteds;
+static long limits_end;
+
+static struct limited *limited_at(const char *uuid, const char *path, size_t length)
+{
+    size_t i;
+
+    for (i = 0; i < limiteds; i++)
+        if (strcmp(limited[i].uuid, uuid) == 0 && strncmp(limited[i].path, path, length) == 0 &&
+            limited[i].path[length] == '\0')
+            return &limited[i];
+    return NULL;
+}
+
+static struct limited *add_limited(const char *uuid, const char *path)
+{
+    struct limited *grown = realloc(limited, (limiteds + 1) * sizeof *limited), *added;
+
+    if (grown == NULL)
+        fail("no memory");
+    limited = grown;
+    added = &limited[limiteds++];
+    memset(added, 0, sizeof *added);
+    copy(added->uuid, sizeof added->uuid, uuid);
+    added->hard = NO_LIMIT;
+    added->path = strdup(path);
+    if (added->path == NULL)
+        fail("no memory");
+    return added;
+}
+
+static void read_limits(void)
+{
+    const char *name = getenv("FAKE_NVML_LIMITS");
+    FILE *file = name == NULL ? NULL : fopen(name, "re");
+    char kind[8], uuid[96], path[PATH_MAX];
+    unsigned long long first, second;
+    struct stat found;
+    size_t length;
+
+    if (file == NULL)
+        return;
+    if (fstat(fileno(file), &found) == 0 && found.st_size > limits_end) {
+        flock(fileno(file), LOCK_SH);
+        fseek(file, limits_end, SEEK_SET);
+        while (fscanf(file, "%7s %95s %llu %llu %zu", kind, uuid, &first, &second, &length) == 5) {
+            struct limited *one;
+            if (length >= sizeof path || fgetc(file) != '\n' ||
+                fread(path, 1, length, file) != length || fgetc(file) != '\n')
+                fail("not a file of memory limits: %s", name);
+            path[length] = '\0';
+            one = limited_at(uuid, path, length);
+            if (one == NULL)
+                one = add_limited(uuid, path);
+            if (strcmp(kind, "used") == 0)
+                one->used = first;
+            else {
+                one->soft = first;
+                one->hard = second;
+            }
+            limits_end = ftell(file);
+        }
+    }
+    fclose(file);
+}
+
+static void append_limit(const char *uuid, const nvmlSetMemoryLimits_v1_t *limits, const char *path)
+{
+    const char *name = getenv("FAKE_NVML_LIMITS");
+    int file = name == NULL ? -1 : open(name, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+    char record[PATH_MAX + 256];
+    int length = snprintf(record, sizeof record, "limit %s %llu %llu %zu\n%s\n", uuid,
+                          limits->softLimit, limits->hardLimit, strlen(path), path);
+
+    if (file < 0 || flock(file, LOCK_EX) != 0 || write(file, record, (size_t)length) != length)
+        fail("FAKE_NVML_LIMITS cannot be written: %s", strerror(errno));
+    close(file);
+}
+
+/* The directory as the kernel knows it. */
+static nvmlReturn_t resolve(const char *path, char *resolved)
+{
+    struct stat found;
+
+    if (path == NULL || path[0] != '/')
+        return INVALID_ARGUMENT;
+    if (realpath(path, resolved) == NULL || stat(resolved, &found) != 0)
+        return errno == ENOENT   ? NOT_FOUND
+               : errno == EACCES ? NO_PERMISSION
+                                 : INVALID_ARGUMENT;
+    return S_ISDIR(found.st_mode) ? SUCCESS : INVALID_ARGUMENT;
+}
+
+static bool has_dmem(const char *path, size_t length)
+{
+    char name[PATH_MAX + 16];
+
+    snprintf(name, sizeof name, "%.*s/dmem.max", (int)length, path);
+    return access(name, F_OK) == 0;
+}
+
+/* The length of the part of a path that names its parent; 0 for the root. */
+static size_t parent(const char *path, size_t length)
+{
+    while (length > 0 && path[--length] != '/')
+        ;
+    return length;
+}
+
+/* As every call on memory limits begins. Returns with the mutex held. */
+static nvmlReturn_t enter_limits(nvmlDevice_t device, struct card *card, const char *path,
+                                 char *resolved, const char *call)
+{
+    nvmlReturn_t result = enter_call(device, card, call);
+
+    pthread_mutex_lock(&mutex);
+    if (result != SUCCESS)
+        return result;
+    if (atoi(control.driver) < LIMITS_DRIVER)
+        return FUNCTION_NOT_FOUND;
+    if (card->limits_error != 0)
+        return (nvmlReturn_t)card->limits_error;
+    return card->mig == 1 ? NOT_SUPPORTED : resolve(path, resolved);
+}
+
+#define ENTER_LIMITS(device, limits) \
+    struct card card; \
+    char path[PATH_MAX]; \
+    nvmlReturn_t result = \
+        enter_limits(device, &card, (limits)->nameSpace, path, __func__ + strlen("nvml"))
+
+nvmlReturn_t nvmlDeviceGetMemoryLimits_v1(nvmlDevice_t device, nvmlGetMemoryLimits_v1_t *limits)
+{
+    ENTER_LIMITS(device, limits);
+    if (result == SUCCESS) {
+        const struct limited *one = NULL, *own;
+        size_t length = strlen(path);
+        read_limits();
+        if (control.dmem) {
+            while (length > 0 && !has_dmem(path, length))
+                length = parent(path, length);
+            own = one = limited_at(card.uuid, path, length);
+        } else {
+            own = limited_at(card.uuid, path, length);
+            for (; length > 0; length = parent(path, length)) {
+                one = limited_at(card.uuid, path, length);
+                if (one != NULL && (one->hard != NO_LIMIT || one->soft != 0))
+                    break;
+                one = NULL;
+            }
+        }
+        limits->softLimit = one == NULL ? 0 : one->soft;
+        limits->hardLimit = one == NULL ? NO_LIMIT : one->hard;
+        limits->currentUsed = own == NULL ? 0 : own->used;
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+nvmlReturn_t nvmlDeviceSetMemoryLimits_v1(nvmlDevice_t device, nvmlSetMemoryLimits_v1_t *limits)
+{
+    ENTER_LIMITS(device, limits);
+    if (result == SUCCESS) {
+        if (getenv("FAKE_NVML_UNPRIVILEGED") != NULL)
+            result = NO_PERMISSION;
+        else if (card.set_limits_error != 0)
+            result = (nvmlReturn_t)card.set_limits_error;
+        else if (limits->softLimit > limits->hardLimit)
+            result = INVALID_ARGUMENT;
+        else if (control.dmem && !has_dmem(path, strlen(path)))
+            result = NOT_FOUND;
+        else
+            append_limit(card.uuid, limits, path);
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
+#endif
 
 /* Events */
 

@@ -2,13 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import anyio
 
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
+from vgpu_agent.model.limits import MemoryLimit
 
 CALL_LIMIT = 3.0
 """Seconds; a call to the driver that takes longer hangs."""
@@ -45,6 +46,24 @@ class GpuDriver(ABC):
         """The processes with a context on a GPU, MPS clients included, PIDs as the host has them.
 
         None where the GPU or its driver does not report them now.
+        """
+
+    @abstractmethod
+    async def memory_limits(
+        self, uuid: str, cgroups: Sequence[str]
+    ) -> Mapping[str, MemoryLimit | str]:
+        """What the driver has for cgroups on a GPU, by their full paths; needs no privilege.
+
+        A text says why there is no answer for that path. Empty where the GPU is not known now or
+        does not answer in time.
+        """
+
+    @abstractmethod
+    async def limit_memory(self, uuid: str, cgroup: str, hard: int | None, soft: int) -> str | None:
+        """Sets the limits of a cgroup on a GPU, in bytes; `hard` None is no limit.
+
+        All processes in it together can take no more than `hard`, and are kept `soft`. Answers why
+        it was not set, None where it was. The driver asks for root with SYS_ADMIN.
         """
 
     @abstractmethod

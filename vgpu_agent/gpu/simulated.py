@@ -2,8 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import anyio
@@ -13,9 +13,11 @@ from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.model.devices import Gpu
 from vgpu_agent.model.facts import GpuEvent, Reading, Scan, XidEvent
 from vgpu_agent.model.holders import GpuProcess
+from vgpu_agent.model.limits import MemoryLimit
 
 DRIVER_VERSION = "simulated"
 _EVENT_WAIT = 1.0
+_NO_LIMIT = MemoryLimit(hard_bytes=None, soft_bytes=0, used_bytes=0)
 
 
 XID_OFF_THE_BUS = 79
@@ -42,6 +44,7 @@ class _SimulatedGpu:
     reading: Reading = Reading(memory_used_bytes=0, uncorrectable_ecc=0)
     hangs: bool = False
     processes: tuple[GpuProcess, ...] = ()
+    limits: Mapping[str, MemoryLimit] = field(default_factory=dict)
 
 
 def simulated_gpus(
@@ -72,6 +75,7 @@ class SimulatedDriver(GpuDriver):
         self._arrived = asyncio.Event()
         self._changed = asyncio.Event()
         self._error: DriverError | None = None
+        self._no_limits: str | None = "simulated GPUs have no memory limits"
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
@@ -101,6 +105,33 @@ class SimulatedDriver(GpuDriver):
         """What `run_processes` said, of a GPU that is there."""
         shared = self._gpus.get(uuid)
         return shared.processes if shared is not None and shared.on_the_bus else None
+
+    async def memory_limits(
+        self, uuid: str, cgroups: Sequence[str]
+    ) -> Mapping[str, MemoryLimit | str]:
+        """What was set with `limit_memory`, of a GPU that answers; see `can_limit_memory`."""
+        shared = self._answering(uuid)
+        if shared is None:
+            return {}
+        why = self._no_limits
+        return {path: why or shared.limits.get(path, _NO_LIMIT) for path in cgroups}
+
+    async def limit_memory(self, uuid: str, cgroup: str, hard: int | None, soft: int) -> str | None:
+        """Takes every path, as no cgroup is looked at."""
+        shared = self._answering(uuid)
+        if shared is None:
+            return "the driver does not know the GPU now"
+        if self._no_limits is None:
+            limit = replace(shared.limits.get(cgroup, _NO_LIMIT), hard_bytes=hard, soft_bytes=soft)
+            self._change(uuid, limits={**shared.limits, cgroup: limit})
+        return self._no_limits
+
+    def _answering(self, uuid: str) -> _SimulatedGpu | None:
+        """The GPU, where it is as the last scan found it."""
+        shared = self._gpus.get(uuid)
+        if shared is None or shared.hangs or not shared.on_the_bus:
+            return None
+        return shared if self._handles.get(uuid) == shared.epoch else None
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """The events since the last call, or those of the next second."""
@@ -158,6 +189,16 @@ class SimulatedDriver(GpuDriver):
         """These processes, and no others, have a context on the GPU from now on."""
         self._change(uuid, processes=tuple(processes))
 
+    def can_limit_memory(self, why: str | None = None) -> None:
+        """Memory can be limited from now on, or not, where `why` says so."""
+        self._no_limits = why
+
+    def use_in(self, uuid: str, cgroup: str, count: int) -> None:
+        """So many bytes of the GPU are in use by the processes of a cgroup from now on."""
+        shared = self._gpus[uuid]
+        limit = replace(shared.limits.get(cgroup, _NO_LIMIT), used_bytes=count)
+        self._change(uuid, limits={**shared.limits, cgroup: limit})
+
     def fail_probes(self, uuid: str, error: str | None) -> None:
         """Every probe of the GPU fails with `error` from now on, or passes again where None."""
         self.show(uuid, replace(self._gpus[uuid].reading, error=error))
@@ -178,7 +219,7 @@ class SimulatedDriver(GpuDriver):
         """A GPU is put in."""
         self._gpus[gpu.uuid] = _SimulatedGpu(gpu)
 
-    def _change(self, uuid: str, **changes: bool | Reading | tuple[GpuProcess, ...]) -> None:
+    def _change(self, uuid: str, **changes: object) -> None:
         self._replace(uuid, replace(self._gpus[uuid], **changes))  # type: ignore[arg-type]
 
     def _replace(self, uuid: str, shared: _SimulatedGpu) -> None:

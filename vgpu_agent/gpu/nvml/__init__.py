@@ -2,14 +2,14 @@
 
 Every NVML call can block, for long where a GPU is failing, so none is made on the event loop.
 Calls go through lanes of one worker thread each: one for NVML as a whole, one for waiting for
-events, and for each GPU one for what is asked of it and one for lists of processes, so that a GPU
-that hangs holds up no other, and a long list no probe.
+events, and for each GPU one for what is asked of it and one for lists of processes and of memory
+limits, so that a GPU that hangs holds up no other, and a long list no probe.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from vgpu_agent.gpu.nvml.lanes import Lane
 from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
+from vgpu_agent.model.limits import MemoryLimit
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,30 @@ class NvmlDriver(GpuDriver):
 
         Does not open NVML: while that is released there is no answer.
         """
-        lane = self._lists.setdefault(uuid, Lane())
-        return await lane.run(partial(self._session.processes, uuid))
+        return await self._list_lane(uuid).run(partial(self._session.processes, uuid))
+
+    async def memory_limits(
+        self, uuid: str, cgroups: Sequence[str]
+    ) -> Mapping[str, MemoryLimit | str]:
+        """See `GpuDriver`. Does not open NVML."""
+        lane = self._list_lane(uuid)
+        look = partial(self._session.memory_limits, uuid, cgroups, lane.beat)
+        try:
+            return await lane.run(look, CALL_LIMIT)
+        except TimeoutError:
+            return {}
+
+    async def limit_memory(self, uuid: str, cgroup: str, hard: int | None, soft: int) -> str | None:
+        """See `GpuDriver`. Does not open NVML."""
+        lane = self._list_lane(uuid)
+        limit = partial(self._session.limit_memory, uuid, cgroup, hard, soft, lane.beat)
+        try:
+            return await lane.run(limit, CALL_LIMIT)
+        except TimeoutError:
+            return f"the GPU does not answer within {CALL_LIMIT:g} s ({lane.doing})"
+
+    def _list_lane(self, uuid: str) -> Lane:
+        return self._lists.setdefault(uuid, Lane())
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """Where there is nothing to wait for (no GPU has events, the wait fails) it sleeps."""

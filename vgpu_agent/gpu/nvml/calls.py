@@ -24,9 +24,8 @@ Beat = Callable[[str], None]
 EventSet = NewType("EventSet", object)
 """An opaque `nvmlEventSet_t`."""
 
-# Older releases of pynvml lack these two names; the numbers are NVML's.
-RECOVERY_ACTION_FIELD: int = getattr(pynvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", 230)
-RECOVERY_ACTION_EVENT: int = getattr(pynvml, "nvmlEventTypeGpuRecoveryAction", 0x8000)
+RECOVERY_ACTION_FIELD: int = pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
+RECOVERY_ACTION_EVENT: int = pynvml.nvmlEventTypeGpuRecoveryAction
 XID_EVENT: int = pynvml.nvmlEventTypeXidCriticalError
 
 GONE = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNINITIALIZED})
@@ -249,12 +248,11 @@ def recovery_action(handle: Handle) -> int | None:
 def running(handle: Handle, kind: str) -> list[tuple[int, int | None]]:
     """PIDs on a GPU and the bytes that each has, None where that is not available."""
     # By the name with its version: pynvml turns a missing function of the plain name into an
-    # exception that is no NVMLError. Neither every driver nor every pynvml has both.
+    # exception that is no NVMLError. Not every driver has both.
     for version in ("v3", "v2"):
-        ask = getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses_{version}", None)
+        ask = getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses_{version}")
         try:
-            if ask is not None:
-                return [(int(each.pid), each.usedGpuMemory) for each in ask(handle)]
+            return [(int(each.pid), each.usedGpuMemory) for each in ask(handle)]
         except pynvml.NVMLError as error:
             if error.value != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
                 raise

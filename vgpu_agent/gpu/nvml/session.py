@@ -1,7 +1,7 @@
 """NVML while it is open, as the worker threads see it. Everything here blocks."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +10,18 @@ from typing import TypeVar
 import pynvml
 
 from vgpu_agent.errors import DriverError
-from vgpu_agent.gpu.nvml import calls
+from vgpu_agent.gpu.nvml import calls, limits
 from vgpu_agent.gpu.nvml.calls import GONE, Asked, Beat, Handle
 from vgpu_agent.gpu.nvml.events import Events
 from vgpu_agent.gpu.nvml.lanes import Gate
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import EVENTS, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
+from vgpu_agent.model.limits import MemoryLimit
 
 T = TypeVar("T")
+
+UNKNOWN = "the driver does not know the GPU now"
 
 CLOSE_SECONDS = 1.0
 
@@ -60,9 +63,9 @@ class Session:
 
     The threads own it, not the loop, so that a call whose caller has left still ends in order.
     `open` and `close` run in one lane, `wait` in another, `look`, `probe` and `register` in one of
-    each GPU, `processes` in another. What they share is replaced as a whole or by single steps, and
-    `close` is alone: NVML crashes if it is shut down, or an event set freed, under a thread that is
-    inside.
+    each GPU, `processes`, `memory_limits` and `limit_memory` in another. What they share is
+    replaced as a whole or by single steps, and `close` is alone: NVML crashes if it is shut down,
+    or an event set freed, under a thread that is inside.
     """
 
     def __init__(
@@ -253,6 +256,37 @@ class Session:
             before = memory.get(pid)
             memory[pid] = used if before is None else max(before, used or 0)
         return tuple(GpuProcess(pid, memory[pid]) for pid in sorted(memory))
+
+    def memory_limits(
+        self, uuid: str, cgroups: Sequence[str], beat: Beat
+    ) -> dict[str, MemoryLimit | str]:
+        """By path, what the driver has on a GPU of the last scan; empty for a lost one."""
+        answers: dict[str, MemoryLimit | str] = {}
+        for cgroup in cgroups:  # each lets NVML be closed before it
+            with self._gate.shared():
+                found = self._found.get(uuid)
+                if found is None:
+                    return {}
+                beat("memory limits")
+                try:
+                    answers[cgroup] = limits.memory_limit(found.handle, cgroup)
+                except pynvml.NVMLError:
+                    return {}
+        return answers
+
+    def limit_memory(
+        self, uuid: str, cgroup: str, hard: int | None, soft: int, beat: Beat
+    ) -> str | None:
+        """Sets the limits of a cgroup on a GPU of the last scan; why not, where it was not."""
+        with self._gate.shared():
+            found = self._found.get(uuid)
+            if found is None:
+                return UNKNOWN
+            beat("memory limits")
+            try:
+                return limits.limit_memory(found.handle, cgroup, hard, soft)
+            except pynvml.NVMLError as error:
+                return f"{UNKNOWN} ({error})"
 
     # Waiting
 
