@@ -184,6 +184,7 @@ def test_names_of_any_kind_are_no_containers_and_hide_none(tree, hierarchy, name
     tree.add(SCOPE)
     tree.add(f"/{name}/{name}")
     tree.add(f"{BURSTABLE}/{name}/{OTHER}")
+    tree.add(f"{BURSTABLE}/{name}/pod{UID}/{OTHER}")
     tree.add(f"{SCOPE}/{name}")
     assert paths(hierarchy) == {ID: SCOPE}
 
