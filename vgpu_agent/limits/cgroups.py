@@ -65,7 +65,6 @@ class _Cgroup:
     """
 
     path: str
-    inode: int
     links: int
     pod: str | None = None
     container: tuple[str, str] | None = None
@@ -269,16 +268,15 @@ def _has_files(leaf: Leaf) -> bool:
 
 def _new(path: str) -> _Cgroup | None:
     seen = _look(path)
-    return None if seen is None else _Cgroup(path, seen.st_ino, seen.st_nlink)
+    return None if seen is None else _Cgroup(path, seen.st_nlink)
 
 
 def _again(cgroup: _Cgroup) -> bool:
-    """Looks at it again: whether it is still there, and the same."""
+    """Looks at it again: whether it is still there, or again."""
     seen = _look(cgroup.path)
-    if seen is None or seen.st_ino != cgroup.inode:
-        return False
-    cgroup.links = seen.st_nlink
-    return True
+    if seen is not None:
+        cgroup.links = seen.st_nlink
+    return seen is not None
 
 
 def _look(path: str) -> os.stat_result | None:
