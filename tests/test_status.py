@@ -48,6 +48,7 @@ from vgpu_agent.model.acceptance import Acceptance, Counts
 from vgpu_agent.model.advice import Remedy, for_gpu
 from vgpu_agent.model.devices import Effect
 from vgpu_agent.model.holders import Holder
+from vgpu_agent.model.limits import MemorySource, Mode
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.model.snapshot import RegistrationResult, Rules
@@ -61,6 +62,7 @@ from vgpu_agent.observe.report import (
     FaultReport,
     GpuReport,
     KubeletReport,
+    LimitsReport,
     PodResourcesReport,
     Report,
     from_json,
@@ -107,6 +109,10 @@ def allocation(number: int, **changes: Any) -> AllocationReport:
         memory_share_bytes=9 * GIB,
         memory_limited=True,
         memory_used_bytes=2 * GIB,
+        memory_source=MemorySource.PROCESSES,
+        memory_peak_bytes=None,
+        memory_limit_bytes=None,
+        memory_limit_problem=None,
         processes=3,
     )
     return replace(held, **changes)
@@ -137,6 +143,7 @@ def report(**changes: Any) -> Report:
         driver=DriverReport(True, "550.54", None, None, None),
         kubelet=KubeletReport(True, True, 1, None, None, None),
         mps=MPS,
+        memory_limits=LimitsReport(Mode.OFF, None, 0),
         podresources=PodResourcesReport(True, None),
         health_checks=True,
         process_metrics=True,

@@ -24,13 +24,17 @@ from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.memory import Keeper
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.gpu.watch import GpuWatch
+from vgpu_agent.kubelet.checkpoint import CHECKPOINT
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
-from vgpu_agent.kubelet.podresources import CHECKPOINT, SOCKET, PodResourcesWatch
+from vgpu_agent.kubelet.podresources import SOCKET, PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
+from vgpu_agent.limits.look import Looker
+from vgpu_agent.limits.watch import Enforced, LimitsWatch, OwnLook, Paced, Source
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.place import Place
+from vgpu_agent.model.rules import MemoryLimits
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemons, MpsGuard, RealDaemons, SimulatedDaemons
@@ -130,6 +134,18 @@ async def endless(run: Callable[..., Awaitable[object]], *args: object, **status
     raise RuntimeError(f"{run.__qualname__} ended, though nobody asked it to") from ended
 
 
+def make_looker(settings: Settings, driver: GpuDriver, *, enforce: bool = False) -> Looker:
+    """What looks at the driver's memory limits, and with `enforce` sets them."""
+    return Looker(
+        driver,
+        settings.plugin_directory / CHECKPOINT,
+        settings.resource_name,
+        guarantee=settings.memory_guarantee,
+        enforce=enforce,
+        enable=settings.memory_limits_enable_controller,
+    )
+
+
 class Agent:
     """The running agent: its parts, made from the settings, and what it can be asked."""
 
@@ -205,6 +221,8 @@ class Agent:
                 await tasks.start(endless, self.watch.run)
             else:
                 await self.watch.look()
+            if (limits := self._limits()) is not None:
+                await tasks.start(endless, limits.run)
             tasks.start_soon(endless, podresources.run)
             tasks.start_soon(endless, session.run)
             if settings.process_metrics:
@@ -212,6 +230,21 @@ class Agent:
 
                 tasks.start_soon(endless, UsageWatch(self._driver, node).run)
             task_status.started()
+
+    def _limits(self) -> LimitsWatch | None:
+        """Who looks at the driver's memory limits; None where they are off."""
+        settings = self._settings
+        if settings.memory_limits is MemoryLimits.OFF:
+            return None
+        if settings.memory_limits is MemoryLimits.DRIVER:
+            source: Source = Enforced(settings.state_directory)
+        else:
+            source = OwnLook(Paced(make_looker(settings, self._driver)))
+        if not settings.device_list.by_cdi:
+            return LimitsWatch(source, self.node)
+        from vgpu_agent.gpu.cdi import CdiSpecs  # as above
+
+        return LimitsWatch(source, self.node, CdiSpecs(settings.cdi_kind).limits_memory)
 
     async def _note_end(self) -> None:
         try:

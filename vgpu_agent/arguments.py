@@ -93,6 +93,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         fault.add_argument(
             "--gpu", required=name is not SimulatedFault.HEAL, metavar="GPU", help=_GPU
         )
+    limits = commands.add_parser("limits", help="memory limits that the driver enforces")
+    limits.add_subparsers(dest="step", required=True).add_parser(
+        "enforce", help="set them for the containers that hold vGPUs, beside the agent in its pod"
+    )
     mps = commands.add_parser("mps", help="set up and watch MPS, in the MPS pod of a node")
     steps = mps.add_subparsers(dest="step", required=True)
     steps.add_parser("prepare", help="make the node ready for MPS daemons")

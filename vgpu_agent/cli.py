@@ -19,9 +19,18 @@ import anyio
 
 from vgpu_agent import __version__, control, signals
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import Agent, make_daemons, make_driver, make_place, make_watch
+from vgpu_agent.agent import (
+    Agent,
+    make_daemons,
+    make_driver,
+    make_looker,
+    make_place,
+    make_watch,
+)
 from vgpu_agent.arguments import parse
 from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
+from vgpu_agent.limits.watch import Enforcer
+from vgpu_agent.model.rules import MemoryLimits
 from vgpu_agent.observe import logs
 from vgpu_agent.observe.logs import LogFormat, LogLevel, Repeats
 from vgpu_agent.observe.report import from_json, visible
@@ -51,6 +60,18 @@ async def run(settings: Settings) -> None:
     driver = make_driver(settings)
     agent = Agent(settings, driver, make_daemons(settings, driver))
     await _until_ended(agent.run, agent.ending, agent.watch.release)
+
+
+async def enforce_limits(settings: Settings) -> None:
+    """`vgpu-agent limits enforce`: until SIGTERM or SIGINT. Raises SettingsError."""
+    if settings.memory_limits is not MemoryLimits.DRIVER:
+        raise SettingsError(
+            f"VGPU_MEMORY_LIMITS={settings.memory_limits}: only with VGPU_MEMORY_LIMITS=driver does"
+            " `vgpu-agent limits enforce` have something to do"
+        )
+    gc.freeze()
+    looker = make_looker(settings, make_driver(settings), enforce=True)
+    await _until_ended(Enforcer(looker, settings.state_directory).run, anyio.Event())
 
 
 async def dev(seconds: float | None, *, watch_gpus: bool = True) -> None:
@@ -231,5 +252,5 @@ def execute(arguments: Sequence[str]) -> int:
         }
         steps[options.step]()
         return 0
-    anyio.run(run, settings)
+    anyio.run(enforce_limits if options.command == "limits" else run, settings)
     return 0

@@ -34,6 +34,15 @@ def boot_id(file: Path = BOOT_ID) -> str:
         return ""
 
 
+def identity(path: Path) -> object:
+    """Which file is there, with its content; None where there is none. For comparisons."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int | None:
     """A descriptor of a regular file, None for anything else. Never waits. Raises OSError."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,9 +1,7 @@
 """Asking the kubelet who holds what: a kubelet that answers, and many that do not."""
 
 import gc
-import json
 import logging
-import tempfile
 import threading
 import time
 from contextlib import asynccontextmanager, suppress
@@ -26,12 +24,12 @@ from tests.nodes import new_node
 from tests.test_store import damage
 from vgpu_agent.errors import KubeletError
 from vgpu_agent.kubelet import podresources
+from vgpu_agent.kubelet.checkpoint import CHECKPOINT
 from vgpu_agent.kubelet.podresources import (
     AskTiming,
     PodResourcesWatch,
     decode_list,
     read_answer,
-    read_checkpoint,
 )
 from vgpu_agent.model.devices import device_id
 from vgpu_agent.model.holders import NO_NAMESPACE, Assignment, Holder
@@ -90,7 +88,7 @@ async def watching(
     node, clock = new_node(gpus_of(gpus)), Clock()
     watch = PodResourcesWatch(
         socket_of(kubelet_dir),
-        kubelet_dir / "device-plugins" / podresources.CHECKPOINT,
+        kubelet_dir / "device-plugins" / CHECKPOINT,
         resource,
         node,
         interval,
@@ -280,78 +278,6 @@ async def more_calls(kubelet, count=3):
     await wait_for(lambda: kubelet.calls >= until, "more calls")
 
 
-def test_a_checkpoint_is_read(tmp_path):
-    path = tmp_path / "checkpoint"
-    assert read_checkpoint(path, RESOURCE) is None
-    path.write_text(checkpoint())
-    assert read_checkpoint(path, RESOURCE) == []
-    path.write_text(
-        checkpoint(
-            entry("u", "g::0", "g::1", "g::2"),
-            entry("u", "g::3", container="init"),
-            entry("w", "x", resource="example.com/other"),
-            {**entry("old"), "DeviceIDs": ["g::4", "g::5"]},
-            {**entry("none"), "DeviceIDs": None},
-            {**entry("empty"), "DeviceIDs": {"0": None, "-1": []}},
-        )
-    )
-    found = read_checkpoint(path, RESOURCE)
-    assert [(each.pod_uid, each.container, set(each.device_ids)) for each in found] == [
-        ("u", "main", {"g::0", "g::1", "g::2"}),
-        ("u", "init", {"g::3"}),
-        ("old", "main", {"g::4", "g::5"}),
-        ("none", "main", set()),
-        ("empty", "main", set()),
-    ]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"null",
-        b"[]",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"Data": null}',
-        b'{"Data": {}}',
-        b'{"Data": {"PodDeviceEntries": 3}}',
-        b'{"Data": {"PodDeviceEntries": [{}]}}',
-        b'{"Data": {"PodDeviceEntries": [3]}}',
-        *(
-            json.dumps({"Data": {"PodDeviceEntries": [entry("u") | {key: value}]}}).encode()
-            for key, value in (("PodUID", 3), ("DeviceIDs", 3), ("DeviceIDs", {"0": [3]}))
-        ),
-        checkpoint(entry("u", "g::0")).encode()[:-40],
-    ],
-)
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
-    path = tmp_path / "checkpoint"
-    path.write_bytes(content)
-    with pytest.raises(KubeletError, match="is no checkpoint"):
-        read_checkpoint(path, RESOURCE)
-
-
-def test_a_huge_checkpoint_and_a_directory_are_not_read(tmp_path):
-    path = tmp_path / "checkpoint"
-    path.write_text(checkpoint(entry("u", "g::0")))
-    size = path.stat().st_size
-    assert len(read_checkpoint(path, RESOURCE, max_bytes=size)) == 1
-    with pytest.raises(KubeletError, match="is larger than"):
-        read_checkpoint(path, RESOURCE, max_bytes=size - 1)
-    with pytest.raises(KubeletError, match="not a regular file"):
-        read_checkpoint(tmp_path, RESOURCE)
-
-
-def test_a_checkpoint_of_too_many_values_is_not_decoded(tmp_path):
-    """While json decodes it, nothing else runs."""
-    path = tmp_path / "checkpoint"
-    for value in ("[]", "1", "{}"):
-        path.write_text(f'{{"Data": {{"PodDeviceEntries": [{",".join([value] * 140_000)}]}}}}')
-        with pytest.raises(KubeletError, match="more than 131072 values"):
-            read_checkpoint(path, RESOURCE)
-
-
 def test_a_list_of_too_many_fields_is_not_decoded():
     for field in (b"\x0a\x00", b"\x10\x01"):  # pods without anything, and what is no pod
         with pytest.raises(KubeletError, match="more than 262144 fields"):
@@ -363,32 +289,6 @@ def test_the_names_of_other_resources_may_be_as_long_as_names_of_resources_are()
     answer = encoded(Pod("a", {"main": {RESOURCE: ["g::0"], other: ["z" * 1000]}}))
     (found,) = decode_list(answer, RESOURCE)
     assert found.device_ids == ("g::0",)
-
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
-lists = st.lists(scalars, max_size=3)
-json_values = scalars | lists | st.dictionaries(st.text(max_size=3), scalars | lists, max_size=3)
-some_entries = st.fixed_dictionaries(
-    {},
-    optional={
-        "PodUID": st.just("u") | json_values,
-        "ContainerName": st.just("main") | json_values,
-        "ResourceName": st.just(RESOURCE) | json_values,
-        "DeviceIDs": st.just({"0": ["g::0"], "-1": None}) | json_values,
-    },
-)
-
-
-@tried(300)
-@given(json_values | st.lists(some_entries | json_values, max_size=2))
-def test_any_json_is_a_checkpoint_or_said_to_be_none(entries):
-    with tempfile.NamedTemporaryFile() as file:
-        for data in (entries, {"Data": entries}, {"Data": {"PodDeviceEntries": entries}}):
-            Path(file.name).write_text(json.dumps(data))
-            with suppress(KubeletError):
-                for each in read_checkpoint(Path(file.name), RESOURCE):
-                    texts = [each.pod_uid, each.container, *each.device_ids]
-                    assert all(isinstance(text, str) for text in texts)
 
 
 # Orphans
@@ -673,7 +573,7 @@ def test_an_answer_that_breaks_off_is_garbage_or_has_fewer_whole_pods(those, dat
 @pytest.mark.parametrize("kind", ["pipe", "socket", "directory"])
 async def test_a_checkpoint_that_would_hang_a_reader_holds_up_nothing(kubelet_dir, kind):
     """The list alone decides then, and goes on to: a pipe is read without waiting for a writer."""
-    path = kubelet_dir / "device-plugins" / podresources.CHECKPOINT
+    path = kubelet_dir / "device-plugins" / CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)
     damage(path, kind)
     async with serving(kubelet_dir, ONE) as kubelet, watching(kubelet_dir, interval=0.05) as agent:

@@ -10,6 +10,7 @@ from tests.model.strategies import a_gpu, a_shared_gpu, ids, inventories, tried
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.container import Mount, check_devices, check_start, grant
 from vgpu_agent.model.devices import Fault, Inventory, Reason, SharedGpu
+from vgpu_agent.model.limits import LimitsLook
 from vgpu_agent.model.rules import MIB, DeviceList, MpsDaemons, MpsLimits, SharingRules, Threads
 
 SHM = "/dev/shm/vgpu-agent"
@@ -84,6 +85,59 @@ def test_a_share_of_memory_that_is_not_known_is_not_told():
     for names in (ids(L4, 0, 1), ids(L4, 0) + ids("large", 1)):
         got = grant(shared, names, SharingRules(mps=False)).environment
         assert {name for name in got if name.startswith("VGPU_")} == {"VGPU_SHARE"}
+
+
+# Limits by the driver
+
+REQUEST, LIMIT = "NVIDIA_GPU_MEMORY_REQUEST", "NVIDIA_GPU_MEMORY_LIMIT"
+
+
+@pytest.mark.parametrize(
+    ("limits", "rules", "told", "share"),
+    [
+        # CUDA shows the whole GPU where MPS limits too, or where nobody is sure of the hook.
+        (LimitsLook(), MPS, {REQUEST: "0", LIMIT: "4459"}, "0.1935"),
+        (LimitsLook(certain=True), MPS, {REQUEST: "0", LIMIT: "4459"}, "0.1935"),
+        (LimitsLook(), TIME_SLICING, {REQUEST: "0", LIMIT: "4459"}, "0.1935"),
+        (LimitsLook(certain=True), TIME_SLICING, {REQUEST: "0", LIMIT: "4459"}, "0.8134"),
+        (
+            LimitsLook(certain=True),
+            SharingRules(mps_limits=MpsLimits.NONE),
+            {REQUEST: "0", LIMIT: "4459"},
+            "0.8995",
+        ),
+        (
+            LimitsLook(enforced=True),
+            replace(TIME_SLICING, memory_guarantee=True),
+            {REQUEST: "4459", LIMIT: "4459"},
+            "0.1935",
+        ),
+        # The hook would keep the container from starting, or nobody knows.
+        (None, TIME_SLICING, {}, "0.1935"),
+        (LimitsLook("cgroup v1", certain=True), TIME_SLICING, {}, "0.1935"),
+        (LimitsLook(hook="not known", certain=True), TIME_SLICING, {}, "0.1935"),
+        (LimitsLook(hook="not known", enforced=True), TIME_SLICING, {}, "0.1935"),
+        (LimitsLook(gpus={L4: "MIG"}), TIME_SLICING, {}, "0.1935"),
+    ],
+)
+def test_the_toolkits_hook_is_told_the_share_where_it_cannot_fail(limits, rules, told, share):
+    got = grant(ONE_GPU, ids(L4, 0, 1), rules, limits).environment
+    assert {name: value for name, value in got.items() if name in (REQUEST, LIMIT)} == told
+    assert got["VGPU_MEMORY_FRACTION"] == share
+    assert got["VGPU_MEMORY_BYTES"] == "4675810099"
+
+
+def test_of_several_gpus_the_hook_is_told_the_smallest_share_and_of_unknown_memory_none():
+    several = grant(THREE_GPUS, [*ids("large", 0), *ids("small", 0)], TIME_SLICING, LimitsLook())
+    assert several.environment[LIMIT] == "250"
+    unknown = Inventory((replace(a_shared_gpu(GPU, 10), usable_bytes=None),))
+    assert LIMIT not in grant(unknown, ids(L4, 0), TIME_SLICING, LimitsLook()).environment
+
+
+def test_a_share_smaller_than_a_context_leaves_a_fraction():
+    small = Inventory((a_shared_gpu(GPU, 48),))
+    got = grant(small, ids(L4, 0), TIME_SLICING, LimitsLook(certain=True)).environment
+    assert got["VGPU_MEMORY_FRACTION"] == "0.1000"
 
 
 # Several GPUs

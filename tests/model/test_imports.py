@@ -26,6 +26,7 @@ ROOMS = {
     "gpu": ("model", *LEAVES),
     "mps": ("model", "gpu.driver", *LEAVES),
     "kubelet": ("model", *LEAVES),
+    "limits": ("model", "gpu.driver", "kubelet.checkpoint", "usage.containers", *LEAVES),
     "usage": ("model", "gpu.driver", *LEAVES),
     "observe": ("model", *LEAVES),
     "control": LEAVES,

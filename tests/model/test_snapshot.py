@@ -12,7 +12,7 @@ from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, flips
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
-from vgpu_agent.model.holders import Assignment, Holder, Holders
+from vgpu_agent.model.holders import Assignment, Holder, Holders, split_containers
 from vgpu_agent.model.rules import MIB, HealthRules, MpsDaemons, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import (
     FirstSeen,
@@ -20,7 +20,6 @@ from vgpu_agent.model.snapshot import (
     Rules,
     Snapshot,
     compose,
-    split_containers,
 )
 from vgpu_agent.observe.report import from_json, to_json
 from vgpu_agent.observe.reporting import make_report
@@ -194,7 +193,7 @@ def test_a_container_with_vgpus_of_several_daemons_is_split(held, rules, split):
     rules = sharing(**{"mps": True, **rules})
     holders = Holders(None, (Assignment(Holder("ns", "pod", "c"), tuple(held)),))
     known = inputs(a_gpu(0), a_gpu(1), mps_look=a_look(**BOTH), holders=holders)
-    assert bool(split_containers(compose(known, rules), rules.sharing)) is split
+    assert bool(split_containers(compose(known, rules).parts, rules.sharing)) is split
 
 
 def test_a_gpu_whose_health_changes_is_one_flip_by_what_did_it_or_what_ended():

@@ -13,6 +13,7 @@ from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
 from vgpu_agent.model.devices import device_id
 from vgpu_agent.model.facts import Reading
 from vgpu_agent.model.holders import Assignment, Holder, Usage, Used
+from vgpu_agent.model.limits import LimitsLook
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import RegistrationResult, Rules
@@ -59,6 +60,7 @@ class Machine:
             self.driver.show(uuid, Reading(uncorrectable_ecc=0, memory_used_bytes=GIB))
         self.daemons = SimulatedDaemons(dict.fromkeys(self.uuids, REPLICAS), SHARING)
         self.mps_unwatched: str | None = None
+        self.limits = LimitsLook("the driver is too old")
         self.before_look = self.after_look = nothing
         self.session = self.follow_the_list
         self.held = {
@@ -111,6 +113,7 @@ class Machine:
         self.watched.now = self.now
         await self.watched.watch.look()
         self.node.set_mps(replace(await self.daemons.look(), unwatched=self.mps_unwatched))
+        self.node.set_limits(self.limits)
         self.session()
         self.node.set_usage(Usage(dict(self.memory), {}))
 

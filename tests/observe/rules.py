@@ -16,6 +16,7 @@ from tests.kubelet.rig import GIB, RESOURCE
 from vgpu_agent.model.devices import Effect, Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook, MpsLook
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage, Used
+from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit
 from vgpu_agent.model.rules import MPS_SERVER_MARGIN, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Kubelet, Mps, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe.metrics import Metrics
@@ -219,6 +220,18 @@ SNAPSHOT = Snapshot(
             }
         ),
         MappingProxyType({"GPU-a": 3, "GPU-x": 1}),
+    ),
+    limits=LimitsLook(
+        enforced=True,
+        containers=(
+            Limited(
+                LLAMA,
+                {"GPU-a": 12 * GIB, "GPU-b": 6 * GIB},
+                {"GPU-a": MemoryLimit(12 * GIB, 0, 7 * GIB), "GPU-b": MemoryLimit(None, 0, GIB)},
+                {"GPU-a": 8 * GIB, "GPU-b": GIB},
+                "the driver refuses",
+            ),
+        ),
     ),
     memory_used=MappingProxyType({"GPU-a": 10 * GIB}),
     missing=MappingProxyType({"GPU-a": {"events": "Not Supported"}}),

@@ -19,6 +19,7 @@ from vgpu_agent.errors import DriverError
 from vgpu_agent.model.devices import device_id
 from vgpu_agent.model.facts import Cordon, Reading
 from vgpu_agent.model.holders import Holder, Used
+from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit
 
 BEFORE, AFTER, LATER = 10, 70, 40
 """Minutes in which all is well, then those until every alert has fired that is to, and those in
@@ -288,6 +289,24 @@ async def mps_unwatched(machine: Machine) -> None:
 async def over_share(machine: Machine) -> None:
     holder = next(iter(machine.held))
     machine.memory[machine.uuids[0], holder] = Used(1, 12 * GIB)
+
+
+def limited(machine: Machine, used: int, problem: str | None = None) -> LimitsLook:
+    """The driver limits the memory of one container to 2 GiB."""
+    holder, uuid = next(iter(machine.held)), machine.uuids[0]
+    has = {uuid: MemoryLimit(2 * GIB, 0, used)}
+    container = Limited(holder, {uuid: 2 * GIB}, has, {uuid: used}, problem)
+    return LimitsLook(enforced=True, containers=(container,))
+
+
+@scenario("the driver's limit of a container cannot be set", "VgpuMemoryLimitMissing")
+async def limit_missing(machine: Machine) -> None:
+    machine.limits = limited(machine, GIB, "the driver refuses")
+
+
+@scenario("a container has all memory that the driver lets it have", "VgpuContainerNearLimit")
+async def near_limit(machine: Machine) -> None:
+    machine.limits = limited(machine, 2 * GIB)
 
 
 @scenario("all vGPUs of all nodes are held", "VgpuExhausted", "VgpuNodeFull")

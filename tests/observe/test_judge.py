@@ -9,6 +9,8 @@ from tests.test_status import DAEMON, FAULT, MPS, RULES, UUIDS, gpu, report, sho
 from vgpu_agent.commands.doctor import render_text, worst
 from vgpu_agent.model.acceptance import Counts
 from vgpu_agent.model.advice import Remedy
+from vgpu_agent.model.limits import Mode
+from vgpu_agent.model.rules import MemoryLimits, SharingRules
 from vgpu_agent.observe import judge
 from vgpu_agent.observe.judge import FAIL, OK, WARN
 from vgpu_agent.observe.mps import MpsReport
@@ -17,8 +19,17 @@ from vgpu_agent.observe.report import (
     DriverReport,
     ExcludedReport,
     KubeletReport,
+    LimitsReport,
     PodResourcesReport,
 )
+
+NODE_LIMITS = [
+    (Mode.OFF, None, None, ""),
+    (Mode.NONE, "too old", OK, "not by the driver: too old"),
+    (Mode.HOOK, None, OK, "container toolkit sets"),
+    (Mode.DRIVER, None, OK, "for every container"),
+    (Mode.DRIVER, "MIG", WARN, "not on every GPU: MIG"),
+]
 
 
 def daemons(**changes: object) -> MpsReport:
@@ -111,6 +122,29 @@ def test_what_a_report_says_is_what_is_said(changes, name, verdict, words):
         if not (each.verdict is OK and each.gpu in well):
             assert each.detail in page
             assert each.verdict is OK or each.advice in page
+
+
+@pytest.mark.parametrize(("mode", "error", "verdict", "words"), NODE_LIMITS)
+def test_how_memory_is_limited_is_said(mode, error, verdict, words):
+    found = judged(memory_limits=LimitsReport(mode, error, 0))
+    if verdict is None:
+        assert not any(each.name == "memory limits" for each in found)
+    else:
+        expect(found, "memory limits", verdict, words)
+
+
+def test_a_node_that_must_limit_memory_and_cannot_fails():
+    rules = replace(RULES, sharing=SharingRules(memory_limits=MemoryLimits.DRIVER))
+    limits = LimitsReport(Mode.NONE, "cgroup v1", 0)
+    found = list(judge.checks(report(memory_limits=limits), rules))
+    expect(found, "memory limits", FAIL, "cgroup v1 make the node able to do it")
+
+
+def test_a_container_without_its_limit_is_named():
+    (held, *_) = report().allocations
+    found = judged(allocations=(replace(held, memory_limit_problem="refused"),))
+    who = f"{held.namespace}/{held.pod}, container {held.container}"
+    expect(found, "GPU 0 memory limit", WARN, f"{who}, runs without its limit: refused")
 
 
 def test_gpus_and_excluded_ones_are_in_the_order_of_their_index():

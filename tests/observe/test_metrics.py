@@ -34,6 +34,7 @@ REASONS = [
     "mps",
     "mps-fault",
     "compute-mode",
+    "limits",
     "cordoned",
 ]
 
@@ -157,7 +158,27 @@ EXPECTED: dict[str, list[tuple[dict[str, str], float]]] = {
     "vgpu_allocation_process_memory_limit_bytes": SHARES,
     "vgpu_orphaned_allocations": [({"resource": RESOURCE}, 2)],
     "vgpu_largest_free_share": [({"resource": RESOURCE}, 1)],
-    "vgpu_container_memory_used_bytes": [(held("GPU-a", 0, RESNET), 9 * GIB)],
+    "vgpu_memory_limits_mode": [
+        ({"mode": mode}, int(mode == "driver")) for mode in ("driver", "hook", "none", "off")
+    ],
+    "vgpu_container_memory_limit_missing": [
+        ({"namespace": LLAMA.namespace, "pod": LLAMA.pod, "container": LLAMA.container}, 1)
+    ],
+    "vgpu_container_memory_used_bytes": [
+        (held("GPU-a", 0, RESNET), 9 * GIB),
+        (held("GPU-a", 0, LLAMA), 7 * GIB),
+        (held("GPU-b", 1, LLAMA), GIB),
+    ],
+    "vgpu_container_memory_source_info": [
+        (held("GPU-a", 0, RESNET, source="processes"), 1),
+        (held("GPU-a", 0, LLAMA, source="driver"), 1),
+        (held("GPU-b", 1, LLAMA, source="driver"), 1),
+    ],
+    "vgpu_container_memory_peak_bytes": [
+        (held("GPU-a", 0, LLAMA), 8 * GIB),
+        (held("GPU-b", 1, LLAMA), GIB),
+    ],
+    "vgpu_container_memory_limit_bytes": [(held("GPU-a", 0, LLAMA), 12 * GIB)],
     "vgpu_container_processes": [(held("GPU-a", 0, RESNET), 2), (held("GPU-b", 1, LLAMA), 1)],
     "vgpu_unattributed_processes": [(gpu("GPU-a", 0), 3)],
 }
@@ -425,7 +446,7 @@ def test_calls_are_timed_while_metrics_are_rendered(metrics):
 
 
 def exposed(body: str) -> set[str]:
-    return {family.name for family in parse_text(body)}
+    return {family.name for family in parse_text(body) if family.samples}
 
 
 def test_what_was_known_last_is_shown_while_the_kubelet_does_not_answer(metrics):
@@ -466,7 +487,7 @@ def test_a_limit_is_shown_only_where_there_is_one(sharing, applied):
     [
         ({"holders": Holders("no such socket")}, "alloc|free_share"),
         ({"mps": None}, "^vgpu_mps_"),
-        ({"usage": None}, "container_|unattributed"),
+        ({"usage": None, "limits": None}, "container_|unattributed"),
     ],
 )
 def test_of_what_is_unknown_there_is_no_series(metrics, unknown, pattern):

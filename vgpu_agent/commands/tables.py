@@ -222,11 +222,15 @@ def _holders(report: Report) -> Iterator[RenderableType]:
     totals = {gpu.uuid: gpu.vgpus.total for gpu in report.gpus}
     columns = ["GPU", "VGPUS", "OF GPU", "POD", "CONTAINER", "MEMORY SHARE"]
     rows = [_holder(each, totals.get(each.gpu_uuid, UNKNOWN)) for each in allocations]
-    # Where processes are not looked at there is nothing to say of usage.
-    if report.process_metrics:
-        columns += ["USED", "PROCESSES"]
+    # What nobody looks at is not said.
+    if report.process_metrics or any(each.memory_source for each in allocations):
+        columns.append("USED")
         for row, allocation in zip(rows, allocations, strict=True):
-            row += [_used(allocation), Text(_or_unknown(allocation.processes))]
+            row.append(_used(allocation))
+    if report.process_metrics:
+        columns.append("PROCESSES")
+        for row, allocation in zip(rows, allocations, strict=True):
+            row.append(Text(_or_unknown(allocation.processes)))
     yield _Sheet(columns, rows)
 
 

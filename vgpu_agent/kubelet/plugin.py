@@ -187,7 +187,7 @@ class DevicePlugin(DevicePluginBase):
                 f"{len(requests)} container requests, but the node has {total} vGPUs"
             )
         _check_disjoint(requests)
-        grants = [grant(inventory, device_ids, rules) for device_ids in requests]
+        grants = [grant(inventory, each, rules, snapshot.limits) for each in requests]
         for device_ids in requests:
             log.info("Allocate: %s", _listed(sorted(device_ids)))
         self._node.allocated()

@@ -4,7 +4,6 @@ Nothing else depends on the answer: where there is none the state says why, what
 out, and the kubelet is asked again.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,20 +15,18 @@ import anyio
 import anyio.to_thread
 from anyio import CapacityLimiter
 
-from vgpu_agent import store
-from vgpu_agent.errors import KubeletError, StoreError
+from vgpu_agent.errors import KubeletError
 from vgpu_agent.kubelet import wire
 from vgpu_agent.kubelet._proto.v1 import ListPodResourcesRequest, PodResourcesListerStub
+from vgpu_agent.kubelet.checkpoint import read_checkpoint
 from vgpu_agent.kubelet.grpc import MAX_BYTES, back_off, call
 from vgpu_agent.kubelet.wire import Fields
-from vgpu_agent.model.holders import Assignment, Checked, Holder, Pod, Recorded, cross_check
+from vgpu_agent.model.holders import Assignment, Checked, Holder, Pod, cross_check
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult, Snapshot
 
 SOCKET = Path("pod-resources", "kubelet.sock")
 """In the kubelet's directory."""
-CHECKPOINT = "kubelet_internal_checkpoint"
-"""In the directory of device plugins, which `--root-dir` does not move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +188,6 @@ def read_answer(
 
 MAX_FIELDS = 2**18
 """Most fields of an answer that are looked at: 1600 vGPUs have 8000."""
-MAX_VALUES = 2**17
-"""Most values of a checkpoint: while json decodes it, nothing else runs. Takes 20 ms."""
 
 
 def decode_list(answer: bytes, resource_name: str) -> list[Assignment]:
@@ -222,45 +217,3 @@ def decode_list(answer: bytes, resource_name: str) -> list[Assignment]:
 def _last(values: list[Any]) -> str:
     """A text, which is empty where it is absent."""
     return wire.text(values[-1]) if values else ""
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def read_checkpoint(
-    path: Path, resource_name: str, max_bytes: int = MAX_BYTES
-) -> list[Recorded] | None:
-    """What the kubelet's checkpoint has of a resource; None where there is no checkpoint.
-
-    Raises KubeletError where it cannot be read or understood.
-    """
-    try:
-        content = store.read_bytes(path, max_bytes)
-    except StoreError as error:
-        raise KubeletError(str(error)) from error
-    if content is None:
-        return None
-    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise KubeletError(f"{path} has more than {MAX_VALUES} values")
-    try:
-        return [
-            Recorded(
-                _text(entry["PodUID"]),
-                _text(entry["ContainerName"]),
-                tuple(_text(vgpu) for vgpu in _device_ids(entry["DeviceIDs"])),
-            )
-            for entry in json.loads(content)["Data"]["PodDeviceEntries"] or ()
-            if entry["ResourceName"] == resource_name
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise KubeletError(f"{path} is no checkpoint: {error!r}") from error
-
-
-def _device_ids(found: Any) -> list[Any]:
-    """The IDs, by NUMA node as kubelets write them, or in a plain list as those before 1.20 did."""
-    if isinstance(found, dict):
-        return [vgpu for ids in found.values() for vgpu in ids or ()]
-    return found or []

@@ -18,6 +18,7 @@ class Remedy(StrEnum):
     MPS_CLIENTS = "mps-clients"
     MPS_MODE = "mps-mode"
     MPS_POD = "mps-pod"
+    LIMITS = "limits"
     COMPUTE_MODE = "compute-mode"
     LOOK = "look"
     HANG = "hang"
@@ -46,6 +47,10 @@ _WORDS = {
     ),
     Remedy.MPS_MODE: "set the GPU's compute mode again",
     Remedy.MPS_POD: "see what the node's MPS pod says",
+    Remedy.LIMITS: (
+        "make the node able to do it, or set `VGPU_MEMORY_LIMITS=auto` (`memoryLimits`):"
+        " docs/memory-limits.md"
+    ),
     Remedy.COMPUTE_MODE: "set the GPU's compute mode back",
     Remedy.LOOK: "see what `nvidia-smi` and the kernel log of the node say",
     Remedy.HANG: "see the kernel log; a driver that goes on hanging needs a reboot of the node",
@@ -69,6 +74,8 @@ def for_gpu(remedy: Remedy, uuid: str, place: Place, sharing: SharingRules) -> A
             steps = [_drain_list(uuid, place), Step("what MPS says", place.mps_log("watch"))]
         case Remedy.MPS_POD:
             steps = _mps_logs(place)
+        case Remedy.LIMITS:
+            steps = [_limits_log(place)]
         case Remedy.MPS_MODE:
             steps = [_mps_mode(place)]
         case Remedy.UNCORDON:
@@ -122,6 +129,10 @@ def _reset(uuid: str, place: Place, sharing: SharingRules) -> list[Step]:
 def _mps_mode(place: Place) -> Step:
     words = "sets EXCLUSIVE_PROCESS; a reset sets DEFAULT"
     return Step(words, f"{place.in_mps('restore')} vgpu-agent mps compute-modes")
+
+
+def _limits_log(place: Place) -> Step:
+    return Step("what the container says that sets them", place.limits_log)
 
 
 def _kernel_log(place: Place) -> Step:
@@ -272,6 +283,12 @@ def mps_busy(place: Place) -> Advice:
 
 def _on_the_node(place: Place) -> Step:
     return Step("a shell on the node", place.shell)
+
+
+def no_limits(place: Place, *, enforced: bool) -> Advice:
+    """A container runs without its memory limits."""
+    what = "delete its pod where it must not go on so; docs/memory-limits.md has what to look at"
+    return Advice(what, (_limits_log(place),) if enforced else ())
 
 
 MPS_ONE_USER = Advice("run the containers of a GPU as one user: MPS serves one at a time")

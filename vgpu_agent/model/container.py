@@ -12,8 +12,12 @@ from types import MappingProxyType
 
 from vgpu_agent.errors import InvalidRequestError, UnavailableDeviceError
 from vgpu_agent.model.devices import Inventory, Reason, SharedGpu, pci_order, split_device_id
+from vgpu_agent.model.limits import LimitsLook
 from vgpu_agent.model.rules import MIB, SHARED, DeviceList, MpsLimits, SharingRules
 from vgpu_agent.model.share import fraction, thread_percentage
+
+MIN_FRACTION = 0.1
+"""Of what CUDA shows: less would be of no use, however much a context takes."""
 
 DEVICES_DIRECTORY = "/var/run/nvidia-container-devices"
 """Where the NVIDIA container runtime looks for mounts that name GPUs."""
@@ -53,10 +57,16 @@ class _Part:
         return self.shared.share_bytes(self.vgpus)
 
 
-def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) -> Grant:
+def grant(
+    inventory: Inventory,
+    device_ids: Sequence[str],
+    rules: SharingRules,
+    limits: LimitsLook | None = None,
+) -> Grant:
     """What a container that holds these vGPUs gets.
 
-    Raises InvalidRequestError and UnavailableDeviceError, see `check_devices`.
+    `limits` is what is known of the driver's memory limits, None where they are off. Raises
+    InvalidRequestError and UnavailableDeviceError, see `check_devices`.
     """
     counts = Counter(shared.gpu.uuid for shared in check_devices(inventory, device_ids))
     parts = [
@@ -74,7 +84,7 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "VGPU_SHARE": ",".join(part.share for part in parts),
     }
-    environment |= _memory_environment(parts)
+    environment |= _memory_environment(parts, rules, limits)
     uuids = [part.shared.gpu.uuid for part in parts]
     visible, mounts = _visible_devices(uuids, rules.device_list)
     environment["NVIDIA_VISIBLE_DEVICES"] = visible
@@ -92,7 +102,9 @@ def grant(inventory: Inventory, device_ids: Sequence[str], rules: SharingRules) 
     return Grant(MappingProxyType(environment), tuple(mounts), tuple(names))
 
 
-def _memory_environment(parts: Sequence[_Part]) -> dict[str, str]:
+def _memory_environment(
+    parts: Sequence[_Part], rules: SharingRules, limits: LimitsLook | None
+) -> dict[str, str]:
     """On several GPUs the smallest, which is what one number can promise; none where not known."""
     known = [(p.memory, p.shared.gpu.memory_bytes) for p in parts]
     shares = [
@@ -100,9 +112,23 @@ def _memory_environment(parts: Sequence[_Part]) -> dict[str, str]:
     ]
     if len(shares) < len(parts):
         return {}
+    memory = min(memory for memory, _ in shares)
+    of_whole = min(fraction(*share) for share in shares)
+    by_driver: dict[str, str] = {}
+    uuids = [part.shared.gpu.uuid for part in parts]
+    if limits is not None and limits.hook is None and limits.why_not(uuids) is None:
+        mib = memory // MIB
+        by_driver = {  # both, or the hook does nothing
+            "NVIDIA_GPU_MEMORY_REQUEST": str(mib if rules.memory_guarantee else 0),
+            "NVIDIA_GPU_MEMORY_LIMIT": str(mib),
+        }
+        # A limit of MPS leaves the whole GPU as what CUDA shows (NVIDIA's measurement).
+        if limits.certain and not rules.limits_memory:
+            of_whole = max(MIN_FRACTION, fraction(memory - rules.context_bytes, memory))
     return {
-        "VGPU_MEMORY_BYTES": str(min(memory for memory, _ in shares)),
-        "VGPU_MEMORY_FRACTION": f"{min(fraction(*share) for share in shares):.4f}",
+        "VGPU_MEMORY_BYTES": str(memory),
+        "VGPU_MEMORY_FRACTION": f"{of_whole:.4f}",
+        **by_driver,
     }
 
 

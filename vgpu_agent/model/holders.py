@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vgpu_agent.model.devices import Inventory, SharedGpu, split_device_id
+from vgpu_agent.model.rules import SharingRules
 
 NO_NAMESPACE = "unknown"
 """Stands for the namespace of a container whose pod only the checkpoint knows, by its UID. Not
@@ -190,6 +191,14 @@ def parts(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[Part
                 found.append(Part(shared, each.holder, made, whole))
     found.sort(key=lambda part: (part.shared.gpu.index, part.shared.gpu.uuid, part.holder))
     return tuple(found)
+
+
+def split_containers(found: Iterable[Part], sharing: SharingRules) -> frozenset[Holder]:
+    """The containers that hold vGPUs of several MPS daemons, and so cannot start."""
+    held: defaultdict[Holder, set[str]] = defaultdict(set)
+    for part in found if sharing.mps else ():
+        held[part.holder].add(sharing.daemon_of(part.shared.gpu.uuid))
+    return frozenset(holder for holder, daemons in held.items() if len(daemons) > 1)
 
 
 def orphaned(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from vgpu_agent.model.health import (
 )
 from vgpu_agent.model.holders import Assignment, Holders, Usage
 from vgpu_agent.model.latest import Latest
-from vgpu_agent.model.policy import mps_findings
+from vgpu_agent.model.limits import LimitsLook
+from vgpu_agent.model.policy import limits_findings, mps_findings
 from vgpu_agent.model.snapshot import (
     Driver,
     FirstSeen,
@@ -224,6 +225,18 @@ class Node:
             made = [each.fault(since.get(each.rule.reason or Reason.MPS, now)) for each in findings]
             faults[name] = tuple(filter(None, made))
         self._update(mps_look=look, mps_faults=MappingProxyType(faults))
+
+    # The driver's memory limits
+
+    def set_limits(self, look: LimitsLook) -> None:
+        """The driver's memory limits were looked at. A fault that goes on keeps its time."""
+        now, known = self._clock().wall, self._inputs.limits_faults
+        faults = {}
+        for uuid, finding in limits_findings(look, self._inputs.gpus, self.rules.sharing).items():
+            since = known[uuid].since if uuid in known else now
+            if (fault := finding.fault(since)) is not None:
+                faults[uuid] = fault
+        self._update(limits=look, limits_faults=MappingProxyType(faults))
 
     # Who holds what
 

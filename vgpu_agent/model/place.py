@@ -38,6 +38,11 @@ class Place:
         return f"kubectl -n {self.namespace} logs {self.pod} -c agent --tail=50"
 
     @property
+    def limits_log(self) -> str:
+        """The log of the container that sets memory limits."""
+        return f"kubectl -n {self.namespace} logs {self.pod} -c limits --tail=50"
+
+    @property
     def mps_pods(self) -> str:
         """Finds the node's MPS pod."""
         return (

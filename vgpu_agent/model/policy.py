@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from enum import Enum, unique
 
 from vgpu_agent.model.advice import Remedy
-from vgpu_agent.model.devices import Effect, Fault, Reason
+from vgpu_agent.model.devices import Effect, Fault, Gpu, Reason
 from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading, RecoveryAction
-from vgpu_agent.model.rules import HealthRules, SharingRules
+from vgpu_agent.model.limits import LimitsLook
+from vgpu_agent.model.rules import HealthRules, MemoryLimits, SharingRules
 from vgpu_agent.model.xids import CATALOGUE
 
 
@@ -144,6 +145,13 @@ class Fact(Enum):
         Reason.MPS_FAULT,
         Remedy.MPS_CLIENTS,
     )
+    LIMITS = Rule(
+        "the driver cannot limit the memory of containers, which `VGPU_MEMORY_LIMITS=driver` wants",
+        "a look at driver and cgroups",
+        Effect.UNTIL_BACK,
+        Reason.LIMITS,
+        Remedy.LIMITS,
+    )
     CORDONED = Rule(
         "an operator took the GPU out of service",
         "`vgpu-agent cordon GPU`",
@@ -276,6 +284,20 @@ def mps_findings(look: MpsLook) -> Mapping[str, list[Finding]]:
         if daemon.fault:
             findings[name].append(Finding(Fact.MPS_FAULT, daemon.fault))
     return findings
+
+
+def limits_findings(
+    look: LimitsLook, gpus: Mapping[str, Gpu], sharing: SharingRules
+) -> Mapping[str, Finding]:
+    """Why the driver limits no memory on a GPU, by UUID, where it is wanted that it does."""
+    if sharing.memory_limits is not MemoryLimits.DRIVER:
+        return {}
+    unknown = "NVML does not know how much memory the GPU has"
+    found = {
+        uuid: look.why_not([uuid]) or (unknown if gpu.memory_bytes is None else None)
+        for uuid, gpu in gpus.items()
+    }
+    return {uuid: Finding(Fact.LIMITS, why) for uuid, why in found.items() if why is not None}
 
 
 def cordon_faults(cordon: Cordon | None) -> Iterator[Fault]:

@@ -16,6 +16,10 @@ MPS_SERVER_MARGIN = 512 * MIB
 """What `VGPU_MEMORY_RESERVED=auto` keeps for the MPS server of a GPU, in bytes. A fixed number: the
 same Allocate request must have the same answer for as long as the settings are the same."""
 
+CONTEXT_MPS, CONTEXT = 448 * MIB, 832 * MIB
+"""What a process cannot allocate of a limit that the driver enforces, in bytes, as an MPS client
+and without MPS: its CUDA context (NVIDIA's measurement with driver 615, rounded up)."""
+
 MAX_REPLICAS = 1024
 """Most vGPUs of a GPU, by count or by size."""
 
@@ -135,6 +139,11 @@ class SharingRules:
         if self.memory_reserved is not None:
             return self.memory_reserved
         return MPS_SERVER_MARGIN if self.mps else 0
+
+    @property
+    def context_bytes(self) -> int:
+        """What a CUDA context takes of a container's memory."""
+        return CONTEXT_MPS if self.mps else CONTEXT
 
     @property
     def min_compute_capability(self) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from vgpu_agent.model.holders import (
     orphaned,
     parts,
 )
+from vgpu_agent.model.limits import Limited, LimitsLook, Memory, memory_of
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.policy import cordon_faults
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
@@ -110,7 +111,9 @@ class Inputs:
     complete look found. `cdi_names` are what the host's CDI specs name, None where that does not
     matter. `health` is kept by UUID, listed now or not. `mps_faults` are by the name of the MPS
     daemon whose GPUs they are of, `""` for GPUs without one. `memory_used` is in bytes by UUID.
-    `missing` says by UUID why something is not known of a GPU that it should offer. `usage`
+    `missing` says by UUID why something is not known of a GPU that it should offer. `limits` is
+    what is known of the driver's memory limits, None where they are not wanted; `limits_faults` are
+    by the UUID of the GPU that cannot have them. `usage`
     is None where processes are not looked at. `allocates` counts the calls of Allocate that were
     answered. `store_error` says why what must outlive the agent is not written. `cordons` are by
     UUID, of GPUs listed or not; `cordon_error` says why they cannot be read.
@@ -129,6 +132,8 @@ class Inputs:
     cordon_error: str | None = None
     mps_look: MpsLook | None = None
     mps_faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=_empty)
+    limits: LimitsLook | None = None
+    limits_faults: Mapping[str, Fault] = field(default_factory=_empty)
     kubelet: Kubelet = Kubelet()
     holders: Holders = Holders()
     usage: Usage | None = None
@@ -178,6 +183,17 @@ class Snapshot(Inputs):
         return parts(self.inventory, self.assignments or ())
 
     @cached_property
+    def limited(self) -> Mapping[Holder, Limited]:
+        """What the driver has for each container, where it limits memory."""
+        found = () if self.limits is None else self.limits.containers
+        return {each.holder: each for each in found}
+
+    def memory_of(self, uuid: str, holder: Holder) -> Memory:
+        """What is known of a container's memory on a GPU."""
+        used = None if self.usage is None else self.usage.containers.get((uuid, holder))
+        return memory_of(uuid, self.limited.get(holder), used)
+
+    @cached_property
     def orphans(self) -> tuple[str, ...]:
         """The vGPUs that are held though the node no longer has them.
 
@@ -216,6 +232,7 @@ _ADVERTISED = (
     "health",
     "mps_look",
     "mps_faults",
+    "limits_faults",
     "missing",
     "cordons",
 )
@@ -284,6 +301,8 @@ def _shared_gpu(gpu: Gpu, divided: Divided, inputs: Inputs, rules: Rules) -> Sha
         faults += inputs.mps_faults.get(daemon, ())
         look = inputs.mps_look.daemons.get(daemon) if inputs.mps_look else None
         notes += filter(None, (look.busy, look.failing) if look else ())
+    if (limits := inputs.limits_faults.get(gpu.uuid)) is not None:
+        faults.append(limits)
     faults += cordon_faults(inputs.cordons.get(gpu.uuid))
     return SharedGpu(
         gpu,
@@ -301,14 +320,6 @@ def _daemon_of(uuid: str, inputs: Inputs, sharing: SharingRules) -> str:
     name = sharing.daemon_of(uuid)
     look = inputs.mps_look and inputs.mps_look.daemons.get(name)
     return name if look and any(gpu.uuid == uuid for gpu in look.gpus) else ""
-
-
-def split_containers(snapshot: Snapshot, sharing: SharingRules) -> frozenset[Holder]:
-    """The containers that hold vGPUs of several MPS daemons, and so cannot start."""
-    held: dict[Holder, set[str]] = {}
-    for part in snapshot.parts if sharing.mps else ():
-        held.setdefault(part.holder, set()).add(sharing.daemon_of(part.shared.gpu.uuid))
-    return frozenset(holder for holder, daemons in held.items() if len(daemons) > 1)
 
 
 def _mps(inputs: Inputs, inventory: Inventory, sharing: SharingRules) -> Mps:

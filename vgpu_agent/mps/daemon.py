@@ -6,13 +6,13 @@ The agent asks no daemon: it reads what `mps watch` wrote, and checks that the d
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskStatus
 
+from vgpu_agent import store
 from vgpu_agent.errors import StoreError
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
 from vgpu_agent.model.node import Node
@@ -96,7 +96,7 @@ class RealDaemons:
     def _state(self) -> State | None:
         """What the file says; it is read when another one is there. Raises StoreError."""
         path = self._directories.state
-        which = _which(path)
+        which = store.identity(path)
         if self._read is None or self._read[0] != which:
             self._read = None
             self._read = which, state.read(path)
@@ -105,7 +105,7 @@ class RealDaemons:
     def _say_division(self) -> None:
         """Writes it, again where somebody else has since."""
         path = self._directories.division
-        if self._said is not None and self._said == _which(path):
+        if self._said is not None and self._said == store.identity(path):
             return
         try:
             state.write_division(path, self._rules)
@@ -114,7 +114,7 @@ class RealDaemons:
                 log.warning("%s: how GPUs are divided changes only with the MPS pod", error)
             self._problem = str(error)
         else:
-            self._said, self._problem = _which(path), ""
+            self._said, self._problem = store.identity(path), ""
 
     def _alive(self, name: str, found: State) -> DaemonLook:
         """What was seen of a daemon, unless it is gone or another one is there since."""
@@ -127,15 +127,6 @@ class RealDaemons:
             return replace(look, generation=None, down=f"no MPS daemon serves {pipe}")
         problem = "the daemon is a new one, and its limits are not applied yet"
         return replace(look, generation=generation, down=None, problem=problem)
-
-
-def _which(path: Path) -> object:
-    """Identifies a file with its content; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @dataclass

@@ -6,17 +6,19 @@ pods, and what to do next.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 
 from vgpu_agent.model import advice
 from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.holders import split_containers
+from vgpu_agent.model.limits import LimitsLook, Mode
 from vgpu_agent.model.place import Advice, in_a_line
 from vgpu_agent.model.policy import judge_xid, remedy
 from vgpu_agent.model.rules import HealthRules
-from vgpu_agent.model.snapshot import Rules, Snapshot, split_containers
+from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe.logs import Repeats
 
 log = logging.getLogger("vgpu_agent")
@@ -55,6 +57,8 @@ def changes(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine
     if after.inventory is not before.inventory or after.excluded is not before.excluded:
         yield from _gpus(before, after, rules)
     yield from _mps(before, after, rules)
+    if after.limits is not None and after.limits != before.limits:
+        yield from _limits(before.limits or LimitsLook("not asked yet"), after.limits, rules)
     yield from _kubelet(before, after, rules)
     yield from _holders(before, after)
     for problem, begun, ended in _PROBLEMS:
@@ -172,7 +176,7 @@ def _mps(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
     old, new = before.mps, after.mps
     if after.holders is not before.holders:
         sharing = rules.sharing
-        split = split_containers(after, sharing) - split_containers(before, sharing)
+        split = split_containers(after.parts, sharing) - split_containers(before.parts, sharing)
         for holder in sorted(split):
             yield _warning(
                 "a container was given vGPUs of several GPUs, each with an MPS daemon of its own,"
@@ -202,6 +206,26 @@ def _mps(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
         if now.waiting > was.waiting:
             words = "MPS clients of another user wait for their turn"
             yield _warning(words, clients=now.waiting, **fields)
+
+
+def _limits(old: LimitsLook, new: LimitsLook, rules: Rules) -> Iterator[LogLine]:
+    """Where the driver must limit memory, its GPUs are unhealthy when it does not."""
+    if new.mode is Mode.NONE and new.why_none != old.why_none:
+        yield _info(f"memory is not limited by the driver: {new.why_none}")
+    elif new.mode is not old.mode:
+        how = "set" if new.mode is Mode.DRIVER else "left to the node's container toolkit"
+        yield _info(f"memory limits by the driver are {how}")
+    was = {each.holder: each.problem for each in old.missing}
+    for each in new.missing:
+        if each.holder not in was:
+            next_ = _next(advice.no_limits(rules.place, enforced=new.enforced), rules)
+            yield _warning(
+                f"a container runs without its memory limit: {each.problem}. {next_}",
+                **asdict(each.holder),
+            )
+    have = {each.holder for each in new.containers if each.problem is None}
+    for holder in sorted(was.keys() & have):
+        yield _info("a container has its memory limit now", **asdict(holder))
 
 
 def _kubelet(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:

@@ -5,79 +5,55 @@ Families are made at each scrape, so no series outlives the GPU that it speaks o
 labels are known beforehand begins at 0: `increase` sees no step from nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
-from vgpu_agent.model.devices import Gpu, Reason, device_id
-from vgpu_agent.model.holders import Holder, Used
+from vgpu_agent.model.devices import Reason, device_id
 from vgpu_agent.model.share import max_vgpus
-from vgpu_agent.model.snapshot import RegistrationResult, Rules, Snapshot
+from vgpu_agent.model.snapshot import RegistrationResult, Snapshot
+from vgpu_agent.observe import usage
+from vgpu_agent.observe.family import (
+    CONTAINER,
+    GPU,
+    Samples,
+    Source,
+    family,
+    of_container,
+    of_gpu,
+    one,
+)
 from vgpu_agent.observe.mps import METRICS as MPS_METRICS
 from vgpu_agent.observe.mps import mps_report
 
-Labels = tuple[str, ...]
-Samples = Iterable[tuple[Labels, float]]
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What metrics say of the agent itself."""
-
-    version: str
-    resource: str
-    rules: Rules
-
-
-_G = ("gpu_uuid", "gpu_index")
-_C = ("namespace", "pod", "container")
-
-
-def _family(name: str, text: str, labels: Labels, samples: Samples) -> Metric:
-    """A metric; its name says of which kind."""
-    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-    family = kind(name.removesuffix("_total"), text, labels=labels)
-    for values, value in samples:
-        family.add_metric(values, float(value))
-    return family
-
-
-def _one(name: str, text: str, value: float) -> Metric:
-    return _family(name, text, (), [((), value)])
-
-
-def _g(gpu: Gpu) -> Labels:
-    return gpu.uuid, str(gpu.index)
-
-
-def _c(holder: Holder) -> Labels:
-    return holder.namespace, holder.pod, holder.container
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
 
 
 def _node(of: Source, s: Snapshot) -> Iterator[Metric]:
-    yield _family("vgpu_build_info", "Version of the agent.", ("version",), [((of.version,), 1)])
-    yield _one("vgpu_nvml_up", "Whether the GPU driver answers.", s.driver.up)
-    yield _one(
+    yield family("vgpu_build_info", "Version of the agent.", ("version",), [((of.version,), 1)])
+    yield one("vgpu_nvml_up", "Whether the GPU driver answers.", s.driver.up)
+    yield one(
         "vgpu_nvml_released",
         "Whether NVML is closed on purpose, for a reset; `vgpu_nvml_up` is 0 meanwhile.",
         s.driver.released_until is not None,
     )
-    yield _family(
+    yield family(
         "vgpu_registrations_total",
         "Attempts to register with the kubelet, by result.",
         ("result",),
         (((result.value,), s.registrations.get(result, 0)) for result in RegistrationResult),
     )
-    yield _one(
+    yield one(
         "vgpu_list_and_watch_updates_total", "Device lists sent to the kubelet.", s.lists_sent
     )
-    yield _one(
+    yield one(
         "vgpu_kubelet_connected",
         "Whether the kubelet is registered with and follows the device list.",
         s.kubelet.connected,
     )
-    yield _one(
+    yield one(
         "vgpu_podresources_up",
         "Whether the kubelet said who holds which vGPU when it was last asked.",
         s.holders.up,
@@ -94,10 +70,10 @@ def _gpus(of: Source, s: Snapshot) -> Iterator[Metric]:
     def memory() -> Samples:
         for gpu in (shared.gpu for shared in gpus):
             if gpu.memory_bytes is not None:
-                yield (*_g(gpu), "total"), gpu.memory_bytes
-                yield (*_g(gpu), "reserved"), gpu.reserved_bytes
+                yield (*of_gpu(gpu), "total"), gpu.memory_bytes
+                yield (*of_gpu(gpu), "reserved"), gpu.reserved_bytes
             if (used := s.memory_used.get(gpu.uuid)) is not None:
-                yield (*_g(gpu), "used"), used
+                yield (*of_gpu(gpu), "used"), used
 
     none_yet = dict.fromkeys(
         (
@@ -113,80 +89,94 @@ def _gpus(of: Source, s: Snapshot) -> Iterator[Metric]:
         ("vgpu_gpus_counted", "How many GPUs the driver counts.", described + len(s.undescribed)),
         ("vgpu_gpus_described", "How many GPUs of those say what they are.", described),
     ):
-        yield _one(name, what, count)
-    yield _family(
+        yield one(name, what, count)
+    yield family(
         "vgpu_gpu_info",
         "What a GPU is.",
-        (*_G, "model", "driver_version", "numa_node"),
+        (*GPU, "model", "driver_version", "numa_node"),
         (
-            ((*_g(gpu), gpu.model, version, "" if gpu.numa_node is None else str(gpu.numa_node)), 1)
+            (
+                (
+                    *of_gpu(gpu),
+                    gpu.model,
+                    version,
+                    "" if gpu.numa_node is None else str(gpu.numa_node),
+                ),
+                1,
+            )
             for gpu in (shared.gpu for shared in gpus)
         ),
     )
-    yield _family(
+    yield family(
         "vgpu_gpu_healthy",
         "Whether the vGPUs of a GPU may be given to pods.",
-        _G,
-        ((_g(shared.gpu), shared.healthy) for shared in gpus),
+        GPU,
+        ((of_gpu(shared.gpu), shared.healthy) for shared in gpus),
     )
-    yield _family(
+    yield family(
         "vgpu_gpu_unhealthy_reason",
         "1 for each reason for which a GPU is unhealthy now, 0 for the others.",
-        (*_G, "reason"),
+        (*GPU, "reason"),
         (
-            ((*_g(shared.gpu), reason.value), reason in {fault.reason for fault in shared.faults})
+            (
+                (*of_gpu(shared.gpu), reason.value),
+                reason in {fault.reason for fault in shared.faults},
+            )
             for shared in gpus
             for reason in Reason
         ),
     )
-    yield _family(
+    yield family(
         "vgpu_gpu_unread",
         "1 for what NVML does not say of a GPU now, though it should; `events` are its XIDs.",
-        (*_G, "what"),
+        (*GPU, "what"),
         (
-            ((*_g(shared.gpu), what.replace(" ", "-")), 1)
+            ((*of_gpu(shared.gpu), what.replace(" ", "-")), 1)
             for shared in gpus
             for what in s.missing.get(shared.gpu.uuid, ())
         ),
     )
-    yield _family(
+    yield family(
         "vgpu_gpu_recovery_wait_seconds",
         "For how long the probes of a GPU must pass before it is healthy; grows with relapses.",
-        _G,
-        ((_g(shared.gpu), shared.recovery_wait) for shared in gpus),
+        GPU,
+        ((of_gpu(shared.gpu), shared.recovery_wait) for shared in gpus),
     )
-    yield _family(
+    yield family(
         "vgpu_gpu_memory_bytes",
         "Memory of a GPU: all of it, what the driver reserves of it, and what is in use.",
-        (*_G, "kind"),
+        (*GPU, "kind"),
         memory(),
     )
-    yield _family(
+    yield family(
         "vgpu_gpu_excluded",
         "GPUs of the node that are not shared.",
-        (*_G, "reason"),
-        (((*_g(each.gpu), each.reason), 1) for each in s.excluded),
+        (*GPU, "reason"),
+        (((*of_gpu(each.gpu), each.reason), 1) for each in s.excluded),
     )
-    yield _family(
+    yield family(
         "vgpu_devices",
         "Advertised vGPUs, by GPU and health.",
-        ("resource", *_G, "health"),
+        ("resource", *GPU, "health"),
         (
-            ((of.resource, *_g(shared.gpu), words), shared.replicas * (shared.healthy is healthy))
+            (
+                (of.resource, *of_gpu(shared.gpu), words),
+                shared.replicas * (shared.healthy is healthy),
+            )
             for shared in gpus
             for words, healthy in (("healthy", True), ("unhealthy", False))
         ),
     )
-    yield _family(
+    yield family(
         "vgpu_xid_errors_total",
         "XIDs that the driver reported. gpu_uuid is empty where it could not name the GPU.",
-        (*_G, "xid"),
+        (*GPU, "xid"),
         (((uuid or "", index(uuid), str(xid)), count) for (uuid, xid), count in s.xids.items()),
     )
-    yield _family(
+    yield family(
         "vgpu_health_transitions_total",
         "GPUs that became healthy or unhealthy, and the reason that did it or ended.",
-        (*_G, "to", "reason"),
+        (*GPU, "to", "reason"),
         (
             ((uuid, index(uuid), to, reason.value), count)
             for (uuid, to, reason), count in {**none_yet, **s.transitions}.items()
@@ -200,49 +190,49 @@ def _holders(of: Source, s: Snapshot) -> Iterator[Metric]:
     held = [(part, n) for part in s.parts for n in part.numbers]
     numbers = {(part.shared.gpu.uuid, n) for part, n in held}
     shares = [
-        ((*_g(part.shared.gpu), *_c(part.holder)), memory)
+        ((*of_gpu(part.shared.gpu), *of_container(part.holder)), memory)
         for part in s.parts
         if part.whole and (memory := part.shared.share_bytes(len(part.numbers))) is not None
     ]
-    yield _family(
+    yield family(
         "vgpu_device_allocated",
         "Whether a container holds the vGPU.",
-        ("resource", *_G, "device_id"),
+        ("resource", *GPU, "device_id"),
         (
-            ((of.resource, *_g(gpu), device_id(gpu.uuid, n)), (gpu.uuid, n) in numbers)
+            ((of.resource, *of_gpu(gpu), device_id(gpu.uuid, n)), (gpu.uuid, n) in numbers)
             for gpu, replicas in ((shared.gpu, shared.replicas) for shared in s.inventory.gpus)
             for n in range(replicas)
         ),
     )
-    yield _family(
+    yield family(
         "vgpu_allocation_info",
         "Which container holds the vGPU.",
-        ("resource", *_G, "device_id", *_C),
+        ("resource", *GPU, "device_id", *CONTAINER),
         (
-            ((of.resource, *_g(gpu), device_id(gpu.uuid, n), *_c(holder)), 1)
+            ((of.resource, *of_gpu(gpu), device_id(gpu.uuid, n), *of_container(holder)), 1)
             for gpu, n, holder in ((part.shared.gpu, n, part.holder) for part, n in held)
         ),
     )
-    yield _family(
+    yield family(
         "vgpu_allocation_memory_share_bytes",
         "Memory of the GPU that the vGPUs of the container are worth together.",
-        (*_G, *_C),
+        (*GPU, *CONTAINER),
         shares,
     )
     limited = s.mps and of.rules.sharing.with_applied_limits(s.mps.look.limits).limits_memory
-    yield _family(
+    yield family(
         "vgpu_allocation_process_memory_limit_bytes",
         "Memory of the GPU that MPS lets each process of the container have, where it limits it.",
-        (*_G, *_C),
+        (*GPU, *CONTAINER),
         shares if limited else (),
     )
-    yield _family(
+    yield family(
         "vgpu_orphaned_allocations",
         "How many vGPUs containers hold though the node no longer has them.",
         ("resource",),
         [((of.resource,), len(s.orphans))],
     )
-    yield _family(
+    yield family(
         "vgpu_largest_free_share",
         "How many vGPUs the largest request may ask for that still fits on one GPU.",
         ("resource",),
@@ -250,64 +240,29 @@ def _holders(of: Source, s: Snapshot) -> Iterator[Metric]:
     )
 
 
-def _usage(of: Source, s: Snapshot) -> Iterator[Metric]:  # noqa: ARG001
-    usage, find = s.usage, s.inventory.find
-    if usage is None:
-        return
-
-    def used(value: Callable[[Used], int | None]) -> Samples:
-        for (uuid, holder), used in usage.containers.items():
-            shared, count = find(uuid), value(used)
-            if shared is not None and count is not None:
-                yield (*_g(shared.gpu), *_c(holder)), count
-
-    yield _family(
-        "vgpu_container_memory_used_bytes",
-        "Memory of the GPU that the processes of the container have together.",
-        (*_G, *_C),
-        used(lambda each: each.memory_bytes),
-    )
-    yield _family(
-        "vgpu_container_processes",
-        "Processes of the container with a context on the GPU.",
-        (*_G, *_C),
-        used(lambda each: each.processes),
-    )
-    yield _family(
-        "vgpu_unattributed_processes",
-        "Processes on the GPU that belong to no container that is known.",
-        _G,
-        (
-            (_g(shared.gpu), usage.unattributed[shared.gpu.uuid])
-            for shared in s.inventory.gpus
-            if shared.gpu.uuid in usage.unattributed
-        ),
-    )
-
-
 def _mps(of: Source, s: Snapshot) -> Iterator[Metric]:
     if s.mps is None:
         return
     report = mps_report(s.mps, s, of.rules.sharing)
-    daemons = [(_g(gpu.gpu), report.daemons[gpu.gpu.uuid]) for gpu in s.inventory.gpus]
+    daemons = [(of_gpu(gpu.gpu), report.daemons[gpu.gpu.uuid]) for gpu in s.inventory.gpus]
     for name, what, value in MPS_METRICS:
-        yield _family(name, what, _G, ((labels, value(each)) for labels, each in daemons))
-    yield _one(
+        yield family(name, what, GPU, ((labels, value(each)) for labels, each in daemons))
+    yield one(
         "vgpu_mps_replacement_needed",
         "Whether MPS daemons serve other settings than the agent's, until they are restarted.",
         report.replacement is not None,
     )
-    yield _one(
+    yield one(
         "vgpu_mps_watch_up",
         "Whether `mps watch` is heard of; if not, the daemons are shown as it saw them last.",
         report.unwatched is None,
     )
-    yield _one(
+    yield one(
         "vgpu_mps_split_containers",
         "Containers that cannot start: they were given vGPUs of several MPS daemons.",
         report.split_containers,
     )
-    yield _one(
+    yield one(
         "vgpu_mps_max_clients",
         "Most MPS client contexts of a GPU.",
         min((max_vgpus(gpu.gpu, of.rules.sharing) for gpu in s.inventory.gpus), default=0),
@@ -318,7 +273,9 @@ PARTS: tuple[tuple[Callable[[Source, Snapshot], Iterator[Metric]], str], ...] = 
     (_node, ""),
     (_gpus, ""),
     (_holders, "while it is known who holds what"),
-    (_usage, "with `VGPU_PROCESS_METRICS=on`"),
+    (usage.limits, ""),
+    (usage.memory, "with `VGPU_PROCESS_METRICS=on`, or where the driver limits memory"),
+    (usage.usage, "with `VGPU_PROCESS_METRICS=on`"),
     (_mps, "under MPS"),
 )
 """What makes the metrics, and when they are there: of what is unknown there is no series."""

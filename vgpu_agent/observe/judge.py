@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from vgpu_agent.model import advice
 from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.devices import Reason
+from vgpu_agent.model.limits import Mode
 from vgpu_agent.model.place import Advice, Place
-from vgpu_agent.model.rules import MIB
+from vgpu_agent.model.rules import MIB, MemoryLimits
 from vgpu_agent.model.snapshot import Rules
 from vgpu_agent.observe.mps import MpsReport
 from vgpu_agent.observe.report import (
+    AllocationReport,
     Check,
     ExcludedReport,
     FaultReport,
@@ -40,6 +42,7 @@ def of_look(report: Report, rules: Rules) -> Iterator[Check]:
     """What a look at driver, GPUs and MPS found, whoever looked."""
     yield from _driver(report, rules.place)
     yield from _mps(report, rules.place)
+    yield from _limits(report, rules)
     yield from _overview(report, rules.place)
     every: list[GpuReport | ExcludedReport] = [*report.gpus, *report.excluded]
     for each in sorted(every, key=lambda each: each.index):
@@ -102,6 +105,21 @@ def _mps(report: Report, place: Place) -> Iterator[Check]:
     if mps.split_containers:
         detail = f"{mps.split_containers} containers hold vGPUs of several GPUs and cannot start"
         yield _check("mps containers", FAIL, detail, advice.MPS_SPLIT)
+
+
+def _limits(report: Report, rules: Rules) -> Iterator[Check]:
+    """Memory limits by the driver."""
+    limits, name = report.memory_limits, "memory limits"
+    what = advice.for_gpu(Remedy.LIMITS, "", rules.place, rules.sharing)
+    if limits.mode is Mode.DRIVER:
+        detail = "set by the driver for every container that holds vGPUs"
+        some = limits.error and f"not on every GPU: {limits.error}"
+        yield _check(name, WARN if some else OK, some or detail, what)
+    elif limits.mode is Mode.HOOK:
+        yield _check(name, OK, "by the driver, where the node's container toolkit sets them")
+    elif limits.mode is Mode.NONE:
+        wanted = rules.sharing.memory_limits is MemoryLimits.DRIVER
+        yield _check(name, FAIL if wanted else OK, f"not by the driver: {limits.error}", what)
 
 
 def _mps_daemons(mps: MpsReport, place: Place) -> Check:
@@ -182,9 +200,17 @@ def _gpu(gpu: GpuReport, report: Report, rules: Rules) -> Iterator[Check]:
     for each in report.allocations or ():
         if each.gpu_uuid == gpu.uuid and each.is_over_share:
             used, share = _memory(each.memory_used_bytes), _memory(each.memory_share_bytes)
-            who = f"{each.namespace}/{each.pod}, container {each.container}"
-            detail = f"{who}, uses {used} of its share of {share}"
+            detail = f"{_who(each)}, uses {used} of its share of {share}"
             yield _check(f"{name} share", WARN, detail, advice.OVER_SHARE, gpu.uuid)
+        if each.gpu_uuid == gpu.uuid and each.memory_limit_problem is not None:
+            detail = f"{_who(each)}, runs without its limit: {each.memory_limit_problem}"
+            enforced = report.memory_limits.mode is Mode.DRIVER
+            what = advice.no_limits(place, enforced=enforced)
+            yield _check(f"{name} memory limit", WARN, detail, what, gpu.uuid)
+
+
+def _who(allocation: AllocationReport) -> str:
+    return f"{allocation.namespace}/{allocation.pod}, container {allocation.container}"
 
 
 def _fault(fault: FaultReport) -> str:

@@ -10,7 +10,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from vgpu_agent.model.snapshot import Rules, Snapshot
-from vgpu_agent.observe.families import PARTS, Source
+from vgpu_agent.observe.families import PARTS
+from vgpu_agent.observe.family import Source
 
 OPENMETRICS = "application/openmetrics-text"
 TEXT = "text/plain"

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vgpu_agent.model.facts import DaemonLook
+from vgpu_agent.model.holders import split_containers
 from vgpu_agent.model.rules import SharingRules
-from vgpu_agent.model.snapshot import Mps, Snapshot, split_containers
+from vgpu_agent.model.snapshot import Mps, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def mps_report(mps: Mps, snapshot: Snapshot, sharing: SharingRules) -> MpsReport
         clients={uuid: daemon.clients for uuid, daemon in daemons.items() if daemon.clients},
         waiting_clients=sum(daemon.waiting for daemon in mps.look.daemons.values()),
         daemons=daemons,
-        split_containers=len(split_containers(snapshot, sharing)),
+        split_containers=len(split_containers(snapshot.parts, sharing)),
     )
 
 

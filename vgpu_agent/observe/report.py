@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from vgpu_agent.model.acceptance import Acceptance, Counts
 from vgpu_agent.model.advice import Remedy
+from vgpu_agent.model.limits import MemorySource, Mode
 from vgpu_agent.model.place import Step
 from vgpu_agent.observe.mps import MpsReport
 from vgpu_agent.store import decoded
@@ -59,6 +60,18 @@ class PodResourcesReport:
 
     up: bool
     error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsReport:
+    """Memory limits by the driver: `mode` is how they come about, `error` why they do not.
+
+    `missing` counts containers whose limits are not in effect.
+    """
+
+    mode: Mode
+    error: str | None
+    missing: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +129,12 @@ class AllocationReport:
     """What a container holds and uses of a GPU: the `numbers` of its vGPUs.
 
     `memory_share_bytes` is what they are worth, null where some of them are no longer advertised;
-    `memory_limited`: a process of the container is held to it. `memory_used_bytes` and `processes`
-    are null where processes are not looked at.
+    `memory_limited`: each of its processes is held to it by MPS, or all by the driver.
+
+    `memory_used_bytes` is what the container has, by the `memory_source`: the `driver`, or its
+    `processes`, whose number is null where they are not looked at. `memory_peak_bytes` is the most
+    that was seen. `memory_limit_bytes` is the driver's limit, null where there is none, and
+    `memory_limit_problem` says why that is not in effect.
     """
 
     namespace: str
@@ -129,6 +146,10 @@ class AllocationReport:
     memory_share_bytes: int | None
     memory_limited: bool
     memory_used_bytes: int | None
+    memory_source: MemorySource | None
+    memory_peak_bytes: int | None
+    memory_limit_bytes: int | None
+    memory_limit_problem: str | None
     processes: int | None
 
     @property
@@ -193,6 +214,7 @@ class Report:
     driver: DriverReport
     kubelet: KubeletReport
     mps: MpsReport | None
+    memory_limits: LimitsReport
     podresources: PodResourcesReport
     health_checks: bool
     process_metrics: bool

@@ -7,6 +7,7 @@ from vgpu_agent import __version__
 from vgpu_agent.model.acceptance import Counts, acceptance, counts, gpu_counts
 from vgpu_agent.model.devices import SharedGpu
 from vgpu_agent.model.holders import Part, Used
+from vgpu_agent.model.limits import LimitsLook, Mode
 from vgpu_agent.model.policy import remedy
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe import judge
@@ -19,6 +20,7 @@ from vgpu_agent.observe.report import (
     FaultReport,
     GpuReport,
     KubeletReport,
+    LimitsReport,
     PodResourcesReport,
     Report,
 )
@@ -77,6 +79,7 @@ def _report(
             _time_or_none(kubelet.since),
         ),
         mps=None if mps is None else mps_report(mps, snapshot, rules.sharing),
+        memory_limits=_limits(snapshot.limits),
         podresources=PodResourcesReport(snapshot.holders.up, snapshot.holders.error),
         health_checks=rules.health.health_checks,
         process_metrics=snapshot.usage is not None,
@@ -106,6 +109,13 @@ def _report(
     )
 
 
+def _limits(look: LimitsLook | None) -> LimitsReport:
+    if look is None:
+        return LimitsReport(Mode.OFF, None, 0)
+    why = look.why_none or next(iter(look.gpus.values()), None)
+    return LimitsReport(look.mode, why, len(look.missing))
+
+
 def _gpu(shared: SharedGpu, vgpus: Counts, snapshot: Snapshot) -> GpuReport:
     gpu, usage = shared.gpu, snapshot.usage
     return GpuReport(
@@ -133,6 +143,8 @@ def _gpu(shared: SharedGpu, vgpus: Counts, snapshot: Snapshot) -> GpuReport:
 def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationReport:
     gpu, holder, usage = part.shared.gpu, part.holder, snapshot.usage
     used = None if usage is None else usage.containers.get((gpu.uuid, holder), Used(0, 0))
+    memory, limits = snapshot.memory_of(gpu.uuid, holder), snapshot.limited.get(holder)
+    problem = None if limits is None else limits.problem
     return AllocationReport(
         namespace=holder.namespace,
         pod=holder.pod,
@@ -141,8 +153,12 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
         gpu_index=gpu.index,
         numbers=part.numbers,
         memory_share_bytes=part.shared.share_bytes(len(part.numbers)) if part.whole else None,
-        memory_limited=limited,
-        memory_used_bytes=None if used is None else used.memory_bytes,
+        memory_limited=limited or (memory.limit_bytes is not None and problem is None),
+        memory_used_bytes=memory.used_bytes,
+        memory_source=memory.source,
+        memory_peak_bytes=memory.peak_bytes,
+        memory_limit_bytes=memory.limit_bytes,
+        memory_limit_problem=problem,
         processes=None if used is None else used.processes,
     )
 

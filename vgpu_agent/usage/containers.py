@@ -17,7 +17,7 @@ from pathlib import Path
 from vgpu_agent.model.holders import Holder
 
 # A static pod from a file has a hash for a UID. Unit names of systemd have `_` for `-`.
-_UID = r"(?:[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})"
+_UID = r"([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})"
 
 _POD = re.compile(rf"(?:.*-)?pod{_UID}(?:\.slice)?")
 
@@ -52,26 +52,39 @@ def _of_path(path: str) -> str | None:
     Of the pod that we are in too it may then show no more than `/..`. What is taken for one of its
     containers and is none has an ID that no pod has.
     """
-    for above, name in pairwise(_names(path)):
-        of_pod = _POD.fullmatch(above) is not None
-        container = _CONTAINER.fullmatch(name) if of_pod or above == _UP else None
+    names = [name for each in path.removesuffix(" (deleted)").split("/") for name in parts(each)]
+    for above, name in pairwise(names):
+        of_pod = pod_uid(above) is not None
+        container = in_pod(name) if of_pod or above == _UP else None
         if container is not None:
-            return container[1]
+            return container
         if of_pod:
             return None
     return None
 
 
-def _names(path: str) -> list[str]:
-    """The names of the cgroups along a path, with what runtimes do to them undone."""
-    names = []
-    for each in path.removesuffix(" (deleted)").split("/"):
-        name = each.replace("\\x2d", "-")  # as systemd escapes it
-        # Where the kubelet's cgroup driver is systemd and the runtime's is not, the three parts of
-        # what the one says become a single name of the other: slice:prefix:id.
-        parts = name.split(":")
-        names += [parts[0], "-".join(parts[1:])] if len(parts) == 3 else [name]
-    return [name for name in names if name]
+def parts(name: str) -> list[str]:
+    """What a cgroup's name consists of, with what runtimes do to it undone: one part, mostly.
+
+    Where the kubelet's cgroup driver is systemd and the runtime's is not, the three parts of what
+    the one says become a single name of the other, slice:prefix:id: the pod's and the container's.
+    """
+    plain = name.replace("\\x2d", "-")  # as systemd escapes it
+    split = plain.split(":")
+    both = [split[0], "-".join(split[1:])] if len(split) == 3 else [plain]
+    return [part for part in both if part]
+
+
+def pod_uid(part: str) -> str | None:
+    """The UID, as the API server writes it, of the pod that a cgroup of that name is of."""
+    match = _POD.fullmatch(part)
+    return None if match is None else match[1].replace("_", "-")
+
+
+def in_pod(part: str) -> str | None:
+    """The ID of the container that a cgroup of that name, directly below a pod's, is of."""
+    match = _CONTAINER.fullmatch(part)
+    return None if match is None else match[1]
 
 
 def named_by(link: str) -> tuple[str, Holder] | None:

@@ -16,7 +16,7 @@ import anyio
 
 from vgpu_agent import control, store
 from vgpu_agent import settings as configuration
-from vgpu_agent.agent import make_place, make_rules
+from vgpu_agent.agent import make_looker, make_place, make_rules
 from vgpu_agent.commands import ask
 from vgpu_agent.commands.doctor import preflight
 from vgpu_agent.commands.doctor.checks import (
@@ -40,9 +40,11 @@ from vgpu_agent.model.acceptance import Refusal
 from vgpu_agent.model.advice import agent_log, rival
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import Moment
+from vgpu_agent.model.limits import shares
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.policy import remedy
+from vgpu_agent.model.rules import MemoryLimits
 from vgpu_agent.mps.daemon import Daemons
 from vgpu_agent.observe import judge
 from vgpu_agent.observe.report import Check, Report, Verdict
@@ -135,6 +137,9 @@ async def look_once(
                 watch.intervals = Intervals(call_limit=timeouts.call)
                 with anyio.move_on_after(timeouts.look) as scope:
                     await watch.look()
+                    if settings.memory_limits is not MemoryLimits.OFF:
+                        of = shares(node.snapshot.inventory.gpus)
+                        node.set_limits(await make_looker(settings, driver).look(of))
                 if scope.cancelled_caught:
                     failed.append(late("driver", timeouts.look, "see the kernel log of the node"))
             finally:

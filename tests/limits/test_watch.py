@@ -1,0 +1,167 @@
+"""The two files between agent and enforcer, and what both make of them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import anyio
+import pytest
+
+from tests.limits.test_look import GIB, SHARES, A, B, Machine
+from vgpu_agent.errors import DriverError
+from vgpu_agent.limits import files
+from vgpu_agent.limits.files import Said, Seen, Wanted
+from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, OwnLook, Paced
+from vgpu_agent.model.devices import Inventory
+from vgpu_agent.model.holders import Holder
+from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, Mode
+from vgpu_agent.model.snapshot import Driver, Snapshot
+
+UP = Snapshot(driver=Driver("615.71", None), inventory=Inventory((A, B)))
+RELEASED = replace(UP, driver=Driver("615.71", "released", released_until=2.0**33))
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@asynccontextmanager
+async def enforcing(machine: Machine) -> AsyncIterator[Enforcer]:
+    enforcer = Enforcer(machine.looker(enforce=True), machine.root, poll=0.02)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(enforcer.run)
+        yield enforcer
+        tasks.cancel_scope.cancel()
+
+
+async def becomes(source: Enforced, snapshot: Snapshot, holds) -> LimitsLook:
+    found = None
+    with anyio.move_on_after(5):
+        while True:
+            found = await source.look(snapshot)
+            if holds(found):
+                return found
+            await anyio.sleep(0.02)
+    raise AssertionError(f"not so within 5 s: {found}")
+
+
+async def test_the_agent_says_what_is_wanted_and_the_enforcer_what_is(machine):
+    path = machine.start(1)
+    machine.give(1, "GPU-0::1")
+    source = Enforced(machine.root)
+    assert "`limits`" in (await source.look(UP)).error
+    async with enforcing(machine):
+        look = await becomes(source, UP, lambda look: look.containers)
+        assert look.mode is Mode.DRIVER
+        assert look.containers[0].limits == {"GPU-0": MemoryLimit(GIB, 0, 0)}
+        # A container that starts while it runs.
+        machine.start(2)
+        machine.give(2, "GPU-1::7")
+        await becomes(source, UP, lambda look: len(look.containers) == 2)
+        # Fewer vGPUs of each GPU than before: each is worth more.
+        halved = replace(UP, inventory=Inventory((replace(A, replicas=5), B)))
+        await becomes(source, halved, lambda look: look.containers[0].wanted["GPU-0"] == 2 * GIB)
+        assert machine.driver.limits["GPU-0", path].hard_bytes == 2 * GIB
+
+
+async def test_an_enforcer_that_is_not_heard_of_is_gone(machine, monkeypatch):
+    source = Enforced(machine.root)
+    await source.look(UP)
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
+    assert (await source.look(UP)).mode is Mode.DRIVER  # for a moment nobody minds
+    now = files.now()
+    monkeypatch.setattr(files, "now", lambda: now + STALE + 1)
+    assert "not heard of" in (await source.look(UP)).error
+    # And one that is back is there again.
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
+
+
+async def test_nvml_is_closed_while_gpus_are_released(machine, monkeypatch):
+    calls = []
+
+    async def scan(*_: float) -> None:
+        calls.append("scan")
+
+    async def release() -> bool:
+        calls.append("release")
+        return True
+
+    monkeypatch.setattr(machine.driver, "scan", scan)
+    monkeypatch.setattr(machine.driver, "release", release)
+    source = Enforced(machine.root)
+    await source.look(UP)
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
+        await source.look(RELEASED)
+        await anyio.sleep(0.2)
+        assert calls == ["scan", "release"]
+        # What was seen stays true; the agent says itself that GPUs are released.
+        assert (await source.look(RELEASED)).mode is Mode.DRIVER
+        await source.look(UP)
+        await anyio.sleep(0.5)
+    assert calls[:3] == ["scan", "release", "scan"]
+
+
+async def test_a_driver_that_does_not_start_is_said(machine, monkeypatch):
+    async def scan(*_: float) -> None:
+        raise DriverError("no library")
+
+    monkeypatch.setattr(machine.driver, "scan", scan)
+    source = Enforced(machine.root)
+    await source.look(UP)
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look.error == "no library")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
+async def test_a_damaged_file_is_said_and_written_again(machine, text):
+    source = Enforced(machine.root)
+    await source.look(UP)
+    files.path_of(Seen, machine.root).write_text(text)
+    assert (await source.look(UP)).error.startswith(str(machine.root / "limits-seen"))
+    files.path_of(Wanted, machine.root).write_text(text)
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
+
+
+def test_another_version_of_a_file_is_not_read(tmp_path):
+    files.write(tmp_path, replace(Wanted(SHARES), format=99))
+    with pytest.raises(files.StoreError, match="another version"):
+        Said(Wanted, tmp_path).read()
+
+
+def test_what_is_written_is_read(tmp_path):
+    limited = Limited(
+        Holder("shop", "pod-1", "main"),
+        {"GPU-0": GIB},
+        {"GPU-0": MemoryLimit(None, 0, 5)},
+        {"GPU-0": 9},
+        "no",
+    )
+    for said in (
+        Wanted({"GPU-0": (1, 2)}, 5.0),
+        Seen(7.0, LimitsLook(gpus={"GPU-1": "MIG"}, hook="x", containers=(limited,))),
+    ):
+        files.write(tmp_path, said)
+        assert Said(type(said), tmp_path).read() == said
+
+
+async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
+    machine.start(1)
+    machine.give(1, "GPU-0::1")
+    source = OwnLook(Paced(machine.looker()))
+    assert await source.look(RELEASED) is None
+    first = await source.look(UP)
+    assert len(first.containers) == 1
+    machine.now += 6  # it has no limit
+    assert await source.look(UP) is not None
+    machine.now += 6  # which is old by now
+    assert await source.look(UP) is None
+    await anyio.sleep(0.01)  # time stamps of files are coarse
+    machine.start(2)
+    assert await source.look(UP) is not None
+    machine.now += 15
+    assert await source.look(UP) is not None

@@ -1,0 +1,287 @@
+"""One look after the other at the containers that hold vGPUs, and their limits by the driver.
+
+Where it is asked for, limits that are missing or wrong are set.
+
+The kubelet's checkpoint says who holds which vGPUs, by pod UID and container name; the links in
+/var/log/containers name containers by their IDs, and cgroups are named by ID and pod UID. A cgroup
+that these three do not name together is never touched.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from vgpu_agent import store
+from vgpu_agent.errors import KubeletError
+from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.kubelet.checkpoint import read_checkpoint
+from vgpu_agent.limits.cgroups import Hierarchy, Leaf
+from vgpu_agent.model.holders import Holder, Recorded
+from vgpu_agent.model.limits import (
+    GRACE,
+    Limited,
+    LimitsLook,
+    MemoryLimit,
+    Shares,
+    in_effect,
+    wanted,
+)
+from vgpu_agent.model.rules import MIB
+from vgpu_agent.usage.containers import LINKS, holders_by_id
+
+log = logging.getLogger(__name__)
+
+Answers = dict[str, MemoryLimit | str]
+"""What the driver has for cgroups on one GPU, by path, or its word for why it says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A container that holds vGPUs, and its cgroup. `lacks` says why no limit can be set on it."""
+
+    recorded: Recorded
+    holder: Holder
+    leaf: Leaf
+    lacks: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What is there: why no limits can be set at all, why the hook may fail, and all containers."""
+
+    problem: str | None
+    hook: str | None
+    held: tuple[Held, ...]
+    scratch: str
+
+
+def matched(
+    recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
+) -> Iterator[Held]:
+    """The recorded containers that run. One that was started again has two cgroups for a moment."""
+    entries = {(each.pod_uid, each.container): each for each in recorded}
+    for container, leaf in leaves.items():
+        holder = names.get(container)
+        entry = None if holder is None else entries.get((leaf.pod_uid, holder.container))
+        if holder is not None and entry is not None:
+            yield Held(entry, holder, leaf)
+
+
+@dataclass
+class Looker:
+    """Looks at the containers that hold vGPUs of `resource_name`, by the driver's handles.
+
+    `enforce`: limits are set. `enable`: the cgroup controller for it too. `guarantee`: a
+    container's memory is also kept for it.
+    """
+
+    driver: GpuDriver
+    checkpoint: Path
+    resource_name: str
+    hierarchy: Hierarchy = field(default_factory=Hierarchy)
+    links: Path = LINKS
+    guarantee: bool = False
+    enforce: bool = False
+    enable: bool = False
+    clock: Callable[[], float] = time.monotonic
+    _wrong: dict[tuple[str, str], float] = field(default_factory=dict)
+    _peaks: dict[tuple[str, str], int] = field(default_factory=dict)
+    _kept: dict[str, Held] = field(default_factory=dict)
+    _set: set[str] = field(default_factory=set)
+    _applied: bool = False
+    _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    def signs(self) -> object:
+        """Is another value when a container may have been given vGPUs, or started. Blocks."""
+        return store.identity(self.checkpoint), store.identity(self.links)
+
+    @property
+    def pending(self) -> bool:
+        """Whether some limit was not in effect at the last look, and that is not yet old."""
+        now = self.clock()
+        return any(now - since < 2 * GRACE for since in self._wrong.values())
+
+    async def look(self, shares: Shares) -> LimitsLook:
+        """What is so now, after all corrections. Raises nothing but for bugs.
+
+        Without `enforce` it is not told of single containers where none can have a limit.
+        """
+        tree = await anyio.to_thread.run_sync(self._read, limiter=self._limiter)
+        if tree.problem is not None:
+            self._wrong.clear()
+            return LimitsLook(error=tree.problem, enforced=self.enforce)
+        limits = {each.leaf.path: self._wanted(each, shares) for each in tree.held}
+        answers: dict[str, Answers] = {}
+
+        async def ask(uuid: str) -> None:
+            answers[uuid] = await self._of_gpu(uuid, tree, limits)
+
+        async with anyio.create_task_group() as tasks:
+            for uuid in shares:
+                tasks.start_soon(ask, uuid)
+        gpus = {
+            uuid: word
+            for uuid, of in answers.items()
+            if isinstance(word := of.get(tree.scratch, "NVML does not answer for it now"), str)
+        }
+        alike = set(gpus.values()) if gpus.keys() == shares.keys() else set()
+        found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
+        wrong = [held.leaf for held, each in found if each.problem is not None]
+        ended = await anyio.to_thread.run_sync(self._ended, wrong, limiter=self._limiter)
+        containers = [each for held, each in found if held.leaf.path not in ended]
+        self._forget(tree)
+        late = any(each.problem is not None for each in containers)
+        applied = self.enforce or self._applied or not late
+        if not (self.enforce or (tree.hook is None and applied)):
+            # That is of the node, and of none of its containers.
+            containers = [replace(each, problem=None) for each in containers]
+        return LimitsLook(
+            error=alike.pop() if len(alike) == 1 else None,
+            gpus=gpus,
+            hook=tree.hook,
+            enforced=self.enforce,
+            applied=applied,
+            containers=tuple(containers),
+        )
+
+    def _wanted(self, held: Held, shares: Shares) -> dict[str, int]:
+        """The hook knows one limit for all GPUs of a container, which is the smallest."""
+        found = wanted(held.recorded.device_ids, shares)
+        return found if self.enforce else dict.fromkeys(found, min(found.values(), default=0))
+
+    async def end_guarantees(self) -> None:
+        """What was kept for containers that have ended is kept no longer.
+
+        A cgroup that is removed before leaves what was kept for it with its parents, for good.
+        """
+        for path, held in list(self._kept.items()):
+            if not await anyio.to_thread.run_sync(self.hierarchy.ended, held.leaf):
+                continue
+            del self._kept[path]
+            for uuid in {each.partition("::")[0] for each in held.recorded.device_ids}:
+                found = (await self.driver.memory_limits(uuid, [path])).get(path)
+                if isinstance(found, MemoryLimit) and found.hard_bytes is not None:
+                    found = await self.driver.limit_memory(uuid, path, found.hard_bytes, 0)
+                if found is not None:
+                    fields = {**_fields(held), "uuid": uuid}
+                    log.warning(
+                        "a container ended and the memory that the driver kept for it stays kept,"
+                        " until the node is rebooted: %s",
+                        found,
+                        extra={"fields": fields},
+                    )
+
+    # In a worker thread
+
+    def _read(self) -> Tree:
+        problem = self.hierarchy.problem()
+        if problem is not None:
+            return Tree(problem, problem, (), "")
+        try:
+            recorded = read_checkpoint(self.checkpoint, self.resource_name) or []
+            leaves = self.hierarchy.leaves()
+            names = holders_by_id(self.links) if recorded else {}
+        except (KubeletError, OSError) as error:
+            words = f"which containers hold vGPUs cannot be seen: {error}"
+            return Tree(words, words, (), "")
+        held = [
+            Held(each.recorded, each.holder, each.leaf, self._lacks(each.leaf))
+            for each in matched(recorded, leaves, names)
+        ]
+        scratch = next((leaf.path for leaf in leaves.values()), str(self.hierarchy.root))
+        return Tree(None, self.hierarchy.hook(), tuple(held), scratch)
+
+    def _ended(self, leaves: Sequence[Leaf]) -> set[str]:
+        return {leaf.path for leaf in leaves if self.hierarchy.ended(leaf)}
+
+    def _lacks(self, leaf: Leaf) -> str | None:
+        lacks = self.hierarchy.lacks(leaf)
+        if lacks is None or not self.enable:
+            return lacks
+        try:
+            self.hierarchy.enable(leaf)
+        except OSError as error:
+            return f"{lacks}; it could not be turned on here: {error}"
+        return self.hierarchy.lacks(leaf)
+
+    # On one GPU
+
+    async def _of_gpu(
+        self, uuid: str, tree: Tree, limits: Mapping[str, Mapping[str, int]]
+    ) -> Answers:
+        """What the driver has for all cgroups that are to have a limit there, and for `scratch`."""
+        held = [each for each in tree.held if uuid in limits[each.leaf.path]]
+        paths = [tree.scratch, *(each.leaf.path for each in held)]
+        found = dict(await self.driver.memory_limits(uuid, list(dict.fromkeys(paths))))
+        again = []
+        for each in held if self.enforce else ():
+            path, hard = each.leaf.path, limits[each.leaf.path][uuid]
+            has, soft = found.get(path), self._soft(hard)
+            if each.lacks or not isinstance(has, MemoryLimit) or in_effect(has, hard, soft):
+                continue
+            refused = await self.driver.limit_memory(uuid, path, hard, soft)
+            if refused is not None:
+                found[path] = refused
+                continue
+            again.append(path)
+            if path not in self._set:
+                self._set.add(path)
+                log.info("memory limits of a container are set", extra={"fields": _fields(each)})
+        if again:
+            found |= await self.driver.memory_limits(uuid, again)
+        return found
+
+    def _soft(self, hard: int) -> int:
+        return hard if self.guarantee else 0
+
+    # What it comes to
+
+    def _limited(
+        self, held: Held, limits: Mapping[str, int], answers: Mapping[str, Answers]
+    ) -> Limited:
+        has: dict[str, MemoryLimit] = {}
+        problem, path, now = None, held.leaf.path, self.clock()
+        for uuid, hard in limits.items():
+            found, key = answers[uuid].get(path), (path, uuid)
+            if isinstance(found, MemoryLimit):
+                has[uuid] = found
+                self._peaks[key] = max(self._peaks.get(key, 0), found.used_bytes)
+                if held.lacks is None and in_effect(found, hard, self._soft(hard)):
+                    self._wrong.pop(key, None)
+                    self._applied = True
+                    continue
+            if now - self._wrong.setdefault(key, now) >= GRACE:
+                problem = held.lacks or self._words(found, hard)
+        if any(found.soft_bytes for found in has.values()):
+            self._kept[path] = held
+        peaks = {uuid: self._peaks[path, uuid] for uuid in has}
+        return Limited(held.holder, limits, has, peaks, problem)
+
+    def _forget(self, tree: Tree) -> None:
+        """What was remembered of containers that are no longer there."""
+        paths = {each.leaf.path for each in tree.held}
+        self._set &= paths
+        self._peaks = {key: peak for key, peak in self._peaks.items() if key[0] in paths}
+        self._wrong = {key: since for key, since in self._wrong.items() if key[0] in paths}
+
+    def _words(self, found: MemoryLimit | str | None, hard: int) -> str:
+        """Why a limit is not in effect."""
+        if not isinstance(found, MemoryLimit):
+            return found or "NVML does not answer for its GPU now"
+        has = "no limit" if found.hard_bytes is None else f"{found.hard_bytes // MIB} MiB"
+        why = (
+            "somebody else sets it too"
+            if self.enforce
+            else "the pod sets NVIDIA_GPU_MEMORY_LIMIT itself, or the node's container toolkit does"
+            " not apply it (1.20.1 and later do)"
+        )
+        return f"the driver has {has} for it instead of {hard // MIB} MiB: {why}"
+
+
+def _fields(held: Held) -> dict[str, object]:
+    return asdict(held.holder)

@@ -1,0 +1,210 @@
+"""Who looks at the limits: the agent itself, or the container beside it that sets them."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Never, Protocol
+
+import anyio
+import anyio.to_thread
+from anyio.abc import TaskStatus
+
+from vgpu_agent import store
+from vgpu_agent.errors import DriverError, StoreError
+from vgpu_agent.limits import files
+from vgpu_agent.limits.files import Said, Seen, Wanted
+from vgpu_agent.limits.look import Looker
+from vgpu_agent.model.limits import LimitsLook, Shares, shares
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+STALE = 30.0
+"""Seconds without a word of the container that enforces limits after which it counts as away."""
+
+BEAT = 10.0
+"""Seconds after which it says again what has not changed."""
+
+RETRY = 5.0
+"""Seconds until a driver that does not start is tried again."""
+
+INTERVAL = 15.0
+"""Seconds between two looks where there is no sign of a change."""
+
+
+class Source(Protocol):
+    """Who knows of the limits."""
+
+    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
+        """What is so now; None where that is what was said last. Never raises."""
+        ...
+
+
+@dataclass
+class Paced:
+    """Looks where there is a sign that something has changed, and every `INTERVAL` seconds."""
+
+    looker: Looker
+    _signs: object = None
+    _at: float = float("-inf")
+
+    async def look(self, of: Shares) -> LimitsLook | None:
+        """None where it is not time to look."""
+        now = self.looker.clock()
+        signs = (await anyio.to_thread.run_sync(self.looker.signs), of)
+        if signs == self._signs and not self.looker.pending and now - self._at < INTERVAL:
+            return None
+        self._signs, self._at = signs, now
+        return await self.looker.look(of)
+
+
+@dataclass
+class OwnLook:
+    """The agent looks by itself, and sets nothing."""
+
+    paced: Paced
+
+    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
+        """See `Source`."""
+        return (
+            await self.paced.look(shares(snapshot.inventory.gpus)) if snapshot.driver.up else None
+        )
+
+
+class Enforced:
+    """The container `limits` looks, and sets what is missing. It is said how GPUs are divided."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen = Said(Seen, directory)
+        self._said: tuple[Wanted, object] | None = None
+
+    async def look(self, snapshot: Snapshot) -> LimitsLook:
+        """See `Source`."""
+        found = {uuid: tuple(each) for uuid, each in shares(snapshot.inventory.gpus).items()}
+        wanted = Wanted(found, snapshot.driver.released_until or 0.0)
+        return await anyio.to_thread.run_sync(self._look, wanted)
+
+    def _look(self, wanted: Wanted) -> LimitsLook:
+        try:
+            self._say(wanted)
+            seen = self._seen.read()
+        except StoreError as error:
+            return LimitsLook(error=str(error), enforced=True)
+        if seen is None or files.now() - seen.beat > STALE:
+            return LimitsLook(error=_AWAY, enforced=True)
+        return seen.look
+
+    def _say(self, wanted: Wanted) -> None:
+        """Writes it, again where somebody else has since. Raises StoreError."""
+        path = files.path_of(Wanted, self._directory)
+        if (wanted, store.identity(path)) != self._said:
+            files.write(self._directory, wanted)
+            self._said = wanted, store.identity(path)
+
+
+_AWAY = "the container `limits`, which sets them, is not heard of: see its log"
+
+
+@dataclass
+class LimitsWatch:
+    """Hands what is known of the limits to the node, every `interval` seconds where it is new.
+
+    `certain` blocks, and says whether the container toolkit is known to set limits.
+    """
+
+    source: Source
+    node: Node
+    certain: Callable[[], bool] | None = None
+    interval: float = 1.0
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> Never:
+        """Runs until cancelled; started after the first look."""
+        await self._look()
+        task_status.started()
+        while True:
+            await anyio.sleep(self.interval)
+            await self._look()
+
+    async def _look(self) -> None:
+        found = await self.source.look(self.node.snapshot)
+        if found is not None and self.certain is not None:
+            certain = await anyio.to_thread.run_sync(self.certain)
+            found = replace(found, certain=certain)
+        if found is not None:
+            self.node.set_limits(found)
+
+
+# In the container that enforces limits
+
+
+@dataclass
+class Enforcer:
+    """Sets limits as the agent wants them, and says what it sees, until it is cancelled.
+
+    It looks for signs of a change every `poll` seconds. `clock` is that of the node, in seconds
+    since the epoch.
+    """
+
+    looker: Looker
+    directory: Path
+    poll: float = 0.4
+    clock: Callable[[], float] = time.time
+    _scanned: bool = False
+    _seen: LimitsLook | None = None
+    _beat: float = float("-inf")
+    _problem: str = ""
+
+    async def run(self) -> Never:
+        """Runs until cancelled."""
+        paced, wanted = Paced(self.looker), Said(Wanted, self.directory)
+        async with self.looker.driver:
+            while True:
+                wait = self.poll
+                try:
+                    look = await self._look(paced, await anyio.to_thread.run_sync(wanted.read))
+                except (StoreError, DriverError) as error:
+                    look = LimitsLook(error=str(error), enforced=True)
+                    wait = RETRY if isinstance(error, DriverError) else self.poll
+                await self._say(look)
+                await anyio.sleep(wait)
+
+    async def _look(self, paced: Paced, wanted: Wanted | None) -> LimitsLook | None:
+        """Raises DriverError."""
+        driver = self.looker.driver
+        if wanted is None:
+            return LimitsLook(error="the agent has not said how GPUs are divided", enforced=True)
+        if wanted.released_until > self.clock():
+            if self._scanned:  # a GPU is not reset while anybody has it open
+                self._scanned = not await driver.release()
+            return None
+        if not self._scanned:
+            await driver.scan()
+            self._scanned = True
+        await self.looker.end_guarantees()
+        look = await paced.look(wanted.shares)
+        if look is not None and look.gpus:
+            self._scanned = False  # perhaps its handle is an old one
+        return look
+
+    async def _say(self, look: LimitsLook | None) -> None:
+        """Writes what is new, and now and then what is not."""
+        look = look or self._seen
+        if look is None or (look == self._seen and files.now() - self._beat < BEAT):
+            return
+        if look.error is not None and (self._seen is None or look.error != self._seen.error):
+            log.warning("no memory limits: %s", look.error)
+        beat = files.now()
+        write = partial(files.write, self.directory, Seen(beat, look))
+        try:
+            await anyio.to_thread.run_sync(write)
+        except StoreError as error:
+            if str(error) != self._problem:
+                log.warning("%s: the agent takes this container for gone", error)
+            self._problem = str(error)
+        else:
+            self._seen, self._beat, self._problem = look, beat, ""
