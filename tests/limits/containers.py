@@ -124,7 +124,7 @@ class Runtime:
         gpus: Sequence[str] = (),
         program: Sequence[str] = ("sleep", "1000"),
     ) -> Container:
-        """Starts a container in that cgroup, below the machine's own. Its ID is in the path.
+        """Starts a container in that cgroup, below the machine's own: `{id}` there is its ID.
 
         Raises NotStartedError.
         """

@@ -108,7 +108,10 @@ class Hierarchy:
         return found
 
     def lacks(self, leaf: Leaf) -> str | None:
-        """Which cgroups above have to enable the controller first, and how; None where all do."""
+        """Which cgroups above have to enable the controller first, and how.
+
+        None where all do, and where the driver does not need it or that is not known.
+        """
         if _has_files(leaf) or self._backend() is not Backend.DMEM or _look(leaf.path) is None:
             return None
         missing = self._missing(leaf)
@@ -281,10 +284,11 @@ def _again(cgroup: _Cgroup) -> bool:
 
 def _look(path: str) -> os.stat_result | None:
     """A directory's own data; None for anything else."""
-    with suppress(OSError):
+    try:
         seen = os.lstat(path)
-        return seen if stat.S_ISDIR(seen.st_mode) else None
-    return None
+    except OSError:
+        return None
+    return seen if stat.S_ISDIR(seen.st_mode) else None
 
 
 def _subdirectories(path: str) -> Iterator[str]:
