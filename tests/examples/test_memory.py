@@ -14,7 +14,8 @@ import pytest
 from tests.examples.test_examples import FILES, MANIFESTS, containers, node_of, vgpus
 from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Gpu
-from vgpu_agent.model.rules import MIB, SharingRules
+from vgpu_agent.model.limits import LimitsLook
+from vgpu_agent.model.rules import MIB, MpsLimits, SharingRules
 
 STANDIN = Path(__file__).with_name("standin")
 GIB = 1 << 30
@@ -37,11 +38,14 @@ SERVERS = [
 ]
 
 
-def environment(vgpu: int, *, mps: bool) -> dict[str, str]:
+def environment(
+    vgpu: int, *, mps: bool, limits: LimitsLook | None = None, by: MpsLimits = MpsLimits.CLIENT
+) -> dict[str, str]:
     """That of a container with one vGPU of so many bytes."""
-    rules = SharingRules(mps=mps, device_memory=vgpu)
+    rules = SharingRules(mps=mps, device_memory=vgpu, mps_limits=by)
     inventory = node_of([GPU], rules)
-    return dict(grant(inventory, [next(iter(inventory.device_ids))], rules).environment)
+    ids = [next(iter(inventory.device_ids))]
+    return dict(grant(inventory, ids, rules, limits).environment)
 
 
 def taken(name: str, place: Path, variables: dict[str, str], shown: str) -> int:
@@ -94,6 +98,32 @@ def test_half_of_a_share_that_is_too_small_for_a_context_is_left(name, tmp_path)
     for shown in SHOWN.values():
         seen = shown.format(share=600 * MIB)
         assert 0.49 * 600 * MIB <= taken(name, tmp_path, variables, seen) <= 300 * MIB
+
+
+NO, SURE, PERHAPS = None, LimitsLook(certain=True), LimitsLook(enforced=True)
+
+
+@pytest.mark.parametrize("vgpu", [2400 * MIB, 16 * GIB])
+@pytest.mark.parametrize(
+    ("mps", "by", "limits", "shown", "least"),
+    [
+        (False, MpsLimits.NONE, NO, WHOLE, 0.99),
+        (True, MpsLimits.NONE, NO, WHOLE, 0.99),
+        (True, MpsLimits.CLIENT, NO, WHOLE, 0.99),
+        (True, MpsLimits.CLIENT, SURE, WHOLE, 0.99),
+        (True, MpsLimits.SERVER, PERHAPS, WHOLE, 0.99),
+        (False, MpsLimits.NONE, SURE, None, 0.65),
+        (True, MpsLimits.NONE, SURE, None, 0.8),
+        (False, MpsLimits.NONE, PERHAPS, WHOLE, 0.99),
+        (False, MpsLimits.NONE, PERHAPS, None, 0.0),  # too little, and never too much
+    ],
+)
+def test_the_fraction_of_what_cuda_shows_is_within_the_share(vgpu, mps, by, limits, shown, least):
+    given = environment(vgpu, mps=mps, limits=limits, by=by)
+    share = int(given["VGPU_MEMORY_BYTES"])
+    assert share == vgpu
+    takes = float(given["VGPU_MEMORY_FRACTION"]) * (shown or share)
+    assert least * share <= takes <= share
 
 
 def test_every_server_of_the_examples_is_tried():
