@@ -29,6 +29,9 @@ STALE = 30.0
 BEAT = 10.0
 """Seconds after which it says again what has not changed."""
 
+FIRST = 0.1
+"""Seconds between two looks until the first one has news."""
+
 RETRY = 5.0
 """Seconds until a driver that does not start is tried again."""
 
@@ -76,28 +79,33 @@ class OwnLook:
 
 
 class Enforced:
-    """The container `limits` looks, and sets what is missing. It is said how GPUs are divided."""
+    """The container `limits` looks, and sets what is missing. It is said how GPUs are divided.
 
-    def __init__(self, directory: Path) -> None:
+    For `patience` seconds nothing is said of one that starts with the agent.
+    """
+
+    def __init__(self, directory: Path, patience: float = 5.0) -> None:
         self._directory = directory
+        self._patient_until = files.now() + patience
         self._seen = Said(Seen, directory)
         self._said: tuple[Wanted, object] | None = None
 
-    async def look(self, snapshot: Snapshot) -> LimitsLook:
+    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
         """See `Source`."""
         found = {uuid: tuple(each) for uuid, each in shares(snapshot.inventory.gpus).items()}
         wanted = Wanted(found, snapshot.driver.released_until or 0.0)
         return await anyio.to_thread.run_sync(self._look, wanted)
 
-    def _look(self, wanted: Wanted) -> LimitsLook:
+    def _look(self, wanted: Wanted) -> LimitsLook | None:
+        now = files.now()
         try:
             self._say(wanted)
             seen = self._seen.read()
         except StoreError as error:
             return LimitsLook(error=str(error), enforced=True)
-        if seen is None or files.now() - seen.beat > STALE:
-            return LimitsLook(error=_AWAY, enforced=True)
-        return seen.look
+        if seen is not None and now - seen.beat <= STALE:
+            return seen.look
+        return None if now < self._patient_until else LimitsLook(error=_AWAY, enforced=True)
 
     def _say(self, wanted: Wanted) -> None:
         """Writes it, again where somebody else has since. Raises StoreError."""
@@ -124,19 +132,22 @@ class LimitsWatch:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> Never:
         """Runs until cancelled; started after the first look."""
-        await self._look()
+        while not await self._look():  # noqa: ASYNC110 - a file tells nobody that it changed
+            await anyio.sleep(FIRST)
         task_status.started()
         while True:
             await anyio.sleep(self.interval)
             await self._look()
 
-    async def _look(self) -> None:
+    async def _look(self) -> bool:
+        """Whether there is news."""
         found = await self.source.look(self.node.snapshot)
         if found is not None and self.certain is not None:
             certain = await anyio.to_thread.run_sync(self.certain)
             found = replace(found, certain=certain)
         if found is not None:
             self.node.set_limits(found)
+        return found is not None
 
 
 # In the container that enforces limits
