@@ -26,7 +26,8 @@ from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.mps.daemon import SimulatedDaemons
 from vgpu_agent.observe.server import listen
-from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings, variable
+from vgpu_agent.settings import GpuDriverKind, Settings, variable
+from vgpu_agent.settings_reading import embedded
 
 Say = Callable[[str], None]
 
@@ -44,7 +45,7 @@ class StoryTiming:
 
 def embedded_settings(kubelet_dir: Path, metrics_address: Address) -> Settings:
     """The settings of the embedded default; none comes from the environment."""
-    return EmbeddedSettings(
+    return embedded(
         gpu_driver=GpuDriverKind.SIMULATED,
         kubelet_dir=kubelet_dir,
         state_directory=kubelet_dir / "state",

@@ -15,7 +15,6 @@ from pathlib import Path
 import anyio
 
 from vgpu_agent import control, store
-from vgpu_agent import settings as configuration
 from vgpu_agent.agent import make_place, make_rules
 from vgpu_agent.commands import ask
 from vgpu_agent.commands.doctor import preflight
@@ -47,7 +46,8 @@ from vgpu_agent.mps.daemon import Daemons
 from vgpu_agent.observe import judge
 from vgpu_agent.observe.report import Check, Report, Verdict
 from vgpu_agent.observe.reporting import make_report
-from vgpu_agent.settings import GpuDriverKind, Settings
+from vgpu_agent.settings import TABLE, GpuDriverKind, Settings, variable
+from vgpu_agent.settings_reading import assume
 from vgpu_agent.settings_unknown import unknown_variables
 
 __all__ = ["Check", "Timeouts", "Verdict", "examine", "render_json", "render_text", "worst"]
@@ -71,7 +71,7 @@ async def examine(
     """
     checks = guarded("settings", partial(check_settings, settings, environment))
     if isinstance(settings, SettingsError):
-        settings = configuration.assume(environment)
+        settings = assume(environment)
     reports: list[Report] = []
     place = make_place(settings)
     asking = partial(_ask, settings.state_directory, reports, place)
@@ -253,7 +253,7 @@ def check_settings(
         for line in lines[1:] or lines:
             yield Check("settings", Verdict.FAIL, line.strip(), advice)
     else:
-        known = {configuration.variable(name) for name in Settings.model_fields}
+        known = {variable(name) for name in TABLE}
         count = sum(name.upper() in known for name in environment)
         yield Check("settings", Verdict.OK, f"{count} VGPU_* variables are set, and right")
     for name, nearest in unknown_variables(environment).items():
