@@ -25,7 +25,7 @@ from vgpu_agent.kubelet.standin import Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.mps.daemon import SimulatedDaemons
-from vgpu_agent.observe.server import listen
+from vgpu_agent.observe.listen import listen
 from vgpu_agent.settings import GpuDriverKind, Settings, variable
 from vgpu_agent.settings_reading import embedded
 
