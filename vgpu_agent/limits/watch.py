@@ -23,11 +23,8 @@ from vgpu_agent.model.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-STALE = 30.0
+STALE = 45.0
 """Seconds without a word of the container that enforces limits after which it counts as away."""
-
-BEAT = 10.0
-"""Seconds after which it says again what has not changed."""
 
 FIRST = 0.1
 """Seconds between two looks until the first one has news."""
@@ -36,7 +33,8 @@ RETRY = 5.0
 """Seconds until a driver that does not start is tried again."""
 
 INTERVAL = 15.0
-"""Seconds between two looks where there is no sign of a change."""
+"""Seconds between two looks where there is no sign of a change, and between two words of what has
+not changed."""
 
 
 class Source(Protocol):
@@ -57,8 +55,7 @@ class Paced:
 
     async def look(self, of: Shares) -> LimitsLook | None:
         """None where it is not time to look."""
-        now = self.looker.clock()
-        signs = (await anyio.to_thread.run_sync(self.looker.signs), of)
+        now, signs = self.looker.clock(), (self.looker.signs(), of)
         if signs == self._signs and not self.looker.pending and now - self._at < INTERVAL:
             return None
         self._signs, self._at = signs, now
@@ -177,7 +174,9 @@ class Enforcer:
             while True:
                 wait = self.poll
                 try:
-                    look = await self._look(paced, await anyio.to_thread.run_sync(wanted.read))
+                    if wanted.is_new:
+                        await anyio.to_thread.run_sync(wanted.read)
+                    look = await self._look(paced, wanted.last)
                 except (StoreError, DriverError) as error:
                     look = LimitsLook(error=str(error), enforced=True)
                     wait = RETRY if isinstance(error, DriverError) else self.poll
@@ -205,7 +204,7 @@ class Enforcer:
     async def _say(self, look: LimitsLook | None) -> None:
         """Writes what is new, and now and then what is not."""
         look = look or self._seen
-        if look is None or (look == self._seen and files.now() - self._beat < BEAT):
+        if look is None or (look == self._seen and files.now() - self._beat < INTERVAL):
             return
         if look.error is not None and (self._seen is None or look.error != self._seen.error):
             log.warning("no memory limits: %s", look.error)
