@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from tests.observe.rules import SNAPSHOT, full_metrics
 from vgpu_agent.observe.families import PARTS
+from vgpu_agent.observe.metrics import durations
 
 
 def _families() -> Iterator[tuple[str, str, tuple[str, ...], str, str]]:
@@ -13,9 +14,9 @@ def _families() -> Iterator[tuple[str, str, tuple[str, ...], str, str]]:
         for family in part(metrics.source, SNAPSHOT):
             name = family.samples[0].name
             yield name, family.type, tuple(family.samples[0].labels), family.documentation, only
-    for family in metrics.timings.collect():
-        labels = tuple(each for each in family.samples[0].labels if each != "le")
-        yield family.name, family.type, labels, family.documentation, ""
+    timed = durations(metrics.calls)
+    of_calls = tuple(each for each in timed.samples[0].labels if each != "le")
+    yield timed.name, timed.type, of_calls, timed.documentation, ""
 
 
 def labels() -> dict[str, tuple[str, ...]]:

@@ -27,10 +27,10 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
+from vgpu_agent.observe.listen import listen
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import to_json
 from vgpu_agent.observe.reporting import make_report
-from vgpu_agent.observe.server import listen
 from vgpu_agent.observe.web import Web
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vgpu_agent.settings import Settings, allowed, kind_of, variable
+from vgpu_agent.settings import TABLE, allowed, kind_of, variable
 
 
 class Value(NamedTuple):
@@ -28,16 +28,13 @@ class Value(NamedTuple):
 
 def chart_keys() -> dict[str, str]:
     """The key in values.yaml of each setting, such as mps.threads."""
-    extras: dict[str, Any] = {
-        name: field.json_schema_extra for name, field in Settings.model_fields.items()
-    }
-    return {name: extra["chart"] for name, extra in extras.items()}
+    return {name: each.chart for name, each in TABLE.items()}
 
 
 def values() -> Iterator[Value]:
     """All but those that the chart has in a form of its own."""
     for name, key in chart_keys().items():
-        field, kind = Settings.model_fields[name], kind_of(name)
+        field, kind = TABLE[name], kind_of(name)
         if kind.schema is None:
             continue
         nullable, type_ = key.endswith("?"), kind.schema.get("type")
@@ -65,8 +62,8 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 def _comment(name: str) -> str:
     """What it is, and what is allowed where that names something to write as it is."""
     keys = {variable(each): key.removesuffix("?") for each, key in chart_keys().items()}
-    field, schema = Settings.model_fields[name], kind_of(name).schema or {}
-    text = str(field.description)
+    field, schema = TABLE[name], kind_of(name).schema or {}
+    text = field.what
     if chart_keys()[name].endswith("?") and field.default:
         text += f" null: {field.default}."
     words = allowed(name).removesuffix(".")
@@ -93,10 +90,10 @@ def docs_table() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, key in sorted(chart_keys().items(), key=lambda each: variable(each[0])):
-        field = Settings.model_fields[name]
+        field = TABLE[name]
         default = f"`{field.default}`" if field.default else "(empty)"
         rows.append(
-            f"| `{variable(name)}` | {default} | {allowed(name)} | {field.description}"
+            f"| `{variable(name)}` | {default} | {allowed(name)} | {field.what}"
             f" | {_code(key.removesuffix('?'))} |"
         )
     return "\n".join(rows)

@@ -403,7 +403,7 @@ sys.meta_path.insert(0, Early())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("module", ["cli", "gpu.memory", "settings"])
+@pytest.mark.parametrize("module", ["cli", "gpu.memory", "settings", "running"])
 def test_a_signal_before_all_is_imported_ends_it_with_0(kubelet_dir, module, number):
     with running(kubelet_dir, changes=IMPORTING.format(module, number)) as agent:
         assert agent.process.wait(15) == 0
@@ -418,10 +418,10 @@ def test_a_release_before_all_is_imported_is_nothing(kubelet_dir):
 
 PART = """
 import anyio, asyncio
-from vgpu_agent import cli
+from vgpu_agent import running
 from vgpu_agent.kubelet.podresources import PodResourcesWatch as Part
 from vgpu_agent.kubelet.session import KubeletSession
-cli.END_SECONDS = 1
+running.END_SECONDS = 1
 async def part(self):
     await anyio.sleep(0.5)
     {}

@@ -16,7 +16,6 @@ from vgpu_agent import settings as configuration
 from vgpu_agent.model.container import grant
 from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.rules import SharingRules
-from vgpu_agent.settings import Settings
 
 CHART = ROOT / "charts/vgpu-agent/values.yaml"
 
@@ -174,7 +173,7 @@ def variables() -> set[str]:
     """Settings, what containers get, and the switch of the tests."""
     gpu = Gpu("GPU-0", 0, "Model", 2**34, "00000000:01:00.0")
     given = grant(Inventory((SharedGpu(gpu, 1, usable_bytes=2**34),)), ["GPU-0::0"], SharingRules())
-    settings = {configuration.variable(name) for name in Settings.model_fields}
+    settings = {configuration.variable(name) for name in configuration.TABLE}
     return settings | given.environment.keys() | {"VGPU_TEST_NO_SKIP"}
 
 

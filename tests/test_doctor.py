@@ -23,9 +23,8 @@ from tests.model.strategies import a_look
 from tests.test_status import controlled, report
 from tests.web_peer import answering, http
 from vgpu_agent import control, store, unixsocket
-from vgpu_agent import settings as configuration
 from vgpu_agent.address import Address
-from vgpu_agent.agent import make_daemons, make_driver, make_watch
+from vgpu_agent.agent import make_daemons, make_watch
 from vgpu_agent.commands.doctor import (
     Timeouts,
     check_settings,
@@ -37,6 +36,7 @@ from vgpu_agent.commands.doctor import (
     render_text,
     worst,
 )
+from vgpu_agent.drivers import make_driver
 from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
@@ -53,7 +53,8 @@ from vgpu_agent.observe.report import (
     Verdict,
     to_json,
 )
-from vgpu_agent.settings import EmbeddedSettings, Settings
+from vgpu_agent.settings import Settings
+from vgpu_agent.settings_reading import assume, embedded
 from vgpu_agent.unixsocket import refusal
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
@@ -90,7 +91,7 @@ def stale(path: Path) -> None:
         listener.bind(str(path))
 
 
-def settings_in(kubelet_dir: Path, **changes: object) -> EmbeddedSettings:
+def settings_in(kubelet_dir: Path, **changes: object) -> Settings:
     (kubelet_dir / "device-plugins").mkdir(exist_ok=True)
     values = {
         "gpu_driver": "simulated",
@@ -101,7 +102,7 @@ def settings_in(kubelet_dir: Path, **changes: object) -> EmbeddedSettings:
         "mps_shm_directory": kubelet_dir / "shm",
         "metrics_address": "127.0.0.1:0",
     }
-    return EmbeddedSettings.model_validate(values | changes)
+    return embedded(**(values | changes))
 
 
 class FakeDaemons:
@@ -352,24 +353,22 @@ def test_the_worst_verdict_counts():
 
 def test_right_settings_are_counted():
     given = {"VGPU_REPLICAS": "3", "vgpu_sharing": "mps", "PATH": "/bin"}
-    found = check_settings(EmbeddedSettings(), given)
+    found = check_settings(embedded(), given)
     expect(found, "settings", OK, "2 VGPU_* variables are set, and right")
 
 
 def test_unknown_settings_are_warned_about_with_the_nearest_name():
     given = {"VGPU_REPLICS": "3", "VGPU_XYZ_QQQQ": ""}
-    _, typo, strange = check_settings(EmbeddedSettings(), given)
+    _, typo, strange = check_settings(embedded(), given)
     assert (typo.verdict, typo.advice) == (WARN, "did you mean VGPU_REPLICAS?")
     assert (strange.verdict, strange.advice) == (WARN, "remove it")
 
 
 def test_what_is_assumed_keeps_what_is_right():
-    found = configuration.assume(
-        {"VGPU_REPLICAS": "0", "vgpu_log_level": "debug", "VGPU_SHARING": "x"}
-    )
+    found = assume({"VGPU_REPLICAS": "0", "vgpu_log_level": "debug", "VGPU_SHARING": "x"})
     assert (found.replicas, found.log_level, found.sharing) == (10, "debug", "mps")
     # The default of one that does not fit another that is set.
-    found = configuration.assume({"VGPU_MPS_MAX_CLIENTS": "5", "VGPU_LOG_LEVEL": "debug"})
+    found = assume({"VGPU_MPS_MAX_CLIENTS": "5", "VGPU_LOG_LEVEL": "debug"})
     assert found.mps_max_clients is None
 
 
@@ -377,13 +376,14 @@ def test_what_is_assumed_keeps_what_is_right():
 
 CHILD = """
 import os, sys, anyio
-from vgpu_agent import settings
-from vgpu_agent.agent import make_driver, make_watch
+from vgpu_agent import settings_reading
+from vgpu_agent.agent import make_watch
+from vgpu_agent.drivers import make_driver
 from vgpu_agent.commands.doctor import examine, render_json
 
 async def main():
     checks = await examine(
-        settings.load(), environment=os.environ, make_driver=make_driver,
+        settings_reading.load(), environment=os.environ, make_driver=make_driver,
         make_daemons=lambda _: None, make_watch=make_watch,
     )
     sys.stdout.write(render_json(checks))

@@ -1,5 +1,6 @@
 import json
 from contextlib import suppress
+from dataclasses import FrozenInstanceError
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +26,12 @@ from vgpu_agent.model.rules import (
 )
 from vgpu_agent.observe.logs import LogFormat, LogLevel
 from vgpu_agent.settings import (
-    EmbeddedSettings,
     GpuDriverKind,
     MpsComputeMode,
-    Settings,
     SharingKind,
-    load,
     variable,
 )
+from vgpu_agent.settings_reading import embedded, load
 from vgpu_agent.settings_unknown import unknown_setting_warnings, unknown_variables
 
 MIB = 1 << 20
@@ -277,7 +276,7 @@ def test_odd_values_and_a_name_in_small_letters_are_wrong_like_others(monkeypatc
 
 def test_all_wrong_settings_are_reported_at_once_each_on_a_line_of_its_own(monkeypatch):
     # VGPU_MPS_THREADS is wrong in two ways: neither a word nor a number.
-    bad = {variable(name): TABLE[name].bad.split("|")[0] for name in Settings.model_fields}
+    bad = {variable(name): TABLE[name].bad.split("|")[0] for name in configuration.TABLE}
     lines = refused(monkeypatch, bad)
     assert [line.partition("allowed: ")[0] + "allowed: " for line in lines] == [
         wrong(name, value) for name, value in bad.items()
@@ -440,7 +439,7 @@ def test_gpus_are_shared_and_their_health_is_judged_as_the_settings_say(monkeypa
 
 
 def test_settings_are_frozen():
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
+    with pytest.raises(FrozenInstanceError):
         load().replicas = 3
 
 
@@ -454,11 +453,11 @@ def test_variables_without_the_prefix_and_env_files_change_nothing(monkeypatch, 
 def test_embedded_settings_are_deaf_to_the_environment_and_checked_all_the_same(monkeypatch):
     for name, row in TABLE.items():
         monkeypatch.setenv(variable(name), row.bad.split("|")[-1])
-    settings = EmbeddedSettings(gpu_driver=GpuDriverKind.SIMULATED, replicas=3)
+    settings = embedded(gpu_driver=GpuDriverKind.SIMULATED, replicas=3)
     expected = DEFAULTS | {"gpu_driver": GpuDriverKind.SIMULATED, "replicas": 3}
     assert {name: getattr(settings, name) for name in DEFAULTS} == expected
     with pytest.raises(pydantic.ValidationError):
-        EmbeddedSettings(replicas=61)
+        embedded(replicas=61)
 
 
 # Unknown variables
@@ -489,7 +488,7 @@ def test_unknown_variables_are_named_in_words():
 
 
 def test_settings_in_any_case_and_variables_of_others_and_of_services_are_not_unknown(monkeypatch):
-    known = [variable(name) for name in Settings.model_fields]
+    known = [variable(name) for name in configuration.TABLE]
     others = ["PATH", "MY_VGPU_REPLICA", "VGPUS", "XVGPU_REPLICA"]
     url = "tcp://10.0.0.7:9408"
     agent = {
@@ -512,11 +511,11 @@ def test_every_setting_has_its_documented_default_and_it_can_be_set(monkeypatch)
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert all(len(row) == 5 and all(row) for row in cells)
     defaults = {row[0].strip("`"): row[1].strip("`").replace("(empty)", "") for row in cells}
-    assert list(defaults) == sorted(variable(name) for name in Settings.model_fields)
-    assert load().model_dump() == DEFAULTS
+    assert list(defaults) == sorted(variable(name) for name in configuration.TABLE)
+    assert vars(load()) == DEFAULTS
     for name, value in defaults.items():
         monkeypatch.setenv(name, value)
-    assert load().model_dump() == DEFAULTS
+    assert vars(load()) == DEFAULTS
 
 
 CHART_IS_LOOSER = {

@@ -35,8 +35,7 @@ from tests.agent_process import REPOSITORY, environment, execute, running
 from tests.model.strategies import snapshots, tried
 from tests.screenshot import ShownNode
 from tests.web_peer import answering, closed, http
-from vgpu_agent import cli, control, unixsocket
-from vgpu_agent import settings as configuration
+from vgpu_agent import cli, control, settings_reading, unixsocket
 from vgpu_agent.address import Address
 from vgpu_agent.commands import ask, status
 from vgpu_agent.commands.ask import Answer
@@ -590,7 +589,7 @@ def test_settings_are_read_by_name_and_the_rest_is_default():
         "vgpu_state_directory": "/x",
         "VGPU_REPLICAS": "5",
     }
-    read = configuration.read(environ, "metrics_address", "state_directory")
+    read = settings_reading.read(environ, "metrics_address", "state_directory")
     assert (read.metrics_address, read.state_directory) == (Address("::1", 7), Path("/x"))
     assert read.replicas == 10
 

@@ -1,36 +1,35 @@
 """The wiring: builds the parts, opens the one task group, starts them in order.
 
-Order of the start: the web side, so that probes are answered while the driver takes its time; the
-MPS daemon, where there is one; the GPUs, until the first list is known; the session with the
-kubelet. The end is the other way round by nature: everything is cancelled, and each part cleans up
-after itself.
+Order of the start: the socket of the web side; the MPS daemon, where there is one; the GPUs, until
+the first list is known; the session with the kubelet; then what the kubelet does not wait for, see
+`beside`. Where the first list takes longer than LOADED_AFTER, because the driver takes its time or
+there is no kubelet, that comes before it, so that probes are answered. The end is the other way
+round by nature: everything is cancelled, and each part cleans up after itself.
 """
 
+import gc
 import logging
-import math
 import socket
+import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 from anyio.abc import TaskStatus
 
-from vgpu_agent import __version__, control
 from vgpu_agent.address import Address
+from vgpu_agent.drivers import make_driver
+from vgpu_agent.endless import endless
 from vgpu_agent.gpu.cordons import Cordons
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.memory import Keeper
-from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.gpu.watch import GpuWatch
-from vgpu_agent.kubelet.checkpoint import CHECKPOINT
 from vgpu_agent.kubelet.codec import ListEncoder
 from vgpu_agent.kubelet.plugin import DevicePlugin
-from vgpu_agent.kubelet.podresources import SOCKET, PodResourcesWatch
 from vgpu_agent.kubelet.session import KubeletSession
-from vgpu_agent.limits.look import Looker
-from vgpu_agent.limits.watch import Enforced, LimitsWatch, OwnLook, Paced, Source
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.place import Place
@@ -40,33 +39,23 @@ from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.mps.daemon import Daemons, MpsGuard, RealDaemons, SimulatedDaemons
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.observe import changes
+from vgpu_agent.observe.listen import address_of, listen_when_possible
 from vgpu_agent.observe.logs import Repeats
-from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.report import to_json
-from vgpu_agent.observe.reporting import make_report
-from vgpu_agent.observe.server import listen_when_possible
-from vgpu_agent.observe.web import Web
-from vgpu_agent.requests import Requests
-from vgpu_agent.settings import GpuDriverKind, Settings
+from vgpu_agent.observe.timings import CallTimings
+from vgpu_agent.running import until_ended
+from vgpu_agent.settings import Settings
+
+if TYPE_CHECKING:
+    from vgpu_agent.beside import Beside
 
 log = logging.getLogger(__name__)
 
+GIL_SWITCH_INTERVAL = 0.0005
+"""Seconds for which a thread that renders or decodes may keep the event loop waiting. By default it
+is 5 ms, several times in each call of the kubelet."""
 
-def make_driver(settings: Settings) -> GpuDriver:
-    """The source of GPUs that the settings name."""
-    if settings.gpu_driver is GpuDriverKind.SIMULATED:
-        return SimulatedDriver(
-            simulated_gpus(
-                settings.simulated_gpus,
-                settings.simulated_model,
-                settings.simulated_memory,
-                settings.simulated_numa_nodes,
-            )
-        )
-    # Imported where it is used: simulated GPUs need no NVML, nor its memory.
-    from vgpu_agent.gpu.nvml import NvmlDriver
-
-    return NvmlDriver()
+LOADED_AFTER = 0.25
+"""Seconds after which the web side is loaded at the latest: a probe waits a second."""
 
 
 def make_daemons(settings: Settings, driver: GpuDriver) -> Daemons | None:
@@ -118,34 +107,6 @@ def make_watch(settings: Settings, driver: GpuDriver, node: Node) -> GpuWatch:
     return GpuWatch(driver, node, cdi_names=CdiSpecs(settings.cdi_kind).names)
 
 
-async def endless(run: Callable[..., Awaitable[object]], *args: object, **status: object) -> None:
-    """Runs a part of the agent, none of which ends by itself.
-
-    Raises RuntimeError where it does, also where it was cancelled by somebody who did not cancel
-    the agent: libraries cancel tasks, and a task group takes that for a good end.
-    """
-    ended: BaseException | None = None
-    try:
-        await run(*args, **status)
-    except anyio.get_cancelled_exc_class() as cancelled:
-        if anyio.current_effective_deadline() == -math.inf:
-            raise
-        ended = cancelled
-    raise RuntimeError(f"{run.__qualname__} ended, though nobody asked it to") from ended
-
-
-def make_looker(settings: Settings, driver: GpuDriver, *, enforce: bool = False) -> Looker:
-    """What looks at the driver's memory limits, and with `enforce` sets them."""
-    return Looker(
-        driver,
-        settings.plugin_directory / CHECKPOINT,
-        settings.resource_name,
-        guarantee=settings.memory_guarantee,
-        enforce=enforce,
-        enable=settings.memory_limits_enable_controller,
-    )
-
-
 class Agent:
     """The running agent: its parts, made from the settings, and what it can be asked."""
 
@@ -173,78 +134,53 @@ class Agent:
         want to see that this is noticed.
         """
         settings, node = self._settings, self.node
-        metrics = Metrics(__version__, settings.resource_name, node.rules)
-        web = Web(
-            listener=listener or await listen_when_possible(settings.metrics_address),
-            node=node,
-            metrics=metrics,
-            report=partial(self.report, names_pods=settings.status_page),
-            page=settings.status_page,
-            hosts=settings.status_hosts,
-        )
-        self.metrics_address = web.address
-        keeper = Keeper(settings.state_directory, node)
-        cordons = Cordons(settings.cordon_directory, node)
-        requests = Requests(
-            node=node,
-            watch=self.watch,
-            cordons=cordons,
-            driver=self._driver,
-            report=lambda: self.report(node.snapshot),
-        )
-        encoder = ListEncoder()
-        session = KubeletSession(
-            directory=settings.plugin_directory,
-            endpoint=settings.endpoint,
-            resource_name=settings.resource_name,
-            node=node,
-            make_plugin=lambda: DevicePlugin(node=node, encoder=encoder, observer=metrics),
-        )
-        podresources = PodResourcesWatch(
-            socket=settings.kubelet_dir / SOCKET,
-            checkpoint=settings.plugin_directory / CHECKPOINT,
-            resource_name=settings.resource_name,
-            node=node,
-            interval=settings.podresources_interval,
-        )
-        async with self._driver, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._note_end)
-            await tasks.start(endless, web.run)
-            log.info("metrics at http://%s/metrics", web.address)
-            tasks.start_soon(endless, control.serve, settings.state_directory, requests.answer)
-            if self._daemons is not None:
-                await tasks.start(endless, MpsGuard(self._daemons, node).run)
-            await keeper.recall()
-            await tasks.start(endless, cordons.run)
-            tasks.start_soon(endless, keeper.run)
-            if watch_gpus:
-                await tasks.start(endless, self.watch.run)
-            else:
-                await self.watch.look()
-            if (limits := self._limits()) is not None:
-                await tasks.start(endless, limits.run)
-            tasks.start_soon(endless, podresources.run)
-            tasks.start_soon(endless, session.run)
-            if settings.process_metrics:
-                from vgpu_agent.usage.watch import UsageWatch  # as above
+        listener = listener or await listen_when_possible(settings.metrics_address)
+        with listener:
+            self.metrics_address = address_of(listener)
+            log.info("metrics at http://%s/metrics", self.metrics_address)
+            keeper = Keeper(settings.state_directory, node)
+            cordons = Cordons(settings.cordon_directory, node)
+            encoder, calls = ListEncoder(), CallTimings()
+            session = KubeletSession(
+                directory=settings.plugin_directory,
+                endpoint=settings.endpoint,
+                resource_name=settings.resource_name,
+                node=node,
+                make_plugin=lambda: DevicePlugin(node=node, encoder=encoder, observer=calls),
+            )
+            async with self._driver, anyio.create_task_group() as tasks:
+                tasks.start_soon(self._note_end)
+                tasks.start_soon(endless, self._run_beside, listener, cordons, calls)
+                if self._daemons is not None:
+                    await tasks.start(endless, MpsGuard(self._daemons, node).run)
+                await keeper.recall()
+                await tasks.start(endless, cordons.run)
+                tasks.start_soon(endless, keeper.run)
+                if watch_gpus:
+                    await tasks.start(endless, self.watch.run)
+                else:
+                    await self.watch.look()
+                if settings.memory_limits is not MemoryLimits.OFF:
+                    from vgpu_agent.limiting import make_limits_watch  # as above
 
-                tasks.start_soon(endless, UsageWatch(self._driver, node).run)
-            task_status.started()
+                    limits = make_limits_watch(settings, self._driver, node)
+                    await tasks.start(endless, limits.run)
+                tasks.start_soon(endless, session.run)
+                task_status.started()
 
-    def _limits(self) -> LimitsWatch | None:
-        """Who looks at the driver's memory limits; None where they are off."""
-        settings = self._settings
-        if settings.memory_limits is MemoryLimits.OFF:
-            return None
-        if settings.memory_limits is MemoryLimits.DRIVER:
-            source: Source = Enforced(settings.state_directory)
-        else:
-            source = OwnLook(Paced(make_looker(settings, self._driver)))
-        if not settings.device_list.by_cdi:
-            return LimitsWatch(source, self.node)
-        from vgpu_agent.gpu.cdi import CdiSpecs  # as above
+    async def _run_beside(
+        self, listener: socket.socket, cordons: Cordons, calls: CallTimings
+    ) -> None:
+        """Runs what the kubelet does not wait for, once the first list is sent, or soon anyway.
 
-        return LimitsWatch(source, self.node, CdiSpecs(settings.cdi_kind).limits_memory)
+        It is loaded in a thread, which takes turns with the loop.
+        """
+        with anyio.move_on_after(LOADED_AFTER):
+            await self.node.latest.until(lambda now: now.lists_sent)
+        beside = await anyio.to_thread.run_sync(_load_beside)
+        gc.freeze()  # What is imported stays, and need not be looked at again.
+        parts = beside(self._settings, self.node, self._driver, self.watch, cordons, calls)
+        await parts.run(listener)
 
     async def _note_end(self) -> None:
         try:
@@ -252,6 +188,24 @@ class Agent:
         finally:
             self.ending.set()
 
-    def report(self, snapshot: Snapshot, *, names_pods: bool = True) -> bytes:
+    def report(self, snapshot: Snapshot) -> bytes:
         """The report of a snapshot, as JSON."""
-        return to_json(make_report(snapshot, self.node.rules, time.time(), names_pods=names_pods))
+        from vgpu_agent.beside import report  # as above
+
+        return report(snapshot, self.node.rules)
+
+
+def _load_beside() -> type["Beside"]:
+    from vgpu_agent.beside import Beside  # as above
+
+    return Beside
+
+
+async def run(settings: Settings) -> None:
+    """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 is `vgpu-agent release`."""
+    sys.setswitchinterval(GIL_SWITCH_INTERVAL)
+    # What is imported stays, and need not be looked at again: garbage is found while it is little.
+    gc.freeze()
+    driver = make_driver(settings)
+    agent = Agent(settings, driver, make_daemons(settings, driver))
+    await until_ended(agent.run, agent.ending, agent.watch.release)

@@ -4,36 +4,23 @@ What only one command needs is imported in it: `run` stays small.
 """
 
 import argparse
-import asyncio
-import gc
 import logging
 import os
-import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import anyio
 
-from vgpu_agent import __version__, control, signals
-from vgpu_agent import settings as configuration
-from vgpu_agent.agent import (
-    Agent,
-    make_daemons,
-    make_driver,
-    make_looker,
-    make_place,
-    make_watch,
-)
+from vgpu_agent import __version__, control
 from vgpu_agent.arguments import parse
-from vgpu_agent.errors import MpsSetupError, SettingsError, is_shortage
-from vgpu_agent.limits.watch import Enforcer
+from vgpu_agent.aside import begin
+from vgpu_agent.errors import MpsSetupError, SettingsError
 from vgpu_agent.model.rules import MemoryLimits
 from vgpu_agent.observe import logs
-from vgpu_agent.observe.logs import LogFormat, LogLevel, Repeats
-from vgpu_agent.observe.report import from_json, visible
+from vgpu_agent.observe.logs import LogFormat, LogLevel
 from vgpu_agent.settings import Settings, SharingKind
 from vgpu_agent.settings_unknown import unknown_setting_warnings
 
@@ -44,39 +31,11 @@ OPERATE = ("release", "cordon", "uncordon", "drain-list", "simulate")
 
 RELEASE_SECONDS = 60.0
 
-END_SECONDS = 5
-"""Whatever hangs at the end, the process is gone then."""
-
-GIL_SWITCH_INTERVAL = 0.0005
-"""Seconds for which a thread that renders or decodes may keep the event loop waiting. By default it
-is 5 ms, several times in each call of the kubelet."""
-
-
-async def run(settings: Settings) -> None:
-    """`vgpu-agent run`: until SIGTERM or SIGINT. SIGUSR1 is `vgpu-agent release`."""
-    sys.setswitchinterval(GIL_SWITCH_INTERVAL)
-    # What is imported stays, and need not be looked at again: garbage is found while it is little.
-    gc.freeze()
-    driver = make_driver(settings)
-    agent = Agent(settings, driver, make_daemons(settings, driver))
-    await _until_ended(agent.run, agent.ending, agent.watch.release)
-
-
-async def enforce_limits(settings: Settings) -> None:
-    """`vgpu-agent limits enforce`: until SIGTERM or SIGINT. Raises SettingsError."""
-    if settings.memory_limits is not MemoryLimits.DRIVER:
-        raise SettingsError(
-            f"VGPU_MEMORY_LIMITS={settings.memory_limits}: only with VGPU_MEMORY_LIMITS=driver does"
-            " `vgpu-agent limits enforce` have something to do"
-        )
-    gc.freeze()
-    looker = make_looker(settings, make_driver(settings), enforce=True)
-    await _until_ended(Enforcer(looker, settings.state_directory).run, anyio.Event())
-
 
 async def dev(seconds: float | None, *, watch_gpus: bool = True) -> None:
     """`vgpu-agent dev`: until SIGTERM or SIGINT, or for so many seconds."""
     from vgpu_agent.commands.dev import run_dev
+    from vgpu_agent.running import until_ended
 
     async def work() -> None:
         await run_dev(_say, seconds=seconds, watch_gpus=watch_gpus)
@@ -84,12 +43,12 @@ async def dev(seconds: float | None, *, watch_gpus: bool = True) -> None:
         await anyio.sleep_forever()
 
     with anyio.CancelScope() as done:
-        await _until_ended(work, anyio.Event())
+        await until_ended(work, anyio.Event())
 
 
 def operate(options: argparse.Namespace) -> None:
     """What the running agent is asked to do. Raises NoAgentError and ControlError."""
-    ask = partial(control.call, configuration.read(os.environ, "state_directory").state_directory)
+    ask = partial(control.call, _state_directory())
     match options.command:
         case "release":
             release(ask, options)
@@ -102,8 +61,24 @@ def operate(options: argparse.Namespace) -> None:
             _say_answer(ask(command, gpu=options.gpu))
 
 
+def _state_directory() -> Path:
+    """Where the running agent is found, also where other settings are wrong."""
+    from vgpu_agent.settings_reading import read
+
+    return read(os.environ, "state_directory").state_directory
+
+
+def load() -> Settings:
+    """The settings of this process. Raises SettingsError."""
+    from vgpu_agent import settings_reading
+
+    return settings_reading.load()
+
+
 def release(ask: Callable[..., bytes], options: argparse.Namespace) -> None:
     """`vgpu-agent release`."""
+    from vgpu_agent.observe.report import from_json
+
     if options.reset_done is not None:
         which = {"gpu": options.reset_done} if options.reset_done else {}
         _say_answer(ask("reset-done", **which))
@@ -118,17 +93,21 @@ def release(ask: Callable[..., bytes], options: argparse.Namespace) -> None:
 
 
 def _say_answer(answer: bytes) -> None:
+    from vgpu_agent.observe.report import visible
+
     for line in answer.decode(errors="replace").splitlines():
         _say(visible(line))
 
 
 async def doctor(*, as_json: bool) -> int:
     """`vgpu-agent doctor`: its exit code. Works with wrong settings too."""
+    from vgpu_agent.agent import make_daemons, make_watch
     from vgpu_agent.commands.doctor import Verdict, examine, render_json, render_text, worst
+    from vgpu_agent.drivers import make_driver
 
     settings: Settings | SettingsError
     try:
-        settings = configuration.load()
+        settings = load()
     except SettingsError as error:
         settings = error
     checks = await examine(
@@ -151,54 +130,11 @@ def status(options: argparse.Namespace) -> None:
     if options.address:
         look = partial(ask.by_http, options.address)
     else:
-        directory = configuration.read(os.environ, "state_directory").state_directory
-        look = partial(ask.by_socket, directory)
+        look = partial(ask.by_socket, _state_directory())
     if options.watch is None:
         show(look, sys.stdout, as_json=options.json, wide=options.wide)
     else:
         watch(look, sys.stdout, options.watch, wide=options.wide)
-
-
-async def _until_ended(
-    work: Callable[[], Awaitable[None]],
-    ending: anyio.Event,
-    release: Callable[[], None] = lambda: None,
-) -> None:
-    """Works until SIGTERM or SIGINT, which give `work` a bounded time to clean up.
-
-    Raises RuntimeError where it ends before. Where it sets `ending` before and does not end then,
-    the process ends with 1: one that does nothing must not stay.
-    """
-    loop, repeats = asyncio.get_running_loop(), Repeats(log)
-
-    def follow(number: signal.Signals) -> None:
-        if number == signal.SIGUSR1:
-            release()
-        else:
-            log.info("%s: ending", number.name)
-            signals.end_within(END_SECONDS, 0)
-            scope.cancel()
-
-    def report(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if error is not None and is_shortage(error):
-            repeats.log(logging.WARNING, f"{context['message']}: {error}")
-        else:
-            loop.default_exception_handler(context)
-
-    async def watch() -> None:
-        await ending.wait()
-        signals.end_within(END_SECONDS, 1)
-
-    loop.set_exception_handler(report)
-    with (
-        signals.received(lambda number: loop.call_soon_threadsafe(follow, number)),
-        anyio.CancelScope() as scope,
-    ):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch)
-            await work()
-            raise RuntimeError("the agent ended, though nobody asked it to")
 
 
 def _say(line: str) -> None:
@@ -225,32 +161,69 @@ def execute(arguments: Sequence[str]) -> int:
     if options.command in OPERATE:
         operate(options)
         return 0
-    settings = configuration.load()
-    logs.configure(settings.log_level, settings.log_format)
     if options.command == "run":
-        place = make_place(settings)
-        names = asdict(place) if place.in_pod else {"node": place.node}
-        fields = {"version": __version__, **names}
-        log.info("vgpu-agent starts", extra={"fields": fields})
+        run()
+    elif options.command == "limits":
+        enforce_limits()
+    else:
+        mps(options)
+    return 0
+
+
+def run() -> None:
+    """`vgpu-agent run`."""
+    settings_of_helper = begin(load)
+    # While the helper reads the settings, the agent is loaded.
+    from vgpu_agent import agent
+
+    settings = settings_of_helper()
+    logs.configure(settings.log_level, settings.log_format)
+    place = agent.make_place(settings)
+    names = asdict(place) if place.in_pod else {"node": place.node}
+    log.info("vgpu-agent starts", extra={"fields": {"version": __version__, **names}})
+    _warn_of_unknown_settings()
+    anyio.run(agent.run, settings)
+
+
+def enforce_limits() -> None:
+    """`vgpu-agent limits enforce`. Raises SettingsError."""
+    settings_of_helper = begin(load)
+    from vgpu_agent import limiting
+
+    settings = settings_of_helper()
+    logs.configure(settings.log_level, settings.log_format)
+    _warn_of_unknown_settings()
+    if settings.memory_limits is not MemoryLimits.DRIVER:
+        raise SettingsError(
+            f"VGPU_MEMORY_LIMITS={settings.memory_limits}: `vgpu-agent limits enforce` is for"
+            " VGPU_MEMORY_LIMITS=driver only"
+        )
+    anyio.run(limiting.enforce, settings)
+
+
+def mps(options: argparse.Namespace) -> None:
+    """`vgpu-agent mps`."""
+    settings = load()
+    logs.configure(settings.log_level, settings.log_format)
+    _warn_of_unknown_settings()
+    from vgpu_agent.commands import mps
+
+    if settings.sharing is not SharingKind.MPS and options.step != "restore":
+        raise MpsSetupError(
+            f"VGPU_SHARING={settings.sharing}: without MPS `vgpu-agent mps {options.step}` has"
+            " nothing to do"
+        )
+    steps: dict[str, Callable[[], None]] = {
+        "prepare": partial(mps.mps_prepare, settings),
+        "daemon": partial(mps.mps_daemon, settings),
+        "watch": partial(mps.mps_watch, settings),
+        "compute-modes": partial(mps.mps_compute_modes, settings),
+        "restart": lambda: mps.mps_restart(settings, options.gpu),
+        "restore": lambda: mps.mps_restore(settings, at_end=options.at_end),
+    }
+    steps[options.step]()
+
+
+def _warn_of_unknown_settings() -> None:
     for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)
-    if options.command == "mps":
-        from vgpu_agent.commands import mps
-
-        if settings.sharing is not SharingKind.MPS and options.step != "restore":
-            raise MpsSetupError(
-                f"VGPU_SHARING={settings.sharing}: without MPS `vgpu-agent mps {options.step}` has"
-                " nothing to do"
-            )
-        steps: dict[str, Callable[[], None]] = {
-            "prepare": partial(mps.mps_prepare, settings),
-            "daemon": partial(mps.mps_daemon, settings),
-            "watch": partial(mps.mps_watch, settings),
-            "compute-modes": partial(mps.mps_compute_modes, settings),
-            "restart": lambda: mps.mps_restart(settings, options.gpu),
-            "restore": lambda: mps.mps_restore(settings, at_end=options.at_end),
-        }
-        steps[options.step]()
-        return 0
-    anyio.run(enforce_limits if options.command == "limits" else run, settings)
-    return 0

@@ -1,23 +1,18 @@
-"""Every VGPU_* variable, validated once at the start. The only reader of the environment.
+"""Every VGPU_* variable: a table of what it is, and all of their values as the agent has them.
 
 A line of `Settings` is all there is to say of a setting: the docs, the chart's schema, comments and
-environment are written from it by `python -m tests.readme`. `load` either returns frozen settings
-or raises one SettingsError that names every wrong variable, its value and what is allowed.
-The module is long because the whole table stands in it.
+environment are written from it by `python -m tests.readme`, and text becomes its value by it, see
+`settings_reading`. The module is long because the whole table stands in it.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
-
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from typing import Any, get_args
 
 from vgpu_agent import settings_kinds as kinds
-from vgpu_agent.errors import SettingsError
 from vgpu_agent.model.rules import (
     MAX_DAEMON_NAME,
     MIB,
@@ -60,14 +55,24 @@ class MpsComputeMode(StrEnum):
     KEEP = "keep"
 
 
-def setting(default: str, chart: str, what: str, also: str = "") -> Any:
-    """A setting: its default as a user writes it, its key in the chart's values, what it is.
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What there is to say of a setting, beside its kind.
 
-    A `?` ends a key that is null in the chart, which then sets nothing. What has no key the chart
-    sets by the downward API. `also` is what is allowed beyond the kind: a rule over several
-    settings.
+    Its default as a user writes it, its key in the chart's values, what it is. A `?` ends a key
+    that is null in the chart, which then sets nothing. What has no key the chart sets by the
+    downward API. `also` is what is allowed beyond the kind: a rule over several settings.
     """
-    return Field(default, description=what, json_schema_extra={"chart": chart, "also": also})
+
+    default: str
+    chart: str
+    what: str
+    also: str = ""
+
+
+def setting(default: str, chart: str, what: str, also: str = "") -> Any:
+    """A line of the table."""
+    return field(metadata={Setting: Setting(default, chart, what, also)})
 
 
 # What is allowed by a rule over several settings, and what is meant.
@@ -77,20 +82,12 @@ _MAX_MPS_DIRECTORY = MAX_PATH - len("//pipe/control_privileged") - MAX_DAEMON_NA
 _RESERVED = f"{MPS_SERVER_MARGIN // MIB}Mi under MPS, otherwise 0"
 
 
-class Settings(BaseSettings):
+@dataclass(frozen=True, kw_only=True)
+class Settings:
     """What the agent runs with. A field `name` is the variable `VGPU_NAME`.
 
-    Fields that others are checked against stand first: pydantic validates in order.
+    Fields that others are checked against stand first: they are read in order.
     """
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        frozen=True,
-        extra="ignore",
-        validate_default=True,
-        # Values are plain text with parsers of our own, never JSON.
-        enable_decoding=False,
-    )
 
     # fmt: off
     gpu_driver: GpuDriverKind = setting("nvml", "gpuDriver",
@@ -206,14 +203,6 @@ class Settings(BaseSettings):
         "NUMA nodes of the simulated GPUs, in turn; `none`: on no node.")
     # fmt: on
 
-    @field_validator("*")
-    @classmethod
-    def _fits_the_others(cls, value: Any, info: ValidationInfo) -> Any:
-        rule = _RULES.get(info.field_name or "")
-        if rule is not None and not rule(value, info.data):
-            raise ValueError
-        return value
-
     @property
     def plugin_directory(self) -> Path:
         """Where the kubelet's and the plugins' sockets are."""
@@ -241,19 +230,17 @@ class Settings(BaseSettings):
         return HealthRules(**self._named_as_in(HealthRules))
 
     def _named_as_in(self, rules: type[SharingRules | HealthRules]) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(rules)} & set(type(self).model_fields)
+        names = {each.name for each in dataclasses.fields(rules)} & TABLE.keys()
         return {name: getattr(self, name) for name in names}
 
 
-class EmbeddedSettings(Settings):
-    """Settings of which none comes from the environment: what `vgpu-agent dev` runs with."""
+TABLE: Mapping[str, Setting] = {
+    each.name: each.metadata[Setting] for each in dataclasses.fields(Settings)
+}
+"""The settings by their fields, in the order of the table."""
 
-    @classmethod
-    def settings_customise_sources(
-        cls, *_: Any, **sources: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments alone."""
-        return (sources["init_settings"],)
+TYPES: Mapping[str, Any] = {each.name: each.type for each in dataclasses.fields(Settings)}
+"""The annotations of the fields."""
 
 
 def _endpoint(resource_name: str) -> str:
@@ -316,74 +303,24 @@ _RULES: dict[str, Callable[[Any, Others], bool]] = {
 }
 
 
+def fits(name: str, value: Any, others: Others) -> bool:
+    """Whether a value fits those of the fields before it."""
+    rule = _RULES.get(name)
+    return rule is None or rule(value, others)
+
+
 def kind_of(name: str) -> Kind:
     """The kind of a field."""
-    field = Settings.model_fields[name]
-    found = next((each for each in field.metadata if isinstance(each, Kind)), None)
-    return found or kinds.choice(field.annotation)  # type: ignore[arg-type]
+    type_ = TYPES[name]
+    found = next((each for each in get_args(type_) if isinstance(each, Kind)), None)
+    return found or kinds.choice(type_)
 
 
 def allowed(name: str) -> str:
     """What a field's variable may say, in words."""
-    extra = Settings.model_fields[name].json_schema_extra
-    also = extra["also"] if isinstance(extra, dict) else ""
-    return f"{kind_of(name).words}; {also}".removesuffix("; ")
+    return f"{kind_of(name).words}; {TABLE[name].also}".removesuffix("; ")
 
 
 def variable(name: str) -> str:
     """The variable of a field."""
     return PREFIX + name.upper()
-
-
-def load() -> Settings:
-    """The settings of this process. Raises SettingsError."""
-    return _valid(Settings, _given(os.environ))
-
-
-def read(environment: Mapping[str, str], *names: str) -> Settings:
-    """Settings of which only these are read; the others are defaults. Raises SettingsError."""
-    given = {name: text for name, text in _given(environment).items() if name in names}
-    return _valid(lambda: EmbeddedSettings.model_validate(given), given)
-
-
-def assume(environment: Mapping[str, str]) -> Settings:
-    """The settings with the default of every wrong variable."""
-    given = _given(environment)
-    while True:
-        try:
-            return EmbeddedSettings.model_validate(given)
-        except ValidationError as error:
-            if not given:
-                raise  # the defaults fit each other
-            wrong = {str(problem["loc"][0]) for problem in error.errors()} & given.keys()
-            # A default that does not fit what is set is nobody's fault here: keep nothing then.
-            given = {name: text for name, text in given.items() if wrong and name not in wrong}
-
-
-def _given(environment: Mapping[str, str]) -> dict[str, str]:
-    """The text of each field that is set, in any case of letters."""
-    upper = {name.upper(): text for name, text in environment.items()}
-    return {n: upper[variable(n)] for n in Settings.model_fields if variable(n) in upper}
-
-
-def _valid(make: Callable[[], Settings], given: Mapping[str, str]) -> Settings:
-    """What is made. Raises SettingsError with a line for each wrong variable.
-
-    The value is as it was set, not as far as it was parsed; a default may be what is wrong.
-    """
-    settings, problems = None, {}
-    try:
-        settings = make()
-    except ValidationError as error:
-        # A variable may be wrong in several ways.
-        for name in (str(each["loc"][0]) for each in error.errors(include_context=False)):
-            value = given.get(name, Settings.model_fields[name].default)
-            problems[name] = f"{variable(name)}={value!r} is wrong; allowed: {allowed(name)}"
-    # Set is set, also to the default: no validator sees that.
-    if given.get("device_memory") and "replicas" in given:
-        both = " and ".join(f"{variable(n)}={given[n]!r}" for n in ("replicas", "device_memory"))
-        problems.setdefault("device_memory", f"{both}: only one of them is allowed")
-    if settings is not None and not problems:
-        return settings
-    head = "1 setting is wrong:" if len(problems) == 1 else f"{len(problems)} settings are wrong:"
-    raise SettingsError("\n  ".join([head, *problems.values()]))

@@ -14,9 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
-
 from vgpu_agent.address import Address, parse_address
 from vgpu_agent.model.rules import MIB, Threads
 
@@ -32,7 +29,7 @@ class Kind:
 
     `words` says it to people, `schema` is the JSON schema of the chart's value; None where the
     chart has a form of its own. `parse` makes a value of text, `check` says whether a value is
-    allowed; both may raise what Python raises. pydantic makes the annotated type of the value.
+    allowed; both may raise what Python raises. In between the annotated type is made of the value.
     """
 
     words: str
@@ -40,20 +37,15 @@ class Kind:
     parse: Callable[[str], object] = str
     check: Callable[[Any], bool] = lambda _: True
 
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        """Parse, then the annotated type, then check."""
-        parsed = core_schema.no_info_before_validator_function(self._parsed, handler(source))
-        return core_schema.no_info_after_validator_function(self._checked, parsed)
-
-    def _parsed(self, value: object) -> object:
+    def parsed(self, value: object) -> object:
+        """The value of text; what is a value already stays. Raises ValueError and TypeError."""
         try:
             return self.parse(value) if isinstance(value, str) else value
         except (ArithmeticError, LookupError, RecursionError) as error:
             raise ValueError from error
 
-    def _checked(self, value: object) -> object:
+    def checked(self, value: object) -> object:
+        """The same value. Raises ValueError and TypeError."""
         if not self.check(value):
             raise ValueError
         return value

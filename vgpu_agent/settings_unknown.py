@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 
-from vgpu_agent.settings import PREFIX, Settings, variable
+from vgpu_agent.settings import PREFIX, TABLE, variable
 
 # What Kubernetes puts into a pod for each Service of the namespace; a Service whose name begins
 # with "vgpu" makes variables that look like ours. NAME_PORT is recognized by its value.
@@ -16,7 +16,7 @@ _OF_SERVICE = re.compile(
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     """VGPU_* variables that are no setting, each with the nearest name that is one."""
-    known = {variable(name) for name in Settings.model_fields}
+    known = {variable(name) for name in TABLE}
     return {
         name: next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
         for name, value in sorted(environment.items())

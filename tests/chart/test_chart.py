@@ -22,7 +22,8 @@ from vgpu_agent.gpu import cdi
 from vgpu_agent.model.container import DEVICES_DIRECTORY
 from vgpu_agent.model.rules import MPS_MAX_CLIENTS, SHARED
 from vgpu_agent.mps import prepare, serve
-from vgpu_agent.settings import EmbeddedSettings, Settings
+from vgpu_agent.settings import Settings
+from vgpu_agent.settings_reading import embedded
 from vgpu_agent.usage.containers import LINKS
 
 pytestmark = pytest.mark.slow
@@ -117,13 +118,11 @@ def test_a_long_release_name_still_fits() -> None:
 
 def settings_of(variables: dict[str, str]) -> Settings:
     prefix = configuration.PREFIX
-    return EmbeddedSettings.model_validate(
-        {key.removeprefix(prefix).lower(): value for key, value in variables.items()}
-    )
+    return embedded(**{key.removeprefix(prefix).lower(): value for key, value in variables.items()})
 
 
 def test_every_variable_of_every_rendering_is_a_setting_and_every_setting_is_set() -> None:
-    known = {configuration.variable(name) for name in Settings.model_fields}
+    known = {configuration.variable(name) for name in configuration.TABLE}
     for name in CI:
         for variables in helm.settings_of(rendered(name)):
             assert set(variables) <= known
@@ -145,7 +144,7 @@ def test_the_agent_takes_what_is_rendered(name: str) -> None:
 def test_the_defaults_of_the_chart_are_those_of_the_agent(driver: str) -> None:
     variables = next(helm.settings_of(helm.render({"gpuDriver": driver})))
     names = {"node_name": "gpu-1", "pod_name": "pod-1", "pod_namespace": "gpus"}
-    assert settings_of(variables) == EmbeddedSettings(gpu_driver=driver, **names)
+    assert settings_of(variables) == embedded(gpu_driver=driver, **names)
 
 
 def test_what_is_set_arrives_as_it_was_meant() -> None:

@@ -18,12 +18,13 @@ from vgpu_agent.model.container import Grant, grant
 from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.rules import MIB, SharingRules
 from vgpu_agent.model.share import divide
-from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind
+from vgpu_agent.settings import GpuDriverKind
+from vgpu_agent.settings_reading import embedded
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 VERSIONS = [f"1.{minor}" for minor in range(26, 38)]
-RESOURCE = EmbeddedSettings(gpu_driver=GpuDriverKind.NVML).resource_name
+RESOURCE = embedded(gpu_driver=GpuDriverKind.NVML).resource_name
 
 FILES = {path.relative_to(EXAMPLES).as_posix(): path for path in EXAMPLES.rglob("*.yaml")}
 VALUES = {"trial/values.yaml": "vgpu-agent", "hpa-adapter-values.yaml": "prometheus-adapter"}
@@ -272,7 +273,7 @@ def test_the_values_of_the_trial_are_values_of_the_chart():
 
 
 def test_the_trial_prints_what_its_readme_shows():
-    settings = EmbeddedSettings(gpu_driver=GpuDriverKind.SIMULATED)
+    settings = embedded(gpu_driver=GpuDriverKind.SIMULATED)
     gpus = simulated_gpus(
         yaml.safe_load(FILES["trial/values.yaml"].read_text())["simulated"]["gpus"],
         settings.simulated_model,

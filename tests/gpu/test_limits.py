@@ -267,6 +267,16 @@ def test_a_gpu_that_hangs_holds_up_no_other_and_no_probe(start, nvml, tmp_path, 
 
 
 @slow
+@pytest.mark.usefixtures("nvml")
+def test_a_gpu_that_is_slow_is_not_one_that_hangs(start, tmp_path):
+    child = start(dataclasses.replace(L4, hang=0.7, call="DeviceGetMemoryLimits_v1"))
+    paths = [str(tmp_path / str(n)) for n in range(5)]
+    found, took = child.ask("memory_limits", "GPU-a", *paths)
+    assert list(found) == paths
+    assert took > 3
+
+
+@slow
 def test_processes_that_set_limits_at_once_lose_none(start, nvml, tmp_path):
     """Of the stand-in: agent, enforcer and hook are processes of their own."""
     places = [tmp_path / f"{n}-{'x' * 200}" for n in range(3)]

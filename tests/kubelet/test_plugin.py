@@ -25,7 +25,7 @@ from tests.kubelet_peer import LIST_AND_WATCH, Device, StalledPeer, off_loop
 from tests.model.strategies import a_look, tried
 from tests.nodes import found
 from tests.wire import dp
-from vgpu_agent.kubelet import codec
+from vgpu_agent.kubelet import codec, wire
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.codec import ListEncoder
@@ -561,6 +561,12 @@ async def test_the_joined_bytes_are_those_of_the_whole_list():
     encoder = ListEncoder()
     for inventory in (Inventory(), inventory_of(), inventory_of(ill=(0, 2)), inventory_of(3, 1)):
         assert await encoder.encode(inventory) == bytes(whole_list(inventory))
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 200, 16_383, 16_384])
+def test_a_field_of_any_length_is_encoded_as_protobuf_does(length):
+    text = "x" * length
+    assert wire.field(2, text.encode()) == dp.Device(health=text).SerializeToString()
 
 
 async def test_a_gpu_is_encoded_once_for_both_states_of_its_health(encoded_gpus):

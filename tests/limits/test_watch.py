@@ -35,6 +35,10 @@ async def enforcing(machine: Machine) -> AsyncIterator[Enforcer]:
         tasks.cancel_scope.cancel()
 
 
+async def test_nothing_is_said_of_an_enforcer_that_starts_with_the_agent(machine):
+    assert await Enforced(machine.root, patience=60).look(UP) is None
+
+
 async def becomes(source: Enforced, snapshot: Snapshot, holds) -> LimitsLook:
     found = None
     with anyio.move_on_after(5):
@@ -49,7 +53,7 @@ async def becomes(source: Enforced, snapshot: Snapshot, holds) -> LimitsLook:
 async def test_the_agent_says_what_is_wanted_and_the_enforcer_what_is(machine):
     path = machine.start(1)
     machine.give(1, "GPU-0::1")
-    source = Enforced(machine.root)
+    source = Enforced(machine.root, patience=0)
     assert "`limits`" in (await source.look(UP)).error
     async with enforcing(machine):
         look = await becomes(source, UP, lambda look: look.containers)
@@ -66,7 +70,7 @@ async def test_the_agent_says_what_is_wanted_and_the_enforcer_what_is(machine):
 
 
 async def test_an_enforcer_that_is_not_heard_of_is_gone(machine, monkeypatch):
-    source = Enforced(machine.root)
+    source = Enforced(machine.root, patience=0)
     await source.look(UP)
     async with enforcing(machine):
         await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
@@ -91,7 +95,7 @@ async def test_nvml_is_closed_while_gpus_are_released(machine, monkeypatch):
 
     monkeypatch.setattr(machine.driver, "scan", scan)
     monkeypatch.setattr(machine.driver, "release", release)
-    source = Enforced(machine.root)
+    source = Enforced(machine.root, patience=0)
     await source.look(UP)
     async with enforcing(machine):
         await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
@@ -110,7 +114,7 @@ async def test_a_driver_that_does_not_start_is_said(machine, monkeypatch):
         raise DriverError("no library")
 
     monkeypatch.setattr(machine.driver, "scan", scan)
-    source = Enforced(machine.root)
+    source = Enforced(machine.root, patience=0)
     await source.look(UP)
     async with enforcing(machine):
         await becomes(source, UP, lambda look: look.error == "no library")
@@ -118,7 +122,7 @@ async def test_a_driver_that_does_not_start_is_said(machine, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
 async def test_a_damaged_file_is_said_and_written_again(machine, text):
-    source = Enforced(machine.root)
+    source = Enforced(machine.root, patience=0)
     await source.look(UP)
     files.path_of(Seen, machine.root).write_text(text)
     assert (await source.look(UP)).error.startswith(str(machine.root / "limits-seen"))

@@ -32,17 +32,21 @@ ROOMS = {
     "control": LEAVES,
     "signals": (),
     "settings_kinds": ("model.rules", *LEAVES),
+    "aside": (),
     "settings": ("settings_kinds", "model.rules", "observe.logs", *LEAVES),
+    "settings_reading": ("settings", *LEAVES),
     "settings_unknown": ("settings",),
 }
 """What each room may import of ours beside itself. `HIGHEST` may import everything."""
 
-HIGHEST = {"__init__", "__main__", "agent", "arguments", "cli", "commands", "requests"}
+HIGHEST = {
+    *("__init__", "__main__", "agent", "arguments", "beside", "cli", "commands", "endless"),
+    *("drivers", "limiting", "requests", "running"),
+}
 
 LIBRARIES = {
-    "pydantic": ("settings", "settings_kinds"),
-    "pydantic_core": ("settings_kinds",),
-    "pydantic_settings": ("settings",),
+    "pydantic": ("settings_reading",),
+    "pydantic_settings": ("settings_reading",),
     "pynvml": ("gpu.nvml",),
     "betterproto": ("kubelet",),
     "grpclib": ("kubelet",),
@@ -102,8 +106,11 @@ def test_only_those_who_wire_the_parts_know_the_settings():
     users = importers("vgpu_agent.settings")
     assert {name.split(".")[0] for name in users} == {
         "agent",
+        "beside",
         "cli",
         "commands",
+        "running",
+        "settings_reading",
         "settings_unknown",
     }
 
@@ -135,7 +142,7 @@ def test_only_the_settings_and_the_command_line_touch_the_environment():
         )
     }
     # The programs of MPS get this environment and the directories of their daemon.
-    assert touching == {"settings", "cli", "mps.control", "mps.serve"}
+    assert touching == {"settings_reading", "cli", "mps.control", "mps.serve"}
 
 
 @pytest.mark.slow

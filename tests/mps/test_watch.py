@@ -45,10 +45,10 @@ SERVER, CLIENT = (a_plan(limits, A) for limits in (MpsLimits.SERVER, MpsLimits.C
 BOTH = a_plan(MpsLimits.CLIENT, A, B)
 
 WATCH = """
-from vgpu_agent import settings
+from vgpu_agent import settings_reading
 from vgpu_agent.commands.mps import mps_watch
 from vgpu_agent.observe import logs
-configured = settings.load()
+configured = settings_reading.load()
 logs.configure(configured.log_level, configured.log_format)
 mps_watch(configured)
 """

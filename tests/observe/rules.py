@@ -245,8 +245,8 @@ SHRUNK holds vGPUs that are no longer advertised.
 def full_metrics(resource: str = RESOURCE) -> Metrics:
     metrics = Metrics("1.2.3", resource, RULES)
     for method in ("Allocate", "GetPreferredAllocation", "PreStartContainer"):
-        metrics.observe_rpc(method, "OK", 0.002)
-    metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
+        metrics.calls.observe_rpc(method, "OK", 0.002)
+    metrics.calls.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
     return metrics
 
 

@@ -249,7 +249,7 @@ async def release(machine: Machine) -> None:
 
 @scenario("Allocate refused once", "VgpuAllocateRefused")
 async def refusal(machine: Machine) -> None:
-    machine.metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
+    machine.metrics.calls.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
 
 
 # MPS

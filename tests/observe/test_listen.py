@@ -8,8 +8,8 @@ import pytest
 
 from vgpu_agent.address import Address
 from vgpu_agent.errors import ListenError
-from vgpu_agent.observe import server
-from vgpu_agent.observe.server import listen, listen_when_possible
+from vgpu_agent.observe import listen as listening
+from vgpu_agent.observe.listen import listen, listen_when_possible
 
 IPV4_ONLY = "no IPv6 on this machine: metrics are served by IPv4 only"
 
@@ -29,7 +29,7 @@ def without_ipv6(monkeypatch, number: int, at: str) -> None:
                 raise OSError(number, os.strerror(number))
             super().bind(address)
 
-    monkeypatch.setattr(server.socket, "socket", Socket)
+    monkeypatch.setattr(listening.socket, "socket", Socket)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules, Snapshot
-from vgpu_agent.observe.metrics import CALLS, Metrics, prefers_openmetrics
+from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
+from vgpu_agent.observe.timings import CALLS
 
 FORMATS = (False, True)
 """Prometheus's own text format, and OpenMetrics."""
@@ -224,7 +225,7 @@ def test_the_unit_is_last_in_a_name(metrics):
 
 
 def test_no_series_repeats_and_none_is_of_creation_times(metrics):
-    metrics.observe_rpc("Allocate", "OK", 0.002)
+    metrics.calls.observe_rpc("Allocate", "OK", 0.002)
     for in_openmetrics in FORMATS:
         body = text(metrics, in_openmetrics=in_openmetrics)
         lines = [line for line in body.splitlines() if line[0] != "#"]
@@ -237,7 +238,7 @@ def test_no_series_repeats_and_none_is_of_creation_times(metrics):
 
 
 def test_each_format_has_its_content_type_and_both_the_same_families(metrics):
-    metrics.observe_rpc("Allocate", "OK", 0.002)
+    metrics.calls.observe_rpc("Allocate", "OK", 0.002)
     (plain, of_plain), (marked, of_marked) = (
         metrics.render(SNAPSHOT, in_openmetrics=each) for each in FORMATS
     )
@@ -312,7 +313,7 @@ def test_promtool_finds_nothing_to_criticise(metrics):
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: package prometheus)")
-    metrics.observe_rpc("Allocate", "OK", 0.002)
+    metrics.calls.observe_rpc("Allocate", "OK", 0.002)
     body, _ = metrics.render(SNAPSHOT)
     done = subprocess.run(
         [promtool, "check", "metrics"], input=body, capture_output=True, timeout=30, check=False
@@ -384,10 +385,10 @@ def test_how_calls_usually_end_is_counted_from_0_on(metrics):
 
 
 def test_calls_are_timed_by_method_and_code(metrics):
-    metrics.observe_rpc("Allocate", "OK", 0.0004)
-    metrics.observe_rpc("Allocate", "OK", 0.004)
-    metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 20.0)
-    metrics.observe_rpc("PreStartContainer", "CANCELLED", 20.0)
+    metrics.calls.observe_rpc("Allocate", "OK", 0.0004)
+    metrics.calls.observe_rpc("Allocate", "OK", 0.004)
+    metrics.calls.observe_rpc("Allocate", "INVALID_ARGUMENT", 20.0)
+    metrics.calls.observe_rpc("PreStartContainer", "CANCELLED", 20.0)
     counts = {(of["method"], of["code"]): count for of, count in _rpc(metrics, "count")}
     assert counts == {
         **NO_CALLS,
@@ -417,7 +418,7 @@ def _rpc(metrics: Metrics, part: str) -> list[tuple[dict[str, str], float]]:
 
 def test_timings_stay_over_scrapes_and_belong_to_one_agent(metrics):
     other = Metrics("1.2.3", RESOURCE, RULES)
-    metrics.observe_rpc("Allocate", "OK", 0.1)
+    metrics.calls.observe_rpc("Allocate", "OK", 0.1)
     assert text(metrics) == text(metrics)
     assert {count for _, count in _rpc(other, "count")} == {0}
 
@@ -429,7 +430,7 @@ def test_calls_are_timed_while_metrics_are_rendered(metrics):
     def call() -> None:
         number = 0
         while not ended.is_set():
-            metrics.observe_rpc("Allocate", str(number), 0.001)
+            metrics.calls.observe_rpc("Allocate", str(number), 0.001)
             number = (number + 1) % 20
 
     caller = threading.Thread(target=call)

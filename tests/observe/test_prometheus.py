@@ -233,7 +233,7 @@ def test_the_first_event_is_seen_by_the_queries_of_the_dashboards():
         prometheus.wait_query("count_over_time(vgpu_build_info[1m]) > 12")
         for expr in exprs:
             assert not prometheus.query(f"({expr}) > 0")
-        metrics.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
+        metrics.calls.observe_rpc("Allocate", "INVALID_ARGUMENT", 0.001)
         key = ("GPU-b", "unhealthy", Reason.LOST)
         once = replace(SNAPSHOT, xids={("GPU-b", 79): 1}, transitions={key: 1})
         texts["/metrics"] = metrics.render(once)[0].decode()

@@ -33,8 +33,9 @@ from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe import web as web_module
+from vgpu_agent.observe.listen import listen
 from vgpu_agent.observe.metrics import Metrics
-from vgpu_agent.observe.server import MAX_CONNECTIONS, MAX_PER_PEER, listen
+from vgpu_agent.observe.server import MAX_CONNECTIONS, MAX_PER_PEER
 from vgpu_agent.observe.web import BURST, RENDERING, Web
 
 LOOPBACK = Address("127.0.0.1", 0)

@@ -18,15 +18,17 @@ from pathlib import Path
 import anyio
 
 from vgpu_agent.address import Address
-from vgpu_agent.agent import Agent, make_daemons, make_driver
+from vgpu_agent.agent import Agent, make_daemons
+from vgpu_agent.drivers import make_driver
 from vgpu_agent.errors import AdmissionError, ListenError, StoryError
 from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.kubelet.standin import Observed, StandinKubelet, standin_kubelet
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.mps.daemon import SimulatedDaemons
-from vgpu_agent.observe.server import listen
-from vgpu_agent.settings import EmbeddedSettings, GpuDriverKind, Settings, variable
+from vgpu_agent.observe.listen import listen
+from vgpu_agent.settings import GpuDriverKind, Settings, variable
+from vgpu_agent.settings_reading import embedded
 
 Say = Callable[[str], None]
 
@@ -44,7 +46,7 @@ class StoryTiming:
 
 def embedded_settings(kubelet_dir: Path, metrics_address: Address) -> Settings:
     """The settings of the embedded default; none comes from the environment."""
-    return EmbeddedSettings(
+    return embedded(
         gpu_driver=GpuDriverKind.SIMULATED,
         kubelet_dir=kubelet_dir,
         state_directory=kubelet_dir / "state",

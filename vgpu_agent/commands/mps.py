@@ -9,7 +9,7 @@ from typing import NoReturn
 import anyio
 
 from vgpu_agent import __version__
-from vgpu_agent.agent import make_driver
+from vgpu_agent.drivers import make_driver
 from vgpu_agent.errors import DriverError, MpsSetupError, StoreError, UnknownGpuError
 from vgpu_agent.model.devices import pci_order
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, Scan

@@ -15,7 +15,6 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
     ContainerPreferredAllocationRequest,
     Device,
     Empty,
-    ListAndWatchResponse,
     NumaNode,
     PreferredAllocationRequest,
     PreStartContainerRequest,
@@ -104,12 +103,14 @@ _DECODERS: Mapping[type[Message], Callable[[bytes, Fields], Message]] = {
 _Listed = tuple[str, int, int | None]
 """What the vGPUs of a GPU are listed by: its UUID, their number, its NUMA node."""
 
+_DEVICES, _ID = 1, 1
+"""The numbers of `ListAndWatchResponse.devices` and `Device.ID`."""
+
 
 class ListEncoder:
     """Encodes device lists GPU by GPU, each GPU once. Owns that cache.
 
-    betterproto takes about 0.1 ms for a vGPU, on the event loop. Serialised messages with repeated
-    fields concatenate, so a list is the joined lists of its GPUs.
+    Serialised messages with repeated fields concatenate, so a list is the joined lists of its GPUs.
     """
 
     def __init__(self) -> None:
@@ -129,18 +130,18 @@ class ListEncoder:
 
 def _encode(gpus: Iterable[_Listed]) -> dict[_Listed, Mapping[bool, bytes]]:
     """The lists of these GPUs, by health: a fault has no time to wait for an encoder."""
-    return {
-        gpu: {
-            healthy: b"".join(_list_of_one(gpu, n, healthy) for n in range(gpu[1]))
-            for healthy in (True, False)
-        }
-        for gpu in gpus
-    }
+    return {gpu: {healthy: _list_of_one(gpu, healthy) for healthy in (True, False)} for gpu in gpus}
 
 
-def _list_of_one(gpu: _Listed, number: int, healthy: bool) -> bytes:
-    uuid, _, numa_node = gpu
-    device = Device(id=device_id(uuid, number), health=HEALTHY if healthy else UNHEALTHY)
+def _list_of_one(gpu: _Listed, healthy: bool) -> bytes:
+    """The list of a GPU, whose vGPUs differ in their IDs alone.
+
+    betterproto takes 0.1 ms for a vGPU, so it encodes only what they have in common.
+    """
+    uuid, replicas, numa_node = gpu
+    device = Device(health=HEALTHY if healthy else UNHEALTHY)
     if numa_node is not None:
         device.topology = TopologyInfo(nodes=[NumaNode(id=numa_node)])
-    return bytes(ListAndWatchResponse(devices=[device]))
+    common = bytes(device)
+    ids = (device_id(uuid, number).encode() for number in range(replicas))
+    return b"".join(wire.field(_DEVICES, wire.field(_ID, each) + common) for each in ids)

@@ -1,4 +1,4 @@
-"""Encoded protobuf messages, read for a few fields and within bounds.
+"""Encoded protobuf messages: read for a few fields and within bounds, and written field by field.
 
 betterproto takes 4 us for a text and 30 us for a message, on the event loop, and has no bounds.
 """
@@ -60,6 +60,21 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return number, at
     raise ValueError("a number is too long")
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field of a text or a message, encoded."""
+    return _encoded(number << 3 | 2) + _encoded(len(value)) + value
+
+
+def _encoded(number: int) -> bytes:
+    """A varint."""
+    groups = bytearray()
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    groups.append(number)
+    return bytes(groups)
 
 
 def text(value: bytes) -> str:

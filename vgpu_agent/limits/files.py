@@ -49,6 +49,16 @@ class Said(Generic[T]):
         self.path = path_of(kind, directory)
         self._read: tuple[object, T | None] = None, None
 
+    @property
+    def is_new(self) -> bool:
+        """Whether another one is there than was read last."""
+        return store.identity(self.path) != self._read[0]
+
+    @property
+    def last(self) -> T | None:
+        """What was read last."""
+        return self._read[1]
+
     def read(self) -> T | None:
         """What it says; None where there is none. Raises StoreError."""
         which = store.identity(self.path)

@@ -97,7 +97,7 @@ class Looker:
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
     def signs(self) -> object:
-        """Is another value when a container may have been given vGPUs, or started. Blocks."""
+        """Is another value when a container may have been given vGPUs, or started."""
         return store.identity(self.checkpoint), store.identity(self.links)
 
     @property

@@ -23,17 +23,18 @@ from vgpu_agent.model.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-STALE = 30.0
+STALE = 45.0
 """Seconds without a word of the container that enforces limits after which it counts as away."""
 
-BEAT = 10.0
-"""Seconds after which it says again what has not changed."""
+FIRST = 0.1
+"""Seconds between two looks until the first one has news."""
 
 RETRY = 5.0
 """Seconds until a driver that does not start is tried again."""
 
 INTERVAL = 15.0
-"""Seconds between two looks where there is no sign of a change."""
+"""Seconds between two looks where there is no sign of a change, and between two words of what has
+not changed."""
 
 
 class Source(Protocol):
@@ -54,8 +55,7 @@ class Paced:
 
     async def look(self, of: Shares) -> LimitsLook | None:
         """None where it is not time to look."""
-        now = self.looker.clock()
-        signs = (await anyio.to_thread.run_sync(self.looker.signs), of)
+        now, signs = self.looker.clock(), (self.looker.signs(), of)
         if signs == self._signs and not self.looker.pending and now - self._at < INTERVAL:
             return None
         self._signs, self._at = signs, now
@@ -76,28 +76,33 @@ class OwnLook:
 
 
 class Enforced:
-    """The container `limits` looks, and sets what is missing. It is said how GPUs are divided."""
+    """The container `limits` looks, and sets what is missing. It is said how GPUs are divided.
 
-    def __init__(self, directory: Path) -> None:
+    For `patience` seconds nothing is said of one that starts with the agent.
+    """
+
+    def __init__(self, directory: Path, patience: float = 5.0) -> None:
         self._directory = directory
+        self._patient_until = files.now() + patience
         self._seen = Said(Seen, directory)
         self._said: tuple[Wanted, object] | None = None
 
-    async def look(self, snapshot: Snapshot) -> LimitsLook:
+    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
         """See `Source`."""
         found = {uuid: tuple(each) for uuid, each in shares(snapshot.inventory.gpus).items()}
         wanted = Wanted(found, snapshot.driver.released_until or 0.0)
         return await anyio.to_thread.run_sync(self._look, wanted)
 
-    def _look(self, wanted: Wanted) -> LimitsLook:
+    def _look(self, wanted: Wanted) -> LimitsLook | None:
+        now = files.now()
         try:
             self._say(wanted)
             seen = self._seen.read()
         except StoreError as error:
             return LimitsLook(error=str(error), enforced=True)
-        if seen is None or files.now() - seen.beat > STALE:
-            return LimitsLook(error=_AWAY, enforced=True)
-        return seen.look
+        if seen is not None and now - seen.beat <= STALE:
+            return seen.look
+        return None if now < self._patient_until else LimitsLook(error=_AWAY, enforced=True)
 
     def _say(self, wanted: Wanted) -> None:
         """Writes it, again where somebody else has since. Raises StoreError."""
@@ -124,19 +129,22 @@ class LimitsWatch:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> Never:
         """Runs until cancelled; started after the first look."""
-        await self._look()
+        while not await self._look():  # noqa: ASYNC110 - a file tells nobody that it changed
+            await anyio.sleep(FIRST)
         task_status.started()
         while True:
             await anyio.sleep(self.interval)
             await self._look()
 
-    async def _look(self) -> None:
+    async def _look(self) -> bool:
+        """Whether there is news."""
         found = await self.source.look(self.node.snapshot)
         if found is not None and self.certain is not None:
             certain = await anyio.to_thread.run_sync(self.certain)
             found = replace(found, certain=certain)
         if found is not None:
             self.node.set_limits(found)
+        return found is not None
 
 
 # In the container that enforces limits
@@ -166,7 +174,9 @@ class Enforcer:
             while True:
                 wait = self.poll
                 try:
-                    look = await self._look(paced, await anyio.to_thread.run_sync(wanted.read))
+                    if wanted.is_new:
+                        await anyio.to_thread.run_sync(wanted.read)
+                    look = await self._look(paced, wanted.last)
                 except (StoreError, DriverError) as error:
                     look = LimitsLook(error=str(error), enforced=True)
                     wait = RETRY if isinstance(error, DriverError) else self.poll
@@ -194,7 +204,7 @@ class Enforcer:
     async def _say(self, look: LimitsLook | None) -> None:
         """Writes what is new, and now and then what is not."""
         look = look or self._seen
-        if look is None or (look == self._seen and files.now() - self._beat < BEAT):
+        if look is None or (look == self._seen and files.now() - self._beat < INTERVAL):
             return
         if look.error is not None and (self._seen is None or look.error != self._seen.error):
             log.warning("no memory limits: %s", look.error)

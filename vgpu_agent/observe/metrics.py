@@ -3,26 +3,19 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
-from prometheus_client.core import Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe.families import PARTS
 from vgpu_agent.observe.family import Source
+from vgpu_agent.observe.timings import BUCKETS, CallTimings
 
 OPENMETRICS = "application/openmetrics-text"
 TEXT = "text/plain"
-
-CALLS = {
-    "GetDevicePluginOptions": ("OK",),
-    "Allocate": ("OK", "INVALID_ARGUMENT", "FAILED_PRECONDITION"),
-    "GetPreferredAllocation": ("OK",),
-    "PreStartContainer": ("OK", "FAILED_PRECONDITION"),
-}
-"""How calls of the kubelet usually end: counted from 0 on, so that the first is an increase."""
 
 
 def prefers_openmetrics(accept: str) -> bool:
@@ -52,29 +45,13 @@ def _weight(text: str) -> float:
 
 
 class Metrics:
-    """The metrics of one agent, and where calls of the kubelet are timed."""
+    """The metrics of one agent; `calls` has the durations of the kubelet's."""
 
-    _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-
-    def __init__(self, version: str, resource: str, rules: Rules) -> None:
+    def __init__(
+        self, version: str, resource: str, rules: Rules, calls: CallTimings | None = None
+    ) -> None:
         self.source = Source(version, resource, rules)
-        self.timings = CollectorRegistry()
-        # Nobody asked for these series, and they double the others.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._rpc = Histogram(
-            "vgpu_rpc_duration_seconds",
-            "Duration of the kubelet's unary calls, by method and gRPC status code.",
-            ("method", "code"),
-            buckets=self._BUCKETS,
-            registry=self.timings,
-        )
-        for method, codes in CALLS.items():
-            for code in codes:
-                self._rpc.labels(method, code)
-
-    def observe_rpc(self, method: str, code: str, seconds: float) -> None:
-        """A call of `method` ended with a gRPC status code after so many seconds."""
-        self._rpc.labels(method, code).observe(seconds)
+        self.calls = calls or CallTimings()
 
     def render(self, snapshot: Snapshot, *, in_openmetrics: bool = False) -> tuple[bytes, str]:
         """The metrics as text and its content type: Prometheus's own, or OpenMetrics 1.
@@ -96,5 +73,18 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         metrics = self._metrics
-        parts = (part(metrics.source, self._snapshot) for part, _ in PARTS)
-        yield from chain(*parts, metrics.timings.collect())
+        yield from chain(*(part(metrics.source, self._snapshot) for part, _ in PARTS))
+        yield durations(metrics.calls)
+
+
+def durations(calls: CallTimings) -> Metric:
+    """The one family that is not of a snapshot."""
+    family = HistogramMetricFamily(
+        "vgpu_rpc_duration_seconds",
+        "Duration of the kubelet's unary calls, by method and gRPC status code.",
+        labels=("method", "code"),
+    )
+    bounds = [*map(floatToGoString, BUCKETS), "+Inf"]
+    for labels, counts, seconds in calls.totals():
+        family.add_metric(labels, [*zip(bounds, counts, strict=True)], seconds)
+    return family

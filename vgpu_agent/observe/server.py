@@ -1,12 +1,11 @@
-"""The web side's socket and its connections: uvicorn, with bounds on what a peer can take."""
+"""The web side's connections: uvicorn, with bounds on what a peer can take."""
 
 import asyncio
-import errno
 import logging
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -14,9 +13,6 @@ import h11
 import uvicorn
 from anyio import CancelScope
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
-
-from vgpu_agent.address import Address
-from vgpu_agent.errors import ListenError
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +28,6 @@ ACCEPTED_AT_ONCE = 12
 EXCHANGE_SECONDS = 10.0
 """Seconds for a request and its answer, from its first byte to the last one that the peer takes."""
 
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Errors that pass."""
-
-NO_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL})
-"""Errors of a machine without IPv6, of whatever part it lacks."""
-
 CANCEL = "cancel"
 """The member of a request's state that ends the work on it, when its peer has gone."""
 
@@ -50,61 +40,6 @@ EVERYWHERE = [
     ("x-content-type-options", "nosniff"),
 ]
 """Headers of every answer."""
-
-
-def listen(address: Address) -> socket.socket:
-    """A listening socket; at [::] one of IPv6 and IPv4, or of IPv4 where the machine has no IPv6.
-
-    Raises ListenError with the address and the reason.
-    """
-    try:
-        try:
-            return _open(address)
-        except OSError as error:
-            if address.host != "::" or error.errno not in NO_FAMILY:
-                raise
-            return _open(Address("0.0.0.0", address.port))  # noqa: S104
-    except OSError as error:
-        raise ListenError(
-            f"VGPU_METRICS_ADDRESS={address}: cannot listen there: {error.strerror or error};"
-            " set another host:port, or end what uses this one"
-        ) from error
-
-
-def _open(address: Address) -> socket.socket:
-    """Not by `socket.create_server`: it takes a machine short of files for one without IPv6."""
-    with ExitStack() as undone:
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        listener = undone.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
-        # asyncio does not see that it is TCP; an answer would wait for an acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind(address)
-        listener.listen(64)
-        undone.pop_all()
-        return listener
-
-
-async def listen_when_possible(address: Address, *, wait: float = 1.0) -> socket.socket:
-    """A listening socket, once the machine has one to give. Raises ListenError as `listen`."""
-    problem = ""
-    while True:
-        try:
-            listener = listen(address)
-        except ListenError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in SHORTAGES:
-                raise
-            if str(error) != problem:
-                problem = str(error)
-                log.warning("%s; tried again", problem)
-        else:
-            if ":" in address.host and listener.family == socket.AF_INET:
-                log.info("no IPv6 on this machine: metrics are served by IPv4 only")
-            return listener
-        await anyio.sleep(wait)
 
 
 class _Connection(H11Protocol):

@@ -27,6 +27,7 @@ from vgpu_agent.address import Address
 from vgpu_agent.errors import is_shortage
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
+from vgpu_agent.observe.listen import address_of
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
@@ -156,8 +157,7 @@ class Web:
     @property
     def address(self) -> Address:
         """Where it listens, with the port that was found for port 0."""
-        host, port = self._listener.getsockname()[:2]
-        return Address(host, port)
+        return address_of(self._listener)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled, then lets requests end for a moment."""

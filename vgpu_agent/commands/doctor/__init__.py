@@ -15,8 +15,7 @@ from pathlib import Path
 import anyio
 
 from vgpu_agent import control, store
-from vgpu_agent import settings as configuration
-from vgpu_agent.agent import make_looker, make_place, make_rules
+from vgpu_agent.agent import make_place, make_rules
 from vgpu_agent.commands import ask
 from vgpu_agent.commands.doctor import preflight
 from vgpu_agent.commands.doctor.checks import (
@@ -36,6 +35,7 @@ from vgpu_agent.gpu import cordons, memory
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.watch import GpuWatch, Intervals
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
+from vgpu_agent.limiting import make_looker
 from vgpu_agent.model.acceptance import Refusal
 from vgpu_agent.model.advice import agent_log, rival
 from vgpu_agent.model.facts import MpsLook
@@ -49,7 +49,8 @@ from vgpu_agent.mps.daemon import Daemons
 from vgpu_agent.observe import judge
 from vgpu_agent.observe.report import Check, Report, Verdict
 from vgpu_agent.observe.reporting import make_report
-from vgpu_agent.settings import GpuDriverKind, Settings
+from vgpu_agent.settings import TABLE, GpuDriverKind, Settings, variable
+from vgpu_agent.settings_reading import assume
 from vgpu_agent.settings_unknown import unknown_variables
 
 __all__ = ["Check", "Timeouts", "Verdict", "examine", "render_json", "render_text", "worst"]
@@ -73,7 +74,7 @@ async def examine(
     """
     checks = guarded("settings", partial(check_settings, settings, environment))
     if isinstance(settings, SettingsError):
-        settings = configuration.assume(environment)
+        settings = assume(environment)
     reports: list[Report] = []
     place = make_place(settings)
     asking = partial(_ask, settings.state_directory, reports, place)
@@ -258,7 +259,7 @@ def check_settings(
         for line in lines[1:] or lines:
             yield Check("settings", Verdict.FAIL, line.strip(), advice)
     else:
-        known = {configuration.variable(name) for name in Settings.model_fields}
+        known = {variable(name) for name in TABLE}
         count = sum(name.upper() in known for name in environment)
         yield Check("settings", Verdict.OK, f"{count} VGPU_* variables are set, and right")
     for name, nearest in unknown_variables(environment).items():

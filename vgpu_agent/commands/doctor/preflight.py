@@ -13,8 +13,8 @@ from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
 from vgpu_agent.model.place import Advice
 from vgpu_agent.observe.judge import FAIL, OK, WARN
+from vgpu_agent.observe.listen import listen
 from vgpu_agent.observe.report import Check, Report, Verdict
-from vgpu_agent.observe.server import listen
 from vgpu_agent.unixsocket import MAX_PATH, listener, listener_pid, listeners, refusal
 
 # Small questions about files and sockets

@@ -1,0 +1,47 @@
+"""Who looks at the driver's memory limits on this node, and who sets them, from the settings."""
+
+import gc
+
+import anyio
+
+from vgpu_agent.drivers import make_driver
+from vgpu_agent.gpu.driver import GpuDriver
+from vgpu_agent.kubelet.checkpoint import CHECKPOINT
+from vgpu_agent.limits.look import Looker
+from vgpu_agent.limits.watch import Enforced, Enforcer, LimitsWatch, OwnLook, Paced
+from vgpu_agent.model.node import Node
+from vgpu_agent.model.rules import MemoryLimits
+from vgpu_agent.running import until_ended
+from vgpu_agent.settings import Settings
+
+
+def make_looker(settings: Settings, driver: GpuDriver, *, enforce: bool = False) -> Looker:
+    """What looks at the limits, and with `enforce` sets them."""
+    return Looker(
+        driver,
+        settings.plugin_directory / CHECKPOINT,
+        settings.resource_name,
+        guarantee=settings.memory_guarantee,
+        enforce=enforce,
+        enable=settings.memory_limits_enable_controller,
+    )
+
+
+def make_limits_watch(settings: Settings, driver: GpuDriver, node: Node) -> LimitsWatch:
+    """What tells the agent of the limits."""
+    if settings.memory_limits is MemoryLimits.DRIVER:
+        watch = LimitsWatch(Enforced(settings.state_directory), node)
+    else:
+        watch = LimitsWatch(OwnLook(Paced(make_looker(settings, driver))), node)
+    if settings.device_list.by_cdi:
+        from vgpu_agent.gpu.cdi import CdiSpecs  # few nodes need it
+
+        watch.certain = CdiSpecs(settings.cdi_kind).limits_memory
+    return watch
+
+
+async def enforce(settings: Settings) -> None:
+    """`vgpu-agent limits enforce`: until SIGTERM or SIGINT."""
+    gc.freeze()
+    looker = make_looker(settings, make_driver(settings), enforce=True)
+    await until_ended(Enforcer(looker, settings.state_directory).run, anyio.Event())
