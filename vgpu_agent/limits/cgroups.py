@@ -107,12 +107,16 @@ class Hierarchy:
                 found.setdefault(container_id, Leaf(pod, container_id, _path(cgroup)))
         return found
 
+    def needs_files(self) -> bool:
+        """Whether the driver can only limit cgroups that have `dmem.*` files."""
+        return self._backend() is Backend.DMEM
+
     def lacks(self, leaf: Leaf) -> str | None:
         """Which cgroups above have to enable the controller first, and how.
 
         None where all do, and where the driver does not need it or that is not known.
         """
-        if _has_files(leaf) or self._backend() is not Backend.DMEM or _look(leaf.path) is None:
+        if _has_files(leaf) or not self.needs_files() or _look(leaf.path) is None:
             return None
         missing = self._missing(leaf)
         if not missing:

@@ -189,10 +189,9 @@ class Looker:
         except (KubeletError, OSError) as error:
             words = f"which containers hold vGPUs cannot be seen: {error}"
             return Tree(words, words, (), "")
-        held = [
-            Held(each.recorded, each.holder, each.leaf, self._lacks(each.leaf))
-            for each in matched(recorded, leaves, names)
-        ]
+        held = list(matched(recorded, leaves, names))
+        if self.hierarchy.needs_files():
+            held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
         scratch = next((leaf.path for leaf in leaves.values()), str(self.hierarchy.root))
         return Tree(None, self.hierarchy.hook(), tuple(held), scratch)
 

@@ -160,7 +160,7 @@ class Enforcer:
 
     looker: Looker
     directory: Path
-    poll: float = 0.4
+    poll: float = 0.5
     clock: Callable[[], float] = time.time
     _scanned: bool = False
     _seen: LimitsLook | None = None
