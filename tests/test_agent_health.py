@@ -383,3 +383,32 @@ def test_a_gpu_that_returns_half_dead_stays_listed(node: Start) -> None:
         assert it.faults(0) >= {"probe"}
         it.nvml.update(UUIDS[0], error=0)
         it.wait(**ALL)
+
+
+def test_what_the_kubelet_does_not_wait_for_is_loaded_after_its_first_list(node: Start) -> None:
+    with node(*GPUS, changes=LOADS) as it:
+        line = it.agent.wait_line(r"loads beside, lists sent: (\d+)")
+        assert line[1] == "1"
+        assert it.get("/healthz") == "ok\n"
+
+
+def test_probes_are_answered_while_there_is_no_kubelet(kubelet_dir: Path) -> None:
+    with running(kubelet_dir, changes=LOADS, VGPU_GPU_DRIVER="simulated") as agent:
+        assert agent.wait_line(r"loads beside, lists sent: (\d+)")[1] == "0"
+        assert agent.get("/healthz")[1] == "ok\n"
+
+
+LOADS = """
+import sys
+from vgpu_agent import agent
+real = agent.Agent._run_beside
+async def run_beside(self, *args):
+    load = agent._load_beside
+    def loading():
+        print("loads beside, lists sent:", self.node.snapshot.lists_sent, file=sys.stderr)
+        assert not {"uvicorn", "prometheus_client", "vgpu_agent.beside"} & sys.modules.keys()
+        return load()
+    agent._load_beside = loading
+    await real(self, *args)
+agent.Agent._run_beside = run_beside
+"""

@@ -22,6 +22,7 @@ from anyio.abc import TaskStatus
 from vgpu_agent.address import Address
 from vgpu_agent.drivers import make_driver
 from vgpu_agent.endless import endless
+from vgpu_agent.errors import is_shortage
 from vgpu_agent.gpu.cordons import Cordons
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.gpu.memory import Keeper
@@ -177,7 +178,7 @@ class Agent:
         """
         with anyio.move_on_after(LOADED_AFTER):
             await self.node.latest.until(lambda now: now.lists_sent)
-        beside = await anyio.to_thread.run_sync(_load_beside)
+        beside = await _loaded_when_possible()
         gc.freeze()  # What is imported stays, and need not be looked at again.
         parts = beside(self._settings, self.node, self._driver, self.watch, cordons, calls)
         await parts.run(listener)
@@ -193,6 +194,19 @@ class Agent:
         from vgpu_agent.beside import report  # as above
 
         return report(snapshot, self.node.rules)
+
+
+async def _loaded_when_possible() -> type["Beside"]:
+    """What `_load_beside` loads, once the machine has the files and threads for it."""
+    repeats = Repeats(log)
+    while True:
+        try:
+            return await anyio.to_thread.run_sync(_load_beside)
+        except (OSError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            repeats.log(logging.WARNING, f"the web side cannot be loaded: {error}; tried again")
+        await anyio.sleep(1)
 
 
 def _load_beside() -> type["Beside"]:
