@@ -44,7 +44,7 @@ from vgpu_agent.observe.listen import address_of, listen_when_possible
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.timings import CallTimings
 from vgpu_agent.running import until_ended
-from vgpu_agent.settings import Settings
+from vgpu_agent.settings import GpuDriverKind, Settings
 
 if TYPE_CHECKING:
     from vgpu_agent.beside import Beside
@@ -108,6 +108,13 @@ def make_watch(settings: Settings, driver: GpuDriver, node: Node) -> GpuWatch:
     return GpuWatch(driver, node, cdi_names=CdiSpecs(settings.cdi_kind).names)
 
 
+def _looks_at_limits(settings: Settings) -> bool:
+    """Whether memory limits by the driver are of interest: of simulated GPUs where they must be."""
+    simulated = settings.gpu_driver is GpuDriverKind.SIMULATED
+    limits = settings.memory_limits
+    return limits is MemoryLimits.DRIVER or (limits is MemoryLimits.AUTO and not simulated)
+
+
 class Agent:
     """The running agent: its parts, made from the settings, and what it can be asked."""
 
@@ -161,7 +168,7 @@ class Agent:
                     await tasks.start(endless, self.watch.run)
                 else:
                     await self.watch.look()
-                if settings.memory_limits is not MemoryLimits.OFF:
+                if _looks_at_limits(settings):
                     from vgpu_agent.limiting import make_limits_watch  # as above
 
                     limits = make_limits_watch(settings, self._driver, node)

@@ -461,7 +461,7 @@ def test_an_agent_mounts_what_its_settings_use_and_nothing_else(objects: list[Ob
             expected[mps] = False
         if not variables["VGPU_CORDON_DIRECTORY"].startswith(f"{state}/"):
             expected[variables["VGPU_CORDON_DIRECTORY"]] = False
-        limits = variables["VGPU_MEMORY_LIMITS"] != "off" and driver == "nvml"
+        limits = variables["VGPU_MEMORY_LIMITS"] == "auto" and driver == "nvml"
         if variables["VGPU_PROCESS_METRICS"] == "on" or limits:
             expected[str(LINKS)] = True
         if limits:

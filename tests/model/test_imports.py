@@ -109,7 +109,8 @@ def test_only_those_who_wire_the_parts_know_the_settings():
         "beside",
         "cli",
         "commands",
-        "running",
+        "drivers",
+        "limiting",
         "settings_reading",
         "settings_unknown",
     }
