@@ -8,7 +8,7 @@ from vgpu_agent.drivers import make_driver
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.kubelet.checkpoint import CHECKPOINT
 from vgpu_agent.limits.look import Looker
-from vgpu_agent.limits.watch import Enforced, Enforcer, LimitsWatch, OwnLook, Paced
+from vgpu_agent.limits.watch import PATIENCE, Enforced, Enforcer, LimitsWatch, OwnLook, Paced
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import MemoryLimits
 from vgpu_agent.running import until_ended
@@ -30,7 +30,7 @@ def make_looker(settings: Settings, driver: GpuDriver, *, enforce: bool = False)
 def make_limits_watch(settings: Settings, driver: GpuDriver, node: Node) -> LimitsWatch:
     """What tells the agent of the limits."""
     if settings.memory_limits is MemoryLimits.DRIVER:
-        watch = LimitsWatch(Enforced(settings.state_directory), node)
+        watch = LimitsWatch(Enforced(settings.state_directory), node, patience=PATIENCE)
     else:
         watch = LimitsWatch(OwnLook(Paced(make_looker(settings, driver))), node)
     if settings.device_list.by_cdi:

@@ -267,6 +267,22 @@ async def test_what_the_driver_cannot_do_is_said_once(machine, words, error, gpu
     assert (look.error, len(look.gpus)) == (error, gpus)
 
 
+async def test_a_gpu_that_does_not_answer_is_left_alone_for_a_while(machine, monkeypatch):
+    asked = []
+
+    async def hangs(uuid: str, cgroups: Sequence[str]) -> Mapping[str, MemoryLimit]:
+        asked.append(uuid)
+        return {} if uuid == "GPU-1" else dict.fromkeys(cgroups, NO_LIMIT)
+
+    monkeypatch.setattr(machine.driver, "memory_limits", hangs)
+    looker = machine.looker(enforce=True)
+    for seconds, asks in ((0, ["GPU-0", "GPU-1"]), (5, ["GPU-0"]), (11, ["GPU-0", "GPU-1"])):
+        machine.now, asked[:] = 1000.0 + seconds, []
+        look = await looker.look(SHARES)
+        assert sorted(asked) == asks
+        assert set(look.gpus) == {"GPU-1"}
+
+
 async def test_a_node_without_a_container_is_asked_too(machine):
     machine.driver.word = dict.fromkeys(SHARES, "too old")
     assert (await machine.looker(enforce=True).look(SHARES)).error == "too old"

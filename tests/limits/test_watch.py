@@ -86,7 +86,7 @@ async def test_an_enforcer_that_is_not_heard_of_is_gone(machine, monkeypatch):
 async def test_nvml_is_closed_while_gpus_are_released(machine, monkeypatch):
     calls = []
 
-    async def scan(*_: float) -> None:
+    async def scan(**_: float) -> None:
         calls.append("scan")
 
     async def release() -> bool:
@@ -110,7 +110,7 @@ async def test_nvml_is_closed_while_gpus_are_released(machine, monkeypatch):
 
 
 async def test_a_driver_that_does_not_start_is_said(machine, monkeypatch):
-    async def scan(*_: float) -> None:
+    async def scan(**_: float) -> None:
         raise DriverError("no library")
 
     monkeypatch.setattr(machine.driver, "scan", scan)
@@ -157,7 +157,9 @@ async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")
     source = OwnLook(Paced(machine.looker()))
-    assert await source.look(RELEASED) is None
+    # Nothing waits for a driver that is away.
+    assert (await source.look(RELEASED)).error == "released"
+    assert await source.look(replace(RELEASED, limits=LimitsLook())) is None
     first = await source.look(UP)
     assert len(first.containers) == 1
     machine.now += 6  # it has no limit

@@ -36,6 +36,9 @@ from vgpu_agent.usage.containers import LINKS, holders_by_id
 
 log = logging.getLogger(__name__)
 
+SILENT = 10.0
+"""Seconds for which a GPU that did not answer is not asked again."""
+
 Answers = dict[str, MemoryLimit | str]
 """What the driver has for cgroups on one GPU, by path, or its word for why it says nothing."""
 
@@ -92,6 +95,7 @@ class Looker:
     _wrong: dict[tuple[str, str], float] = field(default_factory=dict)
     _peaks: dict[tuple[str, str], int] = field(default_factory=dict)
     _kept: dict[str, Held] = field(default_factory=dict)
+    _silent: dict[str, float] = field(default_factory=dict)
     _set: set[str] = field(default_factory=set)
     _applied: bool = False
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
@@ -119,7 +123,11 @@ class Looker:
         answers: dict[str, Answers] = {}
 
         async def ask(uuid: str) -> None:
-            answers[uuid] = await self._of_gpu(uuid, tree, limits)
+            answers[uuid] = {}
+            if self.clock() >= self._silent.get(uuid, 0):
+                answers[uuid] = await self._of_gpu(uuid, tree, limits)
+                if not answers[uuid]:  # it may hang: the other GPUs do not wait for it again
+                    self._silent[uuid] = self.clock() + SILENT
 
         async with anyio.create_task_group() as tasks:
             for uuid in shares:

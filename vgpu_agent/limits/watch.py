@@ -32,6 +32,12 @@ FIRST = 0.1
 RETRY = 5.0
 """Seconds until a driver that does not start is tried again."""
 
+PATIENT_SCAN = 0.5
+"""Seconds that GPUs have which do not answer at once, when all are looked at."""
+
+PATIENCE = 5.0
+"""Seconds that a container has which starts with the agent."""
+
 INTERVAL = 15.0
 """Seconds between two looks where there is no sign of a change, and between two words of what has
 not changed."""
@@ -58,8 +64,9 @@ class Paced:
         now, signs = self.looker.clock(), (self.looker.signs(), of)
         if signs == self._signs and not self.looker.pending and now - self._at < INTERVAL:
             return None
+        found = await self.looker.look(of)
         self._signs, self._at = signs, now
-        return await self.looker.look(of)
+        return found
 
 
 @dataclass
@@ -70,18 +77,19 @@ class OwnLook:
 
     async def look(self, snapshot: Snapshot) -> LimitsLook | None:
         """See `Source`."""
-        return (
-            await self.paced.look(shares(snapshot.inventory.gpus)) if snapshot.driver.up else None
-        )
+        if snapshot.driver.up:
+            return await self.paced.look(shares(snapshot.inventory.gpus))
+        # What was seen before stays true.
+        return LimitsLook(error=snapshot.driver.error) if snapshot.limits is None else None
 
 
 class Enforced:
     """The container `limits` looks, and sets what is missing. It is said how GPUs are divided.
 
-    For `patience` seconds nothing is said of one that starts with the agent.
+    For `patience` seconds one that starts with the agent is not missed.
     """
 
-    def __init__(self, directory: Path, patience: float = 5.0) -> None:
+    def __init__(self, directory: Path, patience: float = PATIENCE) -> None:
         self._directory = directory
         self._patient_until = files.now() + patience
         self._seen = Said(Seen, directory)
@@ -119,18 +127,21 @@ _AWAY = "the container `limits`, which sets them, is not heard of: see its log"
 class LimitsWatch:
     """Hands what is known of the limits to the node, every `interval` seconds where it is new.
 
-    `certain` blocks, and says whether the container toolkit is known to set limits.
+    The first news are waited for, `patience` seconds at most. `certain` blocks, and says whether
+    the container toolkit is known to set limits.
     """
 
     source: Source
     node: Node
     certain: Callable[[], bool] | None = None
     interval: float = 1.0
+    patience: float = 1.0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> Never:
         """Runs until cancelled; started after the first look."""
-        while not await self._look():  # noqa: ASYNC110 - a file tells nobody that it changed
-            await anyio.sleep(FIRST)
+        with anyio.move_on_after(self.patience):
+            while not await self._look():  # noqa: ASYNC110 - a file tells nobody that it changed
+                await anyio.sleep(FIRST)
         task_status.started()
         while True:
             await anyio.sleep(self.interval)
@@ -193,7 +204,7 @@ class Enforcer:
                 self._scanned = not await driver.release()
             return None
         if not self._scanned:
-            await driver.scan()
+            await driver.scan(patience=PATIENT_SCAN)
             self._scanned = True
         await self.looker.end_guarantees()
         look = await paced.look(wanted.shares)
