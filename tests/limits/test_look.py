@@ -283,6 +283,23 @@ async def test_a_gpu_that_does_not_answer_is_left_alone_for_a_while(machine, mon
         assert set(look.gpus) == {"GPU-1"}
 
 
+async def test_a_container_with_names_that_hide_its_id_is_a_problem(machine):
+    machine.start(1)
+    machine.give(1, "GPU-0::1")
+    (link,) = machine.links.iterdir()
+    link.unlink()
+    name = f"{'long-' * 42}pod-1"
+    cut = f"{name}_shop_main-{container_id(1)}"[:251] + ".log"
+    (machine.links / cut).symlink_to(f"/var/log/pods/shop_{name}_{uid(1)}/main/0.log")
+    look = await machine.looker(enforce=True).look(SHARES)
+    (missing,) = look.missing
+    assert missing.holder == Holder("shop", name, "main")
+    assert "shorter names" in missing.problem
+    assert machine.driver.set == []
+    machine.end(1)  # its link stays for a while
+    assert (await machine.looker(enforce=True).look(SHARES)).missing == ()
+
+
 async def test_a_node_without_a_container_is_asked_too(machine):
     machine.driver.word = dict.fromkeys(SHARES, "too old")
     assert (await machine.looker(enforce=True).look(SHARES)).error == "too old"

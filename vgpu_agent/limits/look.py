@@ -32,7 +32,7 @@ from vgpu_agent.model.limits import (
     wanted,
 )
 from vgpu_agent.model.rules import MIB
-from vgpu_agent.usage.containers import LINKS, holders_by_id
+from vgpu_agent.usage.containers import LINKS, holders_by_id, nameless
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,16 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What is there: why no limits can be set at all, why the hook may fail, and all containers."""
+    """What is there: why no limits can be set at all, why the hook may fail, and all containers.
+
+    `lost` are those whose cgroup cannot be told from others of their pod.
+    """
 
     problem: str | None
     hook: str | None
     held: tuple[Held, ...]
     scratch: str
+    lost: tuple[Limited, ...] = ()
 
 
 def matched(
@@ -73,6 +77,12 @@ def matched(
         entry = None if holder is None else entries.get((leaf.pod_uid, holder.container))
         if holder is not None and entry is not None:
             yield Held(entry, holder, leaf)
+
+
+_TOO_LONG = (
+    "names of pod, namespace and container are so long together that the kubelet's link to its log"
+    " has no container ID: which cgroup it has is not known; give it shorter names"
+)
 
 
 @dataclass
@@ -142,6 +152,7 @@ class Looker:
         wrong = [held.leaf for held, each in found if each.problem is not None]
         ended = await anyio.to_thread.run_sync(self._ended, wrong, limiter=self._limiter)
         containers = [each for held, each in found if held.leaf.path not in ended]
+        containers += tree.lost
         self._forget(tree)
         late = any(each.problem is not None for each in containers)
         applied = self.enforce or self._applied or not late
@@ -200,8 +211,21 @@ class Looker:
         held = list(matched(recorded, leaves, names))
         if self.hierarchy.needs_files():
             held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
+        lost = self._lost(recorded, leaves, names) if recorded else ()
         scratch = next((leaf.path for leaf in leaves.values()), str(self.hierarchy.root))
-        return Tree(None, self.hierarchy.hook(), tuple(held), scratch)
+        return Tree(None, self.hierarchy.hook(), tuple(held), scratch, lost)
+
+    def _lost(
+        self, recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
+    ) -> tuple[Limited, ...]:
+        """A tenant may choose names so long that the kubelet's link has no ID. Raises OSError."""
+        unnamed = {leaf.pod_uid for each, leaf in leaves.items() if each not in names}
+        cut = nameless(self.links)
+        return tuple(
+            Limited(holder, {}, problem=_TOO_LONG)
+            for each in recorded
+            if each.pod_uid in unnamed and (holder := cut.get((each.pod_uid, each.container)))
+        )
 
     def _ended(self, leaves: Sequence[Leaf]) -> set[str]:
         return {leaf.path for leaf in leaves if self.hierarchy.ended(leaf)}

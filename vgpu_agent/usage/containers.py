@@ -11,6 +11,7 @@ any name below its own, so what is further down decides nothing.
 
 import os
 import re
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +31,10 @@ LINKS = Path("/var/log/containers")
 
 # Names as the API server takes them: a pod's is a DNS subdomain, the others are DNS labels.
 _LINK = re.compile(r"([a-z0-9.-]+)_([a-z0-9-]+)_([a-z0-9-]+)-([0-9a-f]{64})\.log")
+
+
+_LOG = re.compile(r"/([a-z0-9-]+)_([a-z0-9.-]+)_([0-9a-f-]+)/([a-z0-9-]+)/[^/]*$")
+_LONGEST = 255
 
 
 def container_id(text: str) -> str | None:
@@ -102,3 +107,19 @@ def named_by(link: str) -> tuple[str, Holder] | None:
 def holders_by_id(directory: Path = LINKS) -> dict[str, Holder]:
     """All containers of the node by their ID. Blocks. Raises OSError."""
     return dict(filter(None, map(named_by, os.listdir(directory))))  # noqa: PTH208
+
+
+def nameless(directory: Path = LINKS) -> dict[tuple[str, str], Holder]:
+    """The containers whose link is cut, and so has no ID, by pod UID and name.
+
+    Where the link leads has both: `<namespace>_<pod>_<UID>/<container>/`. Blocks. Raises OSError.
+    """
+    found = {}
+    for link in os.listdir(directory):  # noqa: PTH208
+        if len(link) == _LONGEST and named_by(link) is None:
+            with suppress(OSError):
+                match = _LOG.search(str((directory / link).readlink()))
+                if match is not None:
+                    namespace, pod, uid, container = match.groups()
+                    found[uid, container] = Holder(namespace, pod, container)
+    return found
