@@ -152,12 +152,12 @@ class Looker:
         wrong = [held.leaf for held, each in found if each.problem is not None]
         ended = await anyio.to_thread.run_sync(self._ended, wrong, limiter=self._limiter)
         containers = [each for held, each in found if held.leaf.path not in ended]
-        containers += tree.lost
         self._forget(tree)
         late = any(each.problem is not None for each in containers)
         applied = self.enforce or self._applied or not late
-        if not (self.enforce or (tree.hook is None and applied)):
-            # That is of the node, and of none of its containers.
+        if self.enforce or (tree.hook is None and applied):
+            containers += tree.lost
+        else:  # that is of the node, and of none of its containers
             containers = [replace(each, problem=None) for each in containers]
         return LimitsLook(
             error=alike.pop() if len(alike) == 1 else None,
@@ -205,13 +205,13 @@ class Looker:
             recorded = read_checkpoint(self.checkpoint, self.resource_name) or []
             leaves = self.hierarchy.leaves()
             names = holders_by_id(self.links) if recorded else {}
+            lost = self._lost(recorded, leaves, names) if recorded else ()
         except (KubeletError, OSError) as error:
             words = f"which containers hold vGPUs cannot be seen: {error}"
             return Tree(words, words, (), "")
         held = list(matched(recorded, leaves, names))
         if self.hierarchy.needs_files():
             held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
-        lost = self._lost(recorded, leaves, names) if recorded else ()
         scratch = next((leaf.path for leaf in leaves.values()), str(self.hierarchy.root))
         return Tree(None, self.hierarchy.hook(), tuple(held), scratch, lost)
 
