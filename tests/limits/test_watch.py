@@ -171,3 +171,16 @@ async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     assert await source.look(UP) is not None
     machine.now += 15
     assert await source.look(UP) is not None
+
+
+async def test_a_node_that_cannot_have_limits_is_looked_at_rarely(machine):
+    machine.driver.word = dict.fromkeys(SHARES, "too old")
+    source = OwnLook(Paced(machine.looker()))
+    assert (await source.look(UP)).error == "too old"
+    machine.driver.word = {}
+    machine.start(1)
+    looks = []
+    for _ in range(6):
+        machine.now += 12
+        looks.append(await source.look(UP))
+    assert [look is not None for look in looks] == [False, False, False, False, True, True]

@@ -32,6 +32,9 @@ FIRST = 0.1
 RETRY = 5.0
 """Seconds until a driver that does not start is tried again."""
 
+RARELY = 60.0
+"""The same, of a node whose driver or cgroups cannot limit memory."""
+
 PATIENT_SCAN = 0.5
 """Seconds that GPUs have which do not answer at once, when all are looked at."""
 
@@ -53,19 +56,25 @@ class Source(Protocol):
 
 @dataclass
 class Paced:
-    """Looks where there is a sign that something has changed, and every `INTERVAL` seconds."""
+    """Looks where there is a sign that something has changed, and every `INTERVAL` seconds.
+
+    A node that cannot have limits at all is looked at every `RARELY` seconds.
+    """
 
     looker: Looker
     _signs: object = None
-    _at: float = float("-inf")
+    _next: float = float("-inf")
+    _able: bool = True
 
     async def look(self, of: Shares) -> LimitsLook | None:
         """None where it is not time to look."""
-        now, signs = self.looker.clock(), (self.looker.signs(), of)
-        if signs == self._signs and not self.looker.pending and now - self._at < INTERVAL:
+        now, signs = self.looker.clock(), (of, self.looker.signs() if self._able else None)
+        if signs == self._signs and not self.looker.pending and now < self._next:
             return None
         found = await self.looker.look(of)
-        self._signs, self._at = signs, now
+        self._able = found.error is None
+        self._signs = signs if self._able else (of, None)
+        self._next = now + (INTERVAL if self._able else RARELY)
         return found
 
 
