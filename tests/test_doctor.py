@@ -274,6 +274,7 @@ async def test_an_agent_of_another_format_is_a_warning_and_the_node_is_looked_at
 async def test_of_a_running_agent_the_endpoint_and_the_port_are_its_own(kubelet_dir):
     with KubeletPeer(kubelet_dir) as kubelet, running(kubelet_dir) as agent:
         await off_loop(kubelet.wait_list, 1)
+        await off_loop(agent.get, "/healthz")  # all of it is loaded then
         settings = settings_in(kubelet_dir, metrics_address=f"127.0.0.1:{agent.port}")
         found = await examined(settings)
         bad = [each.name for each in found if each.verdict is not OK]
@@ -294,6 +295,7 @@ async def test_two_agents_for_one_resource_fail(kubelet_dir):
         await off_loop(kubelet.wait_list, 1)
         with running(kubelet_dir, VGPU_STATE_DIRECTORY=str(kubelet_dir / "second")) as second:
             await off_loop(second.wait_line, "another process serves")
+            await off_loop(second.get, "/healthz")
             settings = settings_in(kubelet_dir, state_directory=kubelet_dir / "second")
             found = await examined(settings)
             expect(found, "kubelet", FAIL, "another process serves")

@@ -28,7 +28,7 @@ SOCKET = "control.sock"
 MAX_REQUEST = 4096
 MAX_ANSWER = 2**24
 ANSWER_SECONDS = 5.0
-POLL = 1.0
+POLL = 5.0
 """Seconds between two looks at whether the socket is still ours, or can be."""
 
 Handler = Callable[[Mapping[str, object]], Awaitable[bytes]]

@@ -20,10 +20,6 @@ def _end(number: signal.Signals) -> None:
         os._exit(0)
 
 
-def _ignore(_: signal.Signals) -> None:
-    """All is over but the exit."""
-
-
 _receiver: Receiver = _end
 
 
@@ -47,7 +43,9 @@ def received(receiver: Receiver) -> Iterator[None]:
     try:
         yield
     finally:
-        _receiver = _ignore
+        # All is over but the exit. Python takes its own handlers away before it has ended.
+        for each in (*ENDING, signal.SIGUSR1):
+            signal.signal(each, signal.SIG_IGN)
 
 
 def end_within(seconds: int, code: int) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import threading
 
@@ -29,6 +30,7 @@ from vgpu_agent.kubelet import codec, wire
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.codec import ListEncoder
+from vgpu_agent.model.container import Grant
 from vgpu_agent.model.devices import Inventory, SharedGpu
 from vgpu_agent.model.facts import Reading
 from vgpu_agent.model.placement import Placement, prefer
@@ -567,6 +569,48 @@ async def test_the_joined_bytes_are_those_of_the_whole_list():
 def test_a_field_of_any_length_is_encoded_as_protobuf_does(length):
     text = "x" * length
     assert wire.field(2, text.encode()) == dp.Device(health=text).SerializeToString()
+
+
+ANSWERS = [
+    v1beta1.AllocateResponse(),
+    v1beta1.AllocateResponse(
+        container_responses=[
+            v1beta1.ContainerAllocateResponse(),
+            v1beta1.ContainerAllocateResponse(
+                envs={"A": "1", "EMPTY": "", "LONG": "ü" * 300},
+                mounts=[
+                    v1beta1.Mount(container_path="/in", host_path="/out"),
+                    v1beta1.Mount(container_path="/in", host_path="/out", read_only=True),
+                    v1beta1.Mount(),
+                ],
+                cdi_devices=[v1beta1.CdiDevice(name="nvidia.com/gpu=GPU-a"), v1beta1.CdiDevice()],
+            ),
+        ]
+    ),
+    v1beta1.PreferredAllocationResponse(),
+    v1beta1.PreferredAllocationResponse(
+        container_responses=[
+            v1beta1.ContainerPreferredAllocationResponse(),
+            v1beta1.ContainerPreferredAllocationResponse(device_i_ds=["a::0", "b" * 200, ""]),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda each: type(each).__name__)
+def test_answers_that_are_encoded_field_by_field_mean_the_same_as_of_the_library(answer):
+    theirs = getattr(dp, type(answer).__name__)
+    encoded = codec.WireCodec().encode(answer, type(answer))
+    assert theirs.FromString(encoded) == theirs.FromString(bytes(answer))
+
+
+def test_what_is_never_granted_is_no_part_of_the_encoding_on_purpose():
+    """Whoever grants device nodes or annotations one day has to encode them."""
+    assert {f.name for f in dataclasses.fields(v1beta1.ContainerAllocateResponse)} == {
+        *("envs", "mounts", "cdi_devices"),
+        *("devices", "annotations"),
+    }
+    assert {f.name for f in dataclasses.fields(Grant)} == {"environment", "mounts", "cdi_devices"}
 
 
 async def test_a_gpu_is_encoded_once_for_both_states_of_its_health(encoded_gpus):

@@ -56,7 +56,7 @@ GONE = "::99"
 
 NO_DATA = {
     "vgpu_gpu_unread": "a simulated GPU says all there is",
-    "vgpu_container_memory_used_bytes": "no process runs on a simulated GPU",
+    "vgpu_container_memory_": "no process runs on a simulated GPU, and none has a limit",
     "vgpu_container_processes": "no process runs on a simulated GPU",
     "vgpu_unattributed_processes": "no process runs on a simulated GPU",
     "vgpu_xid_errors_total": "a simulated GPU of `run` has no fault",

@@ -68,7 +68,7 @@ class GpuDriver(ABC):
 
     @abstractmethod
     async def next_events(self) -> Sequence[GpuEvent]:
-        """Waits at most a second for events; none is a normal answer."""
+        """Waits some seconds for events at most; none is a normal answer."""
 
     @abstractmethod
     async def release(self) -> bool:

@@ -11,12 +11,14 @@ from grpclib.encoding.proto import ProtoCodec
 from vgpu_agent.kubelet import wire
 from vgpu_agent.kubelet._proto.v1beta1 import (
     AllocateRequest,
+    AllocateResponse,
     ContainerAllocateRequest,
     ContainerPreferredAllocationRequest,
     Device,
     Empty,
     NumaNode,
     PreferredAllocationRequest,
+    PreferredAllocationResponse,
     PreStartContainerRequest,
     TopologyInfo,
 )
@@ -38,7 +40,10 @@ class WireCodec(ProtoCodec):
 
     def encode(self, message: Any, message_type: Any) -> bytes:
         """Its bytes."""
-        return message if isinstance(message, bytes) else super().encode(message, message_type)
+        if isinstance(message, bytes):
+            return message
+        encode = _ENCODERS.get(type(message))
+        return encode(message) if encode else super().encode(message, message_type)
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         """A request. Raises GRPCError INVALID_ARGUMENT."""
@@ -98,6 +103,48 @@ _DECODERS: Mapping[type[Message], Callable[[bytes, Fields], Message]] = {
     PreferredAllocationRequest: _preferred,
     PreStartContainerRequest: _start,
 }
+
+
+def _granted(answer: AllocateResponse) -> bytes:
+    """Betterproto takes 0.2 ms for it, a third of all that the agent does for a container.
+
+    Device nodes and annotations are never granted.
+    """
+    return b"".join(
+        wire.field(
+            1,
+            b"".join(
+                (
+                    *(
+                        wire.field(1, wire.texts({1: name, 2: value}))
+                        for name, value in each.envs.items()
+                    ),
+                    *(
+                        wire.field(2, wire.texts({1: m.container_path, 2: m.host_path}))
+                        if not m.read_only
+                        else wire.field(2, bytes(m))
+                        for m in each.mounts
+                    ),
+                    *(wire.field(5, wire.texts({1: cdi.name})) for cdi in each.cdi_devices),
+                )
+            ),
+        )
+        for each in answer.container_responses
+    )
+
+
+def _advised(answer: PreferredAllocationResponse) -> bytes:
+    return b"".join(
+        wire.field(1, b"".join(wire.field(1, vgpu.encode()) for vgpu in each.device_i_ds))
+        for each in answer.container_responses
+    )
+
+
+_ENCODERS: Mapping[type[Message], Callable[[Any], bytes]] = {
+    AllocateResponse: _granted,
+    PreferredAllocationResponse: _advised,
+}
+"""Answers that pods wait for. The others are small."""
 
 
 _Listed = tuple[str, int, int | None]

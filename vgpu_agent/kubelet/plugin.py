@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 from weakref import WeakSet
@@ -319,6 +319,13 @@ def _check_disjoint(requests: Iterable[Iterable[str]]) -> None:
 def _response(granted: Grant) -> ContainerAllocateResponse:
     return ContainerAllocateResponse(
         envs=dict(granted.environment),
-        mounts=[Mount(**asdict(mount)) for mount in granted.mounts],
+        mounts=[
+            Mount(
+                container_path=each.container_path,
+                host_path=each.host_path,
+                read_only=each.read_only,
+            )
+            for each in granted.mounts
+        ],
         cdi_devices=[CdiDevice(name=name) for name in granted.cdi_devices],
     )

@@ -311,12 +311,19 @@ class KubeletSession:
 
     async def _watch(self, plugin: DevicePlugin, own: Identity) -> str:
         """Returns what ended the registration, in words."""
-        while plugin.streams.value.ended == 0:
-            with anyio.move_on_after(self.timing.own_socket_poll):
-                await plugin.streams.until(lambda streams: streams.ended)
-            if self._identity(self.socket_path) != own:
-                return f"our socket {self.socket_path} was removed or replaced"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._own_socket_gone, own, tasks.cancel_scope)
+            await plugin.streams.until(lambda streams: streams.ended)
+            tasks.cancel_scope.cancel()
+        if self._identity(self.socket_path) != own:
+            return f"our socket {self.socket_path} was removed or replaced"
         return "the kubelet ended the stream"
+
+    async def _own_socket_gone(self, own: Identity, watching: CancelScope) -> None:
+        """Polls our own socket, and ends the watching when it is another or none."""
+        while self._identity(self.socket_path) == own:  # noqa: ASYNC110 - a file tells nobody
+            await anyio.sleep(self.timing.own_socket_poll)
+        watching.cancel()
 
     def _identity(self, path: Path) -> Identity | None:
         """Which socket the path is now; None where there is none."""

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from vgpu_agent.model.devices import Gpu, Inventory, device_id, split_device_id
+from vgpu_agent.model.devices import Gpu, Inventory, device_id
 from vgpu_agent.model.rules import Placement
 
 
@@ -57,19 +57,18 @@ def prefer(
     """
     named = dict.fromkeys(must_include)
     must = {v: shared.gpu.uuid for v in named if (shared := inventory.gpu_of(v)) is not None}
-    passed_over = named.keys() - must.keys()
-    free: dict[str, list[int]] = {}
-    for vgpu in set(available).difference(named):
-        shared, parts = inventory.gpu_of(vgpu), split_device_id(vgpu)
-        if shared is None or parts is None or not shared.healthy:
-            passed_over.add(vgpu)
-        else:
-            free.setdefault(shared.gpu.uuid, []).append(parts[1])
+    wanted_ids = set(available).difference(named)
+    # Once over all vGPUs there are: what is asked for needs no taking apart.
+    free = {
+        shared.gpu.uuid: [n for n, vgpu in enumerate(shared.device_ids) if vgpu in wanted_ids]
+        for shared in inventory.gpus
+        if shared.healthy
+    }
     held = Counter(must.values())
     slots = [
-        _Slot(shared.gpu, tuple(sorted(free.get(shared.gpu.uuid, ()))))
+        _Slot(shared.gpu, tuple(free.get(shared.gpu.uuid, ())))
         for shared in inventory.gpus
-        if shared.gpu.uuid in free or shared.gpu.uuid in held
+        if free.get(shared.gpu.uuid) or shared.gpu.uuid in held
     ]
     wanted = max(0, min(size - len(must), sum(len(slot.free) for slot in slots)))
     had = [slot for slot in slots if slot.gpu.uuid in held]
@@ -84,6 +83,8 @@ def prefer(
         for slot in sorted(chosen, key=lambda slot: slot.key)
         for number in slot.free[: counts[slot.gpu.uuid]]
     )
+    known = {device_id(uuid, number) for uuid, numbers in free.items() for number in numbers}
+    passed_over = (named.keys() - must.keys()) | (wanted_ids - known)
     return Preference((*must, *picked), tuple(sorted(passed_over)))
 
 

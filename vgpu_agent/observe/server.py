@@ -160,9 +160,14 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Ends connections that are stuck. uvicorn's own loop has dates and signals to look at."""
         await self.on_tick(0)
-        while not self._stopping.is_set():
-            with anyio.move_on_after(min(1, self._exchange)):
-                await self._stopping.wait()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._end_stuck_connections)
+            await self._stopping.wait()
+            tasks.cancel_scope.cancel()
+
+    async def _end_stuck_connections(self) -> None:
+        while True:
+            await anyio.sleep(min(1, self._exchange))
             for connection in tuple(self.server_state.connections):
                 if isinstance(connection, _Connection):
                     connection.end_if_stuck(self._exchange)

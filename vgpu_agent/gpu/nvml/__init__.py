@@ -1,9 +1,10 @@
 """Real GPUs, by NVML. The only package that imports pynvml.
 
 Every NVML call can block, for long where a GPU is failing, so none is made on the event loop.
-Calls go through lanes of one worker thread each: one for NVML as a whole, one for waiting for
-events, and for each GPU one for what is asked of it and one for lists of processes and of memory
-limits, so that a GPU that hangs holds up no other, and a long list no probe.
+Calls go through lanes, each of which one thread at most is in: one for NVML as a whole, one for
+waiting for events, and for each GPU one for what is asked of it and one for lists of processes and of
+memory limits, so that a GPU that hangs holds up no other, and a long list no probe. GPUs that answer
+at once are asked one after the other, by one thread.
 """
 
 import logging
@@ -21,7 +22,7 @@ from vgpu_agent.errors import DriverError, DriverHangsError
 from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS
-from vgpu_agent.gpu.nvml.lanes import Lane
+from vgpu_agent.gpu.nvml.lanes import Lane, Workers
 from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
@@ -29,8 +30,8 @@ from vgpu_agent.model.limits import MemoryLimit
 
 log = logging.getLogger(__name__)
 
-SLICES = 2
-"""So many slices are waited for events at a time."""
+NO_EVENTS_SECONDS = 1.0
+"""Seconds to sleep where no GPU has events to wait for."""
 
 
 class NvmlDriver(GpuDriver):
@@ -50,8 +51,10 @@ class NvmlDriver(GpuDriver):
         reopen_seconds: float = 30,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._calls = Lane()
-        self._waits = Lane()
+        self._workers = Workers()
+        self._crew, self._listers = anyio.Lock(), anyio.Lock()
+        self._calls = Lane(self._workers)
+        self._waits = Lane(self._workers)
         self._gpus: dict[int, Lane] = {}
         self._lists: dict[str, Lane] = {}
         self._session = Session(
@@ -60,6 +63,10 @@ class NvmlDriver(GpuDriver):
             reopen_seconds=reopen_seconds,
             monotonic=monotonic,
         )
+
+    async def __aexit__(self, *error: object) -> None:
+        await super().__aexit__(*error)
+        self._workers.end()
 
     async def scan(self, limit: float = CALL_LIMIT, patience: float = math.inf) -> Scan:
         """Opens NVML if need be.
@@ -100,7 +107,7 @@ class NvmlDriver(GpuDriver):
             return Reading.silent(lane.doing, limit)
 
     def _lane(self, index: int) -> Lane:
-        return self._gpus.setdefault(index, Lane())
+        return self._gpus.setdefault(index, Lane(self._workers, self._crew))
 
     async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
         """NVML lists a client of MPS in the one list, the other or both, by the driver's version.
@@ -130,23 +137,26 @@ class NvmlDriver(GpuDriver):
             return f"the GPU does not answer within {CALL_LIMIT:g} s ({lane.doing})"
 
     def _list_lane(self, uuid: str) -> Lane:
-        return self._lists.setdefault(uuid, Lane())
+        return self._lists.setdefault(uuid, Lane(self._workers, self._listers))
 
     async def next_events(self) -> Sequence[GpuEvent]:
         """Where there is nothing to wait for (no GPU has events, the wait fails) it sleeps."""
-        for _ in range(SLICES):
+        for _ in range(2):  # also when GPUs were to be registered first
             due: tuple[str, ...] = ()
             try:
-                due = await self._waits.run(self._session.wait, SLICE_SECONDS + CALL_LIMIT)
+                wait = partial(self._session.wait, self._waits.beat)
+                due = await self._waits.run(wait, SLICE_SECONDS + CALL_LIMIT)
             except TimeoutError:
                 self._session.events.wait_failed("the wait for events does not return")
             if events := self._session.events.take():
                 return events
+            if not due:
+                break
             async with anyio.create_task_group() as tasks:
                 for uuid in due:
                     tasks.start_soon(self._register, uuid)
-            if not self._session.events.registered:
-                await anyio.sleep(SLICE_SECONDS)
+        if not self._session.events.registered:
+            await anyio.sleep(NO_EVENTS_SECONDS)
         return ()
 
     async def _register(self, uuid: str) -> None:

@@ -14,7 +14,7 @@ from vgpu_agent.model.facts import GpuEvent, RecoveryActionChanged, XidEvent
 
 # A thread that waits cannot be interrupted, so it waits in slices: a cancelled wait is over, thread
 # and all, within one of them.
-SLICE_SECONDS = 0.5
+SLICE_SECONDS = 0.15
 
 WAIT_RETRY_MAX = 1.0
 """Seconds; most that waiting for events is put off: there are none of any GPU meanwhile."""
@@ -55,6 +55,11 @@ class Events:
         self._wait_retry: _Retry | None = None
         # Kept here, not returned by `wait`: what a thread finds whose caller has left is not lost.
         self._arrived: deque[GpuEvent] = deque()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._arrived)
 
     @property
     def registered(self) -> bool:

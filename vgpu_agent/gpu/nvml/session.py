@@ -25,6 +25,9 @@ UNKNOWN = "the driver does not know the GPU now"
 
 CLOSE_SECONDS = 1.0
 
+SLICES = 14
+"""So many slices are waited for events before the loop hears that there are none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -290,11 +293,19 @@ class Session:
 
     # Waiting
 
-    def wait(self) -> tuple[str, ...]:
-        """See `Events.wait`."""
-        with self._gate.shared():
-            found = (each for each in self._found.values() if each.problem is None)
-            return self.events.wait({each.gpu.uuid: each.handle for each in found})
+    def wait(self, beat: Beat) -> tuple[str, ...]:
+        """Waits until there are events or GPUs to be registered, which it names, or for a while.
+
+        Between two slices NVML can be closed. See `Events.wait`.
+        """
+        for _ in range(SLICES):
+            with self._gate.shared():
+                beat("the wait for events")
+                found = (each for each in self._found.values() if each.problem is None)
+                due = self.events.wait({each.gpu.uuid: each.handle for each in found})
+            if due or self.events.arrived or not self.events.registered:
+                return due
+        return ()
 
     def register(self, uuid: str, beat: Beat) -> None:
         """Asks for the events of a GPU of the last scan."""
