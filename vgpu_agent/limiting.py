@@ -30,7 +30,8 @@ def make_looker(settings: Settings, driver: GpuDriver, *, enforce: bool = False)
 def make_limits_watch(settings: Settings, driver: GpuDriver, node: Node) -> LimitsWatch:
     """What tells the agent of the limits."""
     if settings.memory_limits is MemoryLimits.DRIVER:
-        watch = LimitsWatch(Enforced(settings.state_directory), node, patience=PATIENCE)
+        # Which says itself when its own patience is over.
+        watch = LimitsWatch(Enforced(settings.state_directory), node, patience=2 * PATIENCE)
     else:
         watch = LimitsWatch(OwnLook(Paced(make_looker(settings, driver))), node)
     if settings.device_list.by_cdi:

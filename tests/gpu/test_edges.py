@@ -113,9 +113,9 @@ def test_whatever_nvml_answers_becomes_a_value_that_the_node_takes(data, rules):
             readings = {gpu.uuid: session.probe(gpu.uuid) for gpu in scan.gpus}
             events = {uuid: (Probed(reading),) for uuid, reading in readings.items()}
             node.driver_looked(Driver("1", None), scan, events)
-            for uuid in session.wait():
+            for uuid in session.wait(lambda _: None):
                 session.register(uuid, lambda _: None)
-            session.wait()
+            session.wait(lambda _: None)
             node.driver_events(session.events.take())
             inventory = node.snapshot.inventory
             assert len(set(inventory.device_ids)) == sum(each.replicas for each in inventory.gpus)

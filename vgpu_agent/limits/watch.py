@@ -151,6 +151,8 @@ class LimitsWatch:
         with anyio.move_on_after(self.patience):
             while not await self._look():  # noqa: ASYNC110 - a file tells nobody that it changed
                 await anyio.sleep(FIRST)
+        if self.node.snapshot.limits is None:  # no vGPU is given as if there were no question
+            self.node.set_limits(LimitsLook(error="they could not be looked at yet"))
         task_status.started()
         while True:
             await anyio.sleep(self.interval)

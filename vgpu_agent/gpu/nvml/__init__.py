@@ -2,9 +2,9 @@
 
 Every NVML call can block, for long where a GPU is failing, so none is made on the event loop.
 Calls go through lanes, each of which one thread at most is in: one for NVML as a whole, one for
-waiting for events, and for each GPU one for what is asked of it and one for lists of processes and of
-memory limits, so that a GPU that hangs holds up no other, and a long list no probe. GPUs that answer
-at once are asked one after the other, by one thread.
+waiting for events, and for each GPU one for what is asked of it and one for lists of processes and
+of memory limits, so that a GPU that hangs holds up no other, and a long list no probe. GPUs that
+answer at once are asked one after the other, by one thread.
 """
 
 import logging
