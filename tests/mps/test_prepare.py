@@ -677,11 +677,19 @@ def held(lock: Path) -> bool:
     return False
 
 
+def takes_no_end(pid: int) -> bool:
+    """Whether a process keeps SIGTERM for later."""
+    (mask,) = re.findall(
+        r"^SigBlk:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
+    )
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def test_a_pod_that_ends_at_its_start_restores_too(node):
     node.run("prepare")
     restore = node.node.start("restore", "--at-end", **node.variables)
-    time.sleep(0.15)  # while it is still loaded
-    restore.terminate()
+    eventually(lambda: takes_no_end(restore.pid))
+    restore.terminate()  # while it is still loaded
     assert restore.wait(10) == 0
     assert node.sets[2:] == ["GPU-a 0", "GPU-b 2"]
 

@@ -44,6 +44,7 @@ def history(of: Scenario) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # promtool reckons for half a minute
 def test_every_fault_makes_exactly_its_alerts(tmp_path):
     promtool = shutil.which("promtool")
     if promtool is None:
