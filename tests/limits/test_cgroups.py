@@ -345,6 +345,18 @@ def test_one_container_without_the_files_is_enough_to_doubt_the_hook(dmem):
     assert hierarchy.lacks(hierarchy.leaves()[ID]) is None
 
 
+def test_a_container_that_ends_meanwhile_is_no_reason_to_doubt_the_hook(dmem, monkeypatch):
+    dmem.add(SCOPE)
+    dmem.enable("/", *above(SCOPE))
+    dmem.add(OTHER_SCOPE)
+    hierarchy = Hierarchy(dmem.root)
+    found = hierarchy.leaves()
+    monkeypatch.setattr(hierarchy, "leaves", lambda: found)
+    assert "has no dmem files" in hierarchy.hook()
+    dmem.remove(OTHER_SCOPE)
+    assert hierarchy.hook() is None
+
+
 def test_the_controller_is_enabled_where_it_is_missing_and_nowhere_else(dmem):
     dmem.add(SCOPE)
     dmem.add(OTHER_SCOPE)

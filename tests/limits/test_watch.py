@@ -109,6 +109,62 @@ async def test_nvml_is_closed_while_gpus_are_released(machine, monkeypatch):
     assert calls[:3] == ["scan", "release", "scan"]
 
 
+async def test_nvml_is_closed_also_when_a_gpu_does_not_answer(machine, monkeypatch):
+    """It is the one that is to be reset."""
+    released = anyio.Event()
+
+    async def release() -> bool:
+        released.set()
+        return True
+
+    monkeypatch.setattr(machine.driver, "release", release)
+    machine.driver.word = {"GPU-1": "MIG"}
+    source = Enforced(machine.root, patience=0)
+    await source.look(UP)
+    machine.start(1)
+    machine.give(1, "GPU-1::1")  # which has no limit: every poll looks, and would scan again
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look.gpus)
+        await source.look(RELEASED)
+        with anyio.fail_after(5):
+            await released.wait()
+
+
+async def test_an_enforcer_that_starts_while_gpus_are_released_says_so(machine):
+    source = Enforced(machine.root, patience=0)
+    await source.look(RELEASED)
+    async with enforcing(machine):
+        await becomes(source, RELEASED, lambda look: "NVML is released" in (look.error or ""))
+        await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
+
+
+@pytest.mark.parametrize("beat", [STALE + 1, -1.0, -1e6])
+async def test_what_was_said_long_ago_or_before_the_boot_is_not_believed(machine, beat):
+    files.write(machine.root, Seen(files.now() - beat, LimitsLook(enforced=True)))
+    assert "not heard of" in (await Enforced(machine.root, patience=0).look(UP)).error
+
+
+@pytest.mark.parametrize("text", ['{"format": 2}', '{"format": 1, "beat": 5.0, "look": {}}', "{"])
+async def test_what_another_version_left_is_no_fault_while_this_one_starts(machine, text):
+    files.path_of(Seen, machine.root).write_text(text)
+    source = Enforced(machine.root, patience=60)
+    assert await source.look(UP) is None
+    async with enforcing(machine):
+        await becomes(source, UP, lambda look: look is not None and look.error is None)
+
+
+async def test_an_error_that_cannot_be_written_is_logged_once(machine, monkeypatch, caplog):
+    def full(*_: object) -> None:
+        raise files.StoreError("cannot write limits-seen: No space left on device")
+
+    async with enforcing(machine):
+        monkeypatch.setattr(files, "write", full)
+        caplog.clear()
+        machine.checkpoint.write_text("garbage")
+        await anyio.sleep(0.3)
+    assert len(caplog.records) <= 2
+
+
 async def test_a_driver_that_does_not_start_is_said(machine, monkeypatch):
     async def scan(**_: float) -> None:
         raise DriverError("no library")

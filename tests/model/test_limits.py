@@ -163,3 +163,9 @@ def test_a_gpu_without_memory_of_its_own_cannot_have_limits():
     gpu = replace(a_gpu(0, uuid="GPU-a"), memory_bytes=None)
     rules = SharingRules(memory_limits=MemoryLimits.DRIVER)
     assert "how much memory" in limits_findings(LimitsLook(), {"GPU-a": gpu}, rules)["GPU-a"].detail
+
+
+def test_a_container_with_two_cgroups_is_missing_once():
+    wrong = [Limited(HOLDER, {"GPU-a": GIB}, problem=why) for why in ("old", "new")]
+    other = replace(wrong[0], holder=Holder("shop", "llama-1", "main"))
+    assert LimitsLook(containers=(*wrong, other)).missing == (wrong[1], other)

@@ -13,6 +13,7 @@ from vgpu_agent.model.devices import Effect, Excluded, Fault, Reason
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import ActiveFault, GpuHealth
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
+from vgpu_agent.model.limits import Limited, LimitsLook
 from vgpu_agent.model.place import Place, in_a_line
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, Inputs, Kubelet, Rules, Snapshot, compose
@@ -40,6 +41,17 @@ MPS = f"{in_a_line(advice.mps(PLACE), PLACE)}"
 RIVAL = f"{in_a_line(advice.rival(PLACE), PLACE)}"
 LOG = f"{NODE} journalctl -k -g NVRM"
 LOOK = f"see what `nvidia-smi` and the kernel log of the node say: {NODE} nvidia-smi{MORE}"
+
+
+NAME = Holder("ns", "pod", "main")
+WITHOUT, WITH = Limited(NAME, {"gpu-0": 5}, problem="it has none"), Limited(NAME, {"gpu-0": 5})
+BAD, GOOD, BOTH = (
+    LimitsLook(enforced=True, containers=found) for found in ((WITHOUT,), (WITH,), (WITHOUT, WITH))
+)
+NO_LIMIT = (
+    "a container runs without its memory limit: it has none. Next: "
+    f"{in_a_line(advice.no_limits(PLACE, enforced=True), PLACE)}"
+)
 
 
 def base(**known: object) -> Inputs:
@@ -106,6 +118,15 @@ CASES = [
         {"undescribed": (Excluded(a_gpu(1), "error", "mute"),)},
         {"undescribed": (Excluded(a_gpu(1, reserved_bytes=7), "error", "mute"),)},
         [],
+    ),
+    ({}, {"limits": BAD}, ["INFO memory limits by the driver are set", f"WARNING {NO_LIMIT}"]),
+    ({"limits": BAD}, {"limits": GOOD}, ["INFO a container has its memory limit now"]),
+    ({"limits": BAD}, {"limits": BOTH}, []),  # it was started again, and has two cgroups
+    ({"limits": BOTH}, {"limits": BAD}, []),
+    (
+        {"limits": GOOD},
+        {"limits": LimitsLook("cgroup v1")},
+        ["INFO memory is not limited by the driver: cgroup v1"],
     ),
     ({}, {"mps_look": UP}, ["INFO the MPS daemons answer and their limits are in effect"]),
     (

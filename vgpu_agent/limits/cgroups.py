@@ -116,7 +116,7 @@ class Hierarchy:
 
         None where all do, and where the driver does not need it or that is not known.
         """
-        if _has_files(leaf) or not self.needs_files() or _look(leaf.path) is None:
+        if _has_files(leaf) or not self.needs_files() or not _is_there(leaf):
             return None
         missing = self._missing(leaf)
         if not missing:
@@ -154,7 +154,7 @@ class Hierarchy:
         if problem or backend is Backend.MISC:
             return problem
         leaves = self.leaves().values()
-        without = next((leaf for leaf in leaves if not _has_files(leaf)), None)
+        without = next((leaf for leaf in leaves if not _has_files(leaf) and _is_there(leaf)), None)
         if leaves and without is None:
             return None
         words = (
@@ -169,7 +169,7 @@ class Hierarchy:
     def ended(self, leaf: Leaf) -> bool:
         """Whether the container has no process any more."""
         events = _read(f"{leaf.path}/cgroup.events").splitlines()
-        return "populated 0" in events or _look(leaf.path) is None
+        return "populated 0" in events or not _is_there(leaf)
 
     # What the tree is
 
@@ -268,6 +268,10 @@ def _path(container: _Cgroup) -> str:
 
 def _has_files(leaf: Leaf) -> bool:
     return _exists(f"{leaf.path}/{CONTROLLER}.max")
+
+
+def _is_there(leaf: Leaf) -> bool:
+    return _look(leaf.path) is not None
 
 
 # Files and directories

@@ -111,15 +111,16 @@ class Enforced:
         return await anyio.to_thread.run_sync(self._look, wanted)
 
     def _look(self, wanted: Wanted) -> LimitsLook | None:
-        now = files.now()
+        now, why = files.now(), _AWAY
         try:
             self._say(wanted)
             seen = self._seen.read()
-        except StoreError as error:
-            return LimitsLook(error=str(error), enforced=True)
-        if seen is not None and now - seen.beat <= STALE:
-            return seen.look
-        return None if now < self._patient_until else LimitsLook(error=_AWAY, enforced=True)
+            # What an earlier boot left there has a time that has not come yet.
+            if seen is not None and 0 <= now - seen.beat <= STALE:
+                return seen.look
+        except StoreError as error:  # perhaps another version wrote it, which is replaced now
+            why = str(error)
+        return None if now < self._patient_until else LimitsLook(error=why, enforced=True)
 
     def _say(self, wanted: Wanted) -> None:
         """Writes it, again where somebody else has since. Raises StoreError."""
@@ -130,6 +131,7 @@ class Enforced:
 
 
 _AWAY = "the container `limits`, which sets them, is not heard of: see its log"
+_RELEASED = LimitsLook(error="NVML is released, for a reset of GPUs", enforced=True)
 
 
 @dataclass
@@ -185,8 +187,10 @@ class Enforcer:
     poll: float = 0.5
     clock: Callable[[], float] = time.time
     _scanned: bool = False
+    _released: bool = True
     _seen: LimitsLook | None = None
     _beat: float = float("-inf")
+    _error: str | None = None
     _problem: str = ""
 
     async def run(self) -> Never:
@@ -211,10 +215,12 @@ class Enforcer:
         if wanted is None:
             return LimitsLook(error="the agent has not said how GPUs are divided", enforced=True)
         if wanted.released_until > self.clock():
-            if self._scanned:  # a GPU is not reset while anybody has it open
-                self._scanned = not await driver.release()
-            return None
+            if not self._released:  # a GPU is not reset while anybody has it open
+                self._released = await driver.release()
+                self._scanned = False
+            return _RELEASED if self._seen is None else None
         if not self._scanned:
+            self._released = False  # a scan that fails may leave it open, too
             await driver.scan(patience=PATIENT_SCAN)
             self._scanned = True
         await self.looker.end_guarantees()
@@ -228,8 +234,9 @@ class Enforcer:
         look = look or self._seen
         if look is None or (look == self._seen and files.now() - self._beat < INTERVAL):
             return
-        if look.error is not None and (self._seen is None or look.error != self._seen.error):
+        if look.error is not None and look.error != self._error:
             log.warning("no memory limits: %s", look.error)
+        self._error = look.error
         beat = files.now()
         write = partial(files.write, self.directory, Seen(beat, look))
         try:

@@ -127,8 +127,12 @@ class LimitsLook:
 
     @property
     def missing(self) -> tuple[Limited, ...]:
-        """The containers whose limits are not in effect."""
-        return tuple(each for each in self.containers if each.problem is not None)
+        """The containers whose limits are not in effect, each once.
+
+        Two are of one name where one starts again, or its pod was deleted by force.
+        """
+        found = {each.holder: each for each in self.containers if each.problem is not None}
+        return tuple(found.values())
 
     def why_not(self, uuids: Iterable[str]) -> str | None:
         """Why the driver does not limit what is on all of these GPUs; None where it can."""

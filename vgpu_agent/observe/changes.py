@@ -223,7 +223,8 @@ def _limits(old: LimitsLook, new: LimitsLook, rules: Rules) -> Iterator[LogLine]
                 f"a container runs without its memory limit: {each.problem}. {next_}",
                 **asdict(each.holder),
             )
-    have = {each.holder for each in new.containers if each.problem is None}
+    # One that starts again has two cgroups for a moment.
+    have = {each.holder for each in new.containers} - {each.holder for each in new.missing}
     for holder in sorted(was.keys() & have):
         yield _info("a container has its memory limit now", **asdict(holder))
 
