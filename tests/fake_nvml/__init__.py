@@ -93,6 +93,8 @@ class FakeNvml:
     driver: str = "570.1"
     init_code: int = 0
     wait_code: int = 0
+    wait_pause: int = 1
+    """Milliseconds; a driver is not asked at all, but the fake one has to look at its file."""
     system_call: str = ""
     _events: list[str] = field(default_factory=list)
 
@@ -169,6 +171,11 @@ class FakeNvml:
         self.wait_code = code or 0
         self._write()
 
+    def look_every(self, milliseconds: int) -> None:
+        """How often a wait for events looks for one, which costs the waiting process its time."""
+        self.wait_pause = milliseconds
+        self._write()
+
     def system_hang(self, call: str) -> None:
         """Makes that call ("DeviceGetCount_v2") never return; none where empty."""
         self.system_call = call
@@ -179,6 +186,7 @@ class FakeNvml:
             f"driver {self.driver}",
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
+            f"wait_pause {self.wait_pause}",
             f"system_hang {self.system_call}",
             *(shared.line() for shared in self.gpus),
             *self._events,

@@ -7,6 +7,7 @@
  *   init_error 9                 what nvmlInit answers (0: it works)
  *   system_hang SystemGetDriverVersion
  *                                the call of NVML as a whole that does not return: nvml<Name>
+ *   wait_pause 1                 milliseconds between two looks of the wait for events at this file
  *   wait_error 999               what the wait for events answers at once (0: it works)
  *   card uuid=GPU-a name="NVIDIA L4" memory=24576 ...
  *                                a card; memory in MiB, the fields are in struct card
@@ -113,7 +114,7 @@ struct event {
 
 struct control {
     char driver[80];
-    int init_error, wait_error;
+    int init_error, wait_error, wait_pause;
     char system_hang[96];
     int cards, events;
     struct card card[MAX_CARDS];
@@ -368,6 +369,7 @@ static bool refresh(void)
         fail("cannot stat %s", path);
     control_read = true;
     control.cards = control.events = control.init_error = control.wait_error = 0;
+    control.wait_pause = 1;
     control.system_hang[0] = '\0';
     copy(control.driver, sizeof control.driver, "570.1");
     while (getline(&line, &size, file) > 0) {
@@ -376,6 +378,8 @@ static bool refresh(void)
             copy(control.driver, sizeof control.driver, line + 7);
         else if (strncmp(line, "init_error ", 11) == 0)
             control.init_error = (int)number(line + 11);
+        else if (strncmp(line, "wait_pause ", 11) == 0)
+            control.wait_pause = (int)number(line + 11);
         else if (strncmp(line, "wait_error ", 11) == 0)
             control.wait_error = (int)number(line + 11);
         else if (strncmp(line, "system_hang ", 12) == 0)
@@ -928,7 +932,7 @@ nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsi
             break;
         if (!over) {
             pthread_mutex_unlock(&mutex);
-            sleep_ms(1);
+            sleep_ms(control.wait_pause);
             pthread_mutex_lock(&mutex);
         }
     }
