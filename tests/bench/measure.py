@@ -61,10 +61,10 @@ def cpu(pid: int) -> float:
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """RSS and PSS in MB."""
+    """RSS and PSS in MiB."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     fields = dict(line.split(":", 1) for line in lines)
-    rss, pss = (int(fields[name].split()[0]) * 1024 / 1e6 for name in ("Rss", "Pss"))
+    rss, pss = (int(fields[name].split()[0]) / 1024 for name in ("Rss", "Pss"))
     return rss, pss
 
 

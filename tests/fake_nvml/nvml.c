@@ -32,6 +32,7 @@
  * shutdown while a thread waits for events is a crash waiting to happen: here it always does.
  */
 #define _GNU_SOURCE
+#include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -932,7 +933,7 @@ nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsi
             break;
         if (!over) {
             pthread_mutex_unlock(&mutex);
-            sleep_ms(control.wait_pause);
+            sleep_ms(fmin(control.wait_pause, fmax(end - now_ms(), 0.1)));
             pthread_mutex_lock(&mutex);
         }
     }
