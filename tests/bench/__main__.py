@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.bench import growth
 from tests.bench.measure import SHORT, Effort, measured
 from tests.bench.plugins import AGENT, FLOORS, Size, Subject
 from tests.bench.table import Run, markdown, medians, regressions
@@ -30,12 +31,18 @@ def parse() -> argparse.Namespace:
         help="another plugin, beside the agent; {directory} is the kubelet's directory of plugins."
         " Its replicas and NVML are its own matter: LD_LIBRARY_PATH leads to the fake one",
     )
+    parser.add_argument("--growth", action="store_true", help="how cost grows with size and pods")
+    parser.add_argument(
+        "--week", type=float, metavar="SHARE", help="what is left after a week's events, or a share"
+    )
     parser.add_argument("--resource", default="", help="the other plugin's name in the table")
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse()
+    if options.growth or options.week:
+        return grown(options)
     effort, sizes = (SHORT, SIZES[:1]) if options.short else (Effort(), SIZES)
     others = [Subject(options.resource or "other", options.command)] if options.command else []
     began, runs = time.time(), list[Run]()
@@ -61,6 +68,19 @@ def main() -> int:
             print(f"REGRESSION {line}")
         return int(bool(worse))
     return 0
+
+
+def grown(options: argparse.Namespace) -> int:
+    """1 where a week leaves a MiB or more behind."""
+    if options.growth:
+        sizes = [(each.name, growth.of_size(each)) for each in growth.SIZES]
+        print(growth.markdown("GPUs x vGPUs", sizes))
+        print(growth.markdown("pods, 16 x 48", [*growth.by_pods()]))
+    if not options.week:
+        return 0
+    left = growth.week(options.week)
+    print(growth.markdown("", [("week", left)]))
+    return int(left[growth.GROWN] >= 1)
 
 
 if __name__ == "__main__":
