@@ -200,16 +200,21 @@ def faults(node: Node) -> Figures:
     return {"xid": ms(median(times))}
 
 
+ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+
 SCRAPER = """
 import sys, time, urllib.request
+asked = urllib.request.Request(sys.argv[1], headers={"Accept": sys.argv[3]})
 for _ in range(int(sys.argv[2])):
-    urllib.request.urlopen(sys.argv[1], timeout=10).read()
+    urllib.request.urlopen(asked, timeout=10).read()
     time.sleep(0.05)
 """
 
 
 def text_of(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    """As Prometheus asks."""
+    asked = urllib.request.Request(url, headers={"Accept": ACCEPT})
+    with urllib.request.urlopen(asked, timeout=10) as reply:
         return str(reply.read().decode())
 
 
@@ -241,7 +246,7 @@ def scrapes(node: Node, effort: Effort) -> Figures:
     kubelet = node.kubelet
     quiet = median(seconds(kubelet.options) for _ in range(100))
     scraper = subprocess.Popen(
-        [sys.executable, "-c", SCRAPER, url, str(effort.scrapes)], env=dict(os.environ)
+        [sys.executable, "-c", SCRAPER, url, str(effort.scrapes), ACCEPT], env=dict(os.environ)
     )
     busy = []
     while scraper.poll() is None:
