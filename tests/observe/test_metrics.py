@@ -245,7 +245,8 @@ def test_the_text_is_byte_for_byte_that_of_the_library(metrics, in_openmetrics):
     metrics.calls.observe_rpc("Allocate", "OK", 0.002)
     families = [*metrics.families(SNAPSHOT), HOSTILE]
     encode = openmetrics.generate_latest if in_openmetrics else generate_latest
-    assert exposition.exposed(families, in_openmetrics=in_openmetrics) == encode(Families(*families))
+    text_of_library = encode(Families(*families))
+    assert exposition.exposed(families, in_openmetrics=in_openmetrics) == text_of_library
 
 
 def test_each_format_has_its_content_type_and_both_the_same_families(metrics):
