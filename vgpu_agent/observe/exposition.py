@@ -30,7 +30,8 @@ def exposed(families: Iterable[Metric], *, in_openmetrics: bool) -> bytes:
                     escaped[value] = _escaped(value)
                 pairs.append(f'{label}="{escaped[value]}"')
             labels = f"{{{','.join(pairs)}}}" if pairs else ""
-            lines.append(f"{sample.name}{labels} {floatToGoString(sample.value)}")
+            number = floatToGoString(sample.value)  # type: ignore[no-untyped-call]
+            lines.append(f"{sample.name}{labels} {number}")
     if in_openmetrics:
         lines.append("# EOF")
     return "".join(f"{line}\n" for line in lines).encode()
