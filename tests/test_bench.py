@@ -35,6 +35,17 @@ def test_what_is_more_than_twice_as_bad_is_a_regression(name, before, now, worse
     assert all(ROW[name].words in line for line in lines)
 
 
+def test_a_slow_machine_is_no_regression_and_no_excuse_for_memory():
+    def beside(floor, **figures):
+        return {"4 x 10": {"vgpu-agent": figures, "bare grpclib": {"allocate_p50": floor}}}
+
+    now, before = beside(1.5, start=880, rss=90), beside(0.5, start=300, rss=40)
+    (line,) = regressions(now, before)
+    assert "RSS" in line
+    (line,) = regressions(beside(1.5, start=2000), before)
+    assert "3.0 times slower" in line
+
+
 def test_what_was_not_measured_before_or_now_is_no_regression():
     assert [*regressions(run_of(rss=1e9), run_of(pss=1))] == []
     assert [*regressions(run_of(rss=1e9), {})] == []

@@ -28,8 +28,8 @@ class Effort:
     rounds: int = 5
     calls: int = 200
     restarts: int = 5
-    drops: int = 3
-    idle: float = 60.0
+    drops: int = 2
+    idle: float = 40.0
     scrapes: int = 40
 
 

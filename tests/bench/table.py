@@ -23,14 +23,18 @@ class Row:
     slack: float
     digits: int = 1
     more_is_better: bool = False
+    timed: bool = True
+    """Whether a slow machine makes it worse."""
 
     def written(self, value: float | None) -> str:
         return "" if value is None else f"{value:.{self.digits}f}"
 
-    def is_worse(self, now: float, before: float) -> bool:
+    def is_worse(self, now: float, before: float, slower: float = 1.0) -> bool:
+        """On a machine that is so many times slower than that of before."""
+        allowed = FACTOR * (slower if self.timed else 1.0)
         if self.more_is_better:
-            return now < before / FACTOR
-        return now > before * FACTOR and now - before > self.slack
+            return now < before / allowed
+        return now > before * allowed and now - before > self.slack
 
 
 ROWS = (
@@ -43,10 +47,10 @@ ROWS = (
     Row("xid", "XID to update, ms", 20),
     Row("kubelet_restart", "new kubelet.sock to Register, ms", 50),
     Row("dropped_stream", "dropped stream to Register, ms", 50),
-    Row("rss", "RSS, MiB", 10),
-    Row("pss", "PSS, MiB", 10),
+    Row("rss", "RSS, MiB", 10, timed=False),
+    Row("pss", "PSS, MiB", 10, timed=False),
     Row("idle", "idle CPU, ms a minute", 100, 0),
-    Row("threads", "threads", 4, 0),
+    Row("threads", "threads", 4, 0, timed=False),
     Row("stop", "stop, s", 1, 2),
     Row("scrape", "scrape with 110 pods, ms", 50),
     Row("loop_lag_p99", "loop lag during it, p99, ms", 30),
@@ -85,16 +89,25 @@ def markdown(run: Run) -> str:
     return "\n".join(lines)
 
 
+YARDSTICK = "bare grpclib"
+
+
 def regressions(now: Run, before: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each figure that is much worse than it was."""
+    """A line for each figure that is much worse than it was, bare servers aside.
+
+    How slow the machine is now is what the bare server's Allocate says.
+    """
     for size, subjects in now.items():
+        known = before.get(size, {})
+        speeds = [run.get(YARDSTICK, {}).get("allocate_p50") for run in (subjects, known)]
+        slower = max(1.0, speeds[0] / speeds[1]) if all(speeds) else 1.0
         for subject, figures in subjects.items():
-            known = before.get(size, {}).get(subject, {})
+            if subject.startswith("bare "):
+                continue
             for row in ROWS:
-                if row.name in figures and row.name in known:
-                    new, old = figures[row.name], float(known[row.name])
-                    if row.is_worse(new, old):
-                        yield (
-                            f"{subject}, {size}: {row.words}: {row.written(new)},"
-                            f" before {row.written(old)}"
-                        )
+                new, old = figures.get(row.name), known.get(subject, {}).get(row.name)
+                if new is not None and old is not None and row.is_worse(new, old, slower):
+                    yield (
+                        f"{subject}, {size}: {row.words}: {row.written(new)},"
+                        f" before {row.written(old)}, on a machine {slower:.1f} times slower"
+                    )
