@@ -47,8 +47,8 @@ numbers:
 lint: .venv/dev ## style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/dev ## print what the agent costs and how fast it is
-	$(BIN)/python -m tests.bench
+bench: .venv/dev ## what the agent costs and how fast it is, beside bare servers; ARGS=--help
+	$(BIN)/python -m tests.bench $(ARGS)
 
 fmt: .venv/dev ## put the code into the common format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

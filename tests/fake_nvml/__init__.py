@@ -113,6 +113,8 @@ class FakeNvml:
     driver: str = "570.1"
     init_code: int = 0
     wait_code: int = 0
+    wait_pause: int = 1
+    """Milliseconds; a driver is not asked at all, but the fake one has to look at its file."""
     system_call: str = ""
     dmem: bool = False
     _events: list[str] = field(default_factory=list)
@@ -223,6 +225,11 @@ class FakeNvml:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(b"used %s %d 0 %d\n%s\n" % (uuid.encode(), used, len(path), path))
 
+    def look_every(self, milliseconds: int) -> None:
+        """How often a wait for events looks for one, which costs the waiting process its time."""
+        self.wait_pause = milliseconds
+        self._write()
+
     def system_hang(self, call: str) -> None:
         """Makes that call ("DeviceGetCount_v2") never return; none where empty."""
         self.system_call = call
@@ -233,6 +240,7 @@ class FakeNvml:
             f"driver {self.driver}",
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
+            f"wait_pause {self.wait_pause}",
             f"system_hang {self.system_call}",
             f"limits_backend {'dmem' if self.dmem else 'misc'}",
             *(shared.line() for shared in self.gpus),

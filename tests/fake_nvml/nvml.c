@@ -7,6 +7,7 @@
  *   init_error 9                 what nvmlInit answers (0: it works)
  *   system_hang SystemGetDriverVersion
  *                                the call of NVML as a whole that does not return: nvml<Name>
+ *   wait_pause 1                 milliseconds between two looks of the wait for events at this file
  *   wait_error 999               what the wait for events answers at once (0: it works)
  *   limits_backend dmem          who keeps memory limits: misc, a map of the driver's own, or dmem,
  *                                the kernel: for cgroups with a file dmem.max
@@ -47,6 +48,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -135,7 +137,7 @@ struct event {
 
 struct control {
     char driver[80];
-    int init_error, wait_error;
+    int init_error, wait_error, wait_pause;
     char system_hang[96];
     bool dmem; /* the kernel keeps memory limits */
     int cards, events;
@@ -392,6 +394,7 @@ static bool refresh(void)
         fail("cannot stat %s", path);
     control_read = true;
     control.cards = control.events = control.init_error = control.wait_error = 0;
+    control.wait_pause = 1;
     control.system_hang[0] = '\0';
     control.dmem = false;
     copy(control.driver, sizeof control.driver, "570.1");
@@ -401,6 +404,8 @@ static bool refresh(void)
             copy(control.driver, sizeof control.driver, line + 7);
         else if (strncmp(line, "init_error ", 11) == 0)
             control.init_error = (int)number(line + 11);
+        else if (strncmp(line, "wait_pause ", 11) == 0)
+            control.wait_pause = (int)number(line + 11);
         else if (strncmp(line, "wait_error ", 11) == 0)
             control.wait_error = (int)number(line + 11);
         else if (strncmp(line, "system_hang ", 12) == 0)
@@ -1160,7 +1165,7 @@ nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsi
             break;
         if (!over) {
             pthread_mutex_unlock(&mutex);
-            sleep_ms(1);
+            sleep_ms(fmin(control.wait_pause, fmax(end - now_ms(), 0.1)));
             pthread_mutex_lock(&mutex);
         }
     }

@@ -7,7 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from vgpu_agent.gpu.nvml.lanes import KEPT, PATIENCE, Lane, Workers
+from vgpu_agent.gpu.nvml.lanes import KEPT, PATIENCE, Crew, Lane, Workers
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def workers():
 
 
 def crew_of(workers: Workers, count: int) -> list[Lane]:
-    crew = anyio.Lock()
+    crew = Crew(workers)
     return [Lane(workers, crew) for _ in range(count)]
 
 

@@ -30,6 +30,7 @@ from vgpu_agent.kubelet import codec, wire
 from vgpu_agent.kubelet import plugin as plugin_module
 from vgpu_agent.kubelet._proto import v1beta1
 from vgpu_agent.kubelet.codec import ListEncoder
+from vgpu_agent.kubelet.grpc import ServedConnection
 from vgpu_agent.model.container import Grant
 from vgpu_agent.model.devices import Inventory, SharedGpu
 from vgpu_agent.model.facts import Reading
@@ -637,3 +638,23 @@ async def test_the_encoder_forgets_gpus_that_are_gone(encoded_gpus):
     await encoder.encode(inventory_of(2))
     await encoder.encode(inventory_of(2, 0))
     assert encoded_gpus == [[0, 1], [2], [0]]
+
+
+async def test_a_connection_that_lasts_does_not_grow_with_its_calls(kubelet_dir, monkeypatch):
+    made, connect = [], ServedConnection.connection_made
+
+    def connected(connection, transport):
+        connect(connection, transport)
+        made.append(connection.connection._connection)
+
+    monkeypatch.setattr(ServedConnection, "connection_made", connected)
+
+    def calls(kubelet, rig):
+        for _ in range(400):
+            kubelet.allocate(rig.ids(0, 0))
+
+    async with registered(kubelet_dir) as (kubelet, rig):
+        await off_loop(calls, kubelet, rig)
+        most = max(made, key=lambda each: each.highest_inbound_stream_id)
+        assert most.highest_inbound_stream_id > 2 * 400
+        assert 0 < len(most._closed_streams) <= 256

@@ -53,6 +53,7 @@ LIBRARIES = {
     "prometheus_client": ("observe",),
     "rich": ("commands",),
     "h11": ("observe",),
+    "h2": ("kubelet",),
     "uvicorn": ("observe",),
     "yaml": ("gpu.cdi",),
 }

@@ -1,3 +1,4 @@
+import math
 import re
 import shutil
 import subprocess
@@ -8,8 +9,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
 
 from tests.kubelet.rig import GIB, RESOURCE
 from tests.observe.rules import LLAMA, RESNET, RULES, SHRUNK, SICK, SNAPSHOT, WELL, usable
@@ -18,6 +23,7 @@ from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules, Snapshot
+from vgpu_agent.observe import exposition
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.timings import CALLS
 
@@ -235,6 +241,33 @@ def test_no_series_repeats_and_none_is_of_creation_times(metrics):
 
 
 # Formats
+
+
+class Families(Collector):
+    """What the library asks of a registry."""
+
+    def __init__(self, *families):
+        self.families = families
+
+    def collect(self):
+        return iter(self.families)
+
+
+HOSTILE = GaugeMetricFamily("hostile", 'a\\b "c"\nd', labels=("one", "two"))
+HOSTILE.add_metric(('"', "\\"), math.inf)
+HOSTILE.add_metric(("a\nb", "ü\u2028}"), -math.inf)
+HOSTILE.add_metric(("", "x" * 1000), math.nan)
+HOSTILE.add_metric(("1", "2"), 1e21)
+HOSTILE.add_metric(("1", "3"), 1234567.5)
+
+
+@pytest.mark.parametrize("in_openmetrics", FORMATS)
+def test_the_text_is_byte_for_byte_that_of_the_library(metrics, in_openmetrics):
+    metrics.calls.observe_rpc("Allocate", "OK", 0.002)
+    families = [*metrics.families(SNAPSHOT), HOSTILE]
+    encode = openmetrics.generate_latest if in_openmetrics else generate_latest
+    text_of_library = encode(Families(*families))
+    assert exposition.exposed(families, in_openmetrics=in_openmetrics) == text_of_library
 
 
 def test_each_format_has_its_content_type_and_both_the_same_families(metrics):

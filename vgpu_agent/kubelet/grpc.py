@@ -15,6 +15,7 @@ from grpclib.client import Channel
 from grpclib.encoding.proto import ProtoCodec
 from grpclib.exceptions import StreamTerminatedError
 from grpclib.protocol import EventsProcessor, H2Protocol
+from h2.connection import H2Connection
 
 from vgpu_agent.errors import KubeletAwayError, KubeletError
 
@@ -24,6 +25,9 @@ MAX_REQUEST = 4 * 2**20
 """Most bytes of all requests of a connection under way: as much as the kubelet takes of one."""
 MAX_UNREAD = 2**20
 """Most bytes that wait for a peer that does not read them."""
+H2Connection.MAX_CLOSED_STREAMS = 256
+"""How a stream ended matters for frames that cross its end. By itself h2 remembers 65,536 of them:
+4 MiB for a kubelet whose connection lasts for months."""
 PREFIX = 5
 """Bytes before a message."""
 

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from itertools import chain
 
 from prometheus_client.core import HistogramMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
-from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from vgpu_agent.model.snapshot import Rules, Snapshot
+from vgpu_agent.observe.exposition import exposed
 from vgpu_agent.observe.families import PARTS
 from vgpu_agent.observe.family import Source
 from vgpu_agent.observe.timings import BUCKETS, CallTimings
@@ -58,23 +58,13 @@ class Metrics:
 
         Takes 1 ms and more for every 10 vGPUs: call it in a worker thread.
         """
-        families = _Families(self, snapshot)
-        if in_openmetrics:
-            body: bytes = openmetrics.generate_latest(families)  # type: ignore[no-untyped-call]
-            return body, openmetrics.CONTENT_TYPE_LATEST
-        return generate_latest(families), CONTENT_TYPE_PLAIN_0_0_4
+        body = exposed(self.families(snapshot), in_openmetrics=in_openmetrics)
+        return body, openmetrics.CONTENT_TYPE_LATEST if in_openmetrics else CONTENT_TYPE_PLAIN_0_0_4
 
-
-class _Families(Collector):
-    """What an encoder asks of a registry: all families, then the durations of calls."""
-
-    def __init__(self, metrics: Metrics, snapshot: Snapshot) -> None:
-        self._metrics, self._snapshot = metrics, snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        metrics = self._metrics
-        yield from chain(*(part(metrics.source, self._snapshot) for part, _ in PARTS))
-        yield durations(metrics.calls)
+    def families(self, snapshot: Snapshot) -> Iterator[Metric]:
+        """All families, then the durations of calls."""
+        yield from chain(*(part(self.source, snapshot) for part, _ in PARTS))
+        yield durations(self.calls)
 
 
 def durations(calls: CallTimings) -> Metric:

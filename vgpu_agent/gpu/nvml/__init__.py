@@ -22,7 +22,7 @@ from vgpu_agent.errors import DriverError, DriverHangsError
 from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS
-from vgpu_agent.gpu.nvml.lanes import Lane, Workers
+from vgpu_agent.gpu.nvml.lanes import Crew, Lane, Workers
 from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
@@ -52,7 +52,7 @@ class NvmlDriver(GpuDriver):
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._workers = Workers()
-        self._crew, self._listers = anyio.Lock(), anyio.Lock()
+        self._crew, self._listers = Crew(self._workers), Crew(self._workers)
         self._calls = Lane(self._workers)
         self._waits = Lane(self._workers)
         self._gpus: dict[int, Lane] = {}

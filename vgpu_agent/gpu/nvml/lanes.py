@@ -23,6 +23,10 @@ KEPT = 2
 """Threads that are kept while they have nothing to do: one that waits for events, one that asks."""
 
 
+QUEUED = "its turn"
+"""What a lane does that waits for others of its crew."""
+
+
 class Gate:
     """Lets many threads in together, or one alone; whoever wants to be alone goes first."""
 
@@ -96,17 +100,71 @@ class Workers:
                 self._idle.pop().put(None)
 
 
+class Crew:
+    """Calls of several lanes, one after the other in one thread, in the order of their asking.
+
+    A call that takes longer than PATIENCE is left behind by those who wait: the rest goes on in
+    another thread, and the one that was left ends with its call. Used on one loop.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._shift: object = None
+        self._since = 0.0
+
+    def do(self, work: Callable[[], None]) -> "Future[None]":
+        """Does what raises nothing, in its turn."""
+        done = Future[None]()
+        with self._lock:
+            self._waiting.append((work, done))
+            idle = self._shift is None
+        if idle:
+            self._begin_shift()
+        return done
+
+    def overtake(self) -> None:
+        """Lets those who wait go on, where the call before them takes long."""
+        with self._lock:
+            late = bool(self._waiting) and time.monotonic() - self._since >= PATIENCE
+        if late:
+            self._begin_shift()
+
+    def _begin_shift(self) -> None:
+        shift = object()
+        with self._lock:
+            self._shift, self._since = shift, time.monotonic()
+        try:
+            self._workers.do(lambda: self._work(shift))
+        except BaseException:
+            self._shift = None  # no thread is to be had now: the next call tries again
+            raise
+
+    def _work(self, shift: object) -> None:
+        while True:
+            with self._lock:
+                if self._shift is not shift:
+                    return
+                if not self._waiting:
+                    self._shift = None
+                    return
+                work, done = self._waiting.popleft()
+                self._since = time.monotonic()
+            work()
+            done.set_result(None)
+
+
 class Lane:
     """Blocking calls, one at a time, in a worker thread.
 
     A caller can leave at any time, but the thread stays until its call returns. The next caller
     waits for that on the loop: a driver that hangs costs one thread, not one for each call.
 
-    Lanes of one `crew` begin one after the other: the next one when the call before has ended, or
-    has taken PATIENCE. So those that answer at once share a thread, and no other is held up long.
+    Lanes of one `crew` share a thread for as long as each answers at once.
     """
 
-    def __init__(self, workers: Workers, crew: anyio.Lock | None = None) -> None:
+    def __init__(self, workers: Workers, crew: Crew | None = None) -> None:
         self.doing = ""
         self._workers = workers
         self._crew = crew
@@ -126,38 +184,31 @@ class Lane:
         """
         async with self._turn:
             await self._free(limit)
-            if self._crew is None:
-                answer = self._begin(call)
-            else:
-                async with self._crew:
-                    answer = self._begin(call)
-                    await self._wait(PATIENCE)
+            answer = Future[T]()
+
+            def hold() -> None:
+                self.beat("its first call")
+                try:
+                    answer.set_result(call())
+                except Exception as error:  # noqa: BLE001 - raised where the answer is taken
+                    answer.set_exception(error)
+
+            self.beat(QUEUED)
+            self._inside = (self._crew or self._workers).do(hold)
             await self._free(limit)
             return answer.result(timeout=0)
 
-    def _begin(self, call: Callable[[], T]) -> "Future[T]":
-        answer = Future[T]()
-
-        def hold() -> None:
-            try:
-                answer.set_result(call())
-            except Exception as error:  # noqa: BLE001 - raised where the answer is taken
-                answer.set_exception(error)
-
-        self.beat("its first call")
-        self._inside = self._workers.do(hold)
-        return answer
-
     async def _free(self, limit: float) -> None:
         """Waits until no thread is inside. Raises TimeoutError as `run`."""
-        while self._inside is not None and not self._inside.done():
-            left = self._beat + limit - time.monotonic()
-            if left <= 0:
+        if self._inside is None or self._inside.done():
+            return
+        ended = asyncio.wrap_future(self._inside)
+        while not ended.done():
+            if self._crew is not None and self.doing is QUEUED:
+                left = PATIENCE  # which is nobody's fault, and not for long
+            elif (left := self._beat + limit - time.monotonic()) <= 0:
                 raise TimeoutError
-            await self._wait(left)
-
-    async def _wait(self, seconds: float) -> None:
-        """Waits so long for the thread at most; a thread that was left is not disturbed."""
-        if self._inside is not None:
-            timeout = None if seconds == math.inf else seconds
-            await asyncio.wait([asyncio.wrap_future(self._inside)], timeout=timeout)
+            # A thread that was left is not disturbed.
+            await asyncio.wait([ended], timeout=None if left == math.inf else left)
+            if self._crew is not None and not ended.done():
+                self._crew.overtake()
