@@ -25,6 +25,30 @@ REPLICAS = 48
 SETTLED = 10.0
 
 
+LOOK = """
+import sys, time
+from pathlib import Path
+import anyio
+from vgpu_agent.gpu.nvml import NvmlDriver
+from vgpu_agent.limits.files import Said, Wanted
+from vgpu_agent.limits.look import Looker
+
+async def main():
+    directory = Path(sys.argv[1])
+    checkpoint = directory / "device-plugins" / "kubelet_internal_checkpoint"
+    shares = Said(Wanted, directory / "state").read().shares
+    async with NvmlDriver() as driver:
+        await driver.scan()
+        looker = Looker(driver, checkpoint, sys.argv[2])
+        for _ in range(2):
+            start = time.perf_counter()
+            found = await looker.look(shares)
+            print(len(found.containers), (time.perf_counter() - start) * 1000)
+
+anyio.run(main)
+"""
+
+
 class Pods:
     """The pods of a node, as the kubelet notes them; each has one vGPU."""
 
@@ -92,7 +116,9 @@ def measure(on: Machine, directory: Path, count: int, seconds: float) -> dict[st
     subprocess.run(on.command("sh", "-ec", shell), check=True)
     state = directory / "state"
     share = 81408 * MIB // REPLICAS // MIB * MIB
-    write(state, Wanted({gpu.uuid: tuple(share * n for n in range(1, REPLICAS)) for gpu in GPUS}))
+    write(
+        state, Wanted({gpu.uuid: tuple(share * n for n in range(1, REPLICAS + 1)) for gpu in GPUS})
+    )
     for _ in range(count):
         pods.start(pods.give())
     variables = {
@@ -111,6 +137,16 @@ def measure(on: Machine, directory: Path, count: int, seconds: float) -> dict[st
             began, before = time.monotonic(), cpu(enforcer.pid)
             time.sleep(seconds)
             used = (cpu(enforcer.pid) - before) * 60 / (time.monotonic() - began)
+            code = ("cd", str(REPOSITORY), "&&", "exec", sys.executable, "-c", shlex.quote(LOOK))
+            shell = " ".join((*code, str(directory), RESOURCE))
+            looked = subprocess.run(
+                on.command("sh", "-c", shell),
+                env=environment(**variables),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            looks = [float(line.split()[1]) for line in looked.stdout.splitlines()]
             worst = 0.0
             for _ in range(10):
                 number = pods.give()
@@ -121,6 +157,8 @@ def measure(on: Machine, directory: Path, count: int, seconds: float) -> dict[st
             return {
                 "pods": count,
                 "process start to all limits, s": round(first, 3),
+                "first look at all, ms": round(looks[0], 1),
+                "next look, ms": round(looks[1], 1),
                 "idle CPU, ms a minute": round(used * 1000),
                 "RSS, MiB": round(kib(enforcer.pid, "status", "VmRSS") / 1024, 1),
                 "PSS, MiB": round(kib(enforcer.pid, "smaps_rollup", "Pss:") / 1024, 1),
