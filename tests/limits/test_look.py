@@ -241,6 +241,19 @@ async def test_without_enforcing_nothing_is_set_and_a_limit_of_the_pods_own_is_a
     assert "instead of 1024 MiB" in wrong.problem
 
 
+async def test_a_limit_by_a_gpu_that_left_is_no_problem_on_the_others(machine):
+    path = machine.start(1)
+    machine.give(1, "GPU-0::1", "GPU-1::1")
+    machine.driver.limits["GPU-1", path] = MemoryLimit(GIB, 0, 0)  # GPU 0 has the smallest share
+    looker = machine.looker()
+    await looker.look(SHARES)
+    only = {"GPU-1": SHARES["GPU-1"]}
+    for _ in range(2):
+        machine.now += GRACE
+        look = await looker.look(only)
+    assert (look.mode, look.missing) == (Mode.HOOK, ())
+
+
 async def test_where_no_hook_sets_limits_that_is_the_nodes_affair_and_no_containers(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")

@@ -182,9 +182,12 @@ class Looker:
         )
 
     def _wanted(self, held: Held, shares: Shares) -> dict[str, int]:
-        """The hook knows one limit for all GPUs of a container, which is the smallest."""
+        """The hook knows one limit for all GPUs: the smallest, which takes all of them to know."""
         found = wanted(held.recorded.device_ids, shares)
-        return found if self.enforce else dict.fromkeys(found, min(found.values(), default=0))
+        if self.enforce:
+            return found
+        known = len(found) == len({each.partition("::")[0] for each in held.recorded.device_ids})
+        return dict.fromkeys(found, min(found.values())) if found and known else {}
 
     async def end_guarantees(self) -> None:
         """What was kept for containers that have ended is kept no longer.

@@ -192,7 +192,7 @@ def differs(found: MemoryLimit, hard: int, soft: int, *, enforced: bool) -> str:
     why = (
         "somebody else sets it too"
         if enforced
-        else f"the pod sets {variable} itself, or the node's container toolkit does not apply it"
-        " (1.20.1 and later do)"
+        else f"the pod sets {variable} itself, its GPU was divided in another way since it started,"
+        " or the node's container toolkit does not apply it (1.20.1 and later do)"
     )
     return f"the driver {verb} {words} for it instead of {should // MIB} MiB: {why}"
