@@ -209,6 +209,24 @@ def test_what_is_written_is_read(tmp_path):
         assert Said(type(said), tmp_path).read() == said
 
 
+def test_a_word_of_many_containers_is_read_too(tmp_path):
+    uuids = [f"GPU-{n:08x}-5151-4d4d-8000-{n:012x}" for n in range(8)]
+    many = tuple(
+        Limited(
+            Holder("shop", f"pod-{n}", "main"),
+            dict.fromkeys(uuids, GIB),
+            dict.fromkeys(uuids, MemoryLimit(GIB, 0, 5)),
+            dict.fromkeys(uuids, 9),
+            "no dmem files " * 70,
+        )
+        for n in range(1000)
+    )
+    said = Seen(7.0, LimitsLook(containers=many))
+    files.write(tmp_path, said)
+    assert files.path_of(Seen, tmp_path).stat().st_size > 2 * 2**20
+    assert Said(Seen, tmp_path).read() == said
+
+
 async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")
