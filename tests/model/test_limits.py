@@ -16,6 +16,7 @@ from vgpu_agent.model.limits import (
     Mode,
     differs,
     in_effect,
+    is_held_to,
     memory_of,
     shares,
     wanted,
@@ -185,3 +186,17 @@ def test_what_differs_is_named(hard, soft, enforced, words):
     found = differs(MemoryLimit(hard, soft, 0), GIB, 0, enforced=enforced)
     assert found.startswith(f"the driver {words}")
     assert ("REQUEST" in found) == (not enforced and "keeps" in found)
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "held"),
+    [
+        (None, GIB, False),
+        (GIB, GIB, True),
+        (GIB + MIB, GIB, True),  # as the driver may round it
+        (80 * GIB, GIB, False),  # the pod's own
+        (GIB, None, True),
+    ],
+)
+def test_a_limit_above_the_share_holds_nobody_to_it(limit, share, held):
+    assert is_held_to(limit, share) is held

@@ -183,6 +183,14 @@ def in_effect(found: MemoryLimit, hard: int, soft: int) -> bool:
     return abs(found.soft_bytes - soft) < ROUNDED
 
 
+def is_held_to(limit: int | None, share: int | None) -> bool:
+    """Whether a limit in bytes keeps a container within its share; any does where that is None.
+
+    A pod may set a limit of its own, or have that of a cgroup above, which are larger.
+    """
+    return limit is not None and (share is None or limit < share + ROUNDED)
+
+
 def differs(found: MemoryLimit, hard: int, soft: int, *, enforced: bool) -> str:
     """What the driver has that is not in effect, in words; `enforced`: it was just set."""
     verb, has, should, variable = "has", found.hard_bytes, hard, "NVIDIA_GPU_MEMORY_LIMIT"
