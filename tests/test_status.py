@@ -33,6 +33,7 @@ from rich.console import Console
 
 from tests.agent_process import REPOSITORY, environment, execute, running
 from tests.model.strategies import snapshots, tried
+from tests.observe.rules import LLAMA, SNAPSHOT
 from tests.screenshot import ShownNode
 from tests.web_peer import answering, closed, http
 from vgpu_agent import cli, control, settings_reading, unixsocket
@@ -47,7 +48,7 @@ from vgpu_agent.model.acceptance import Acceptance, Counts
 from vgpu_agent.model.advice import Remedy, for_gpu
 from vgpu_agent.model.devices import Effect
 from vgpu_agent.model.holders import Holder
-from vgpu_agent.model.limits import MemorySource, Mode
+from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, MemorySource, Mode
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.model.snapshot import RegistrationResult, Rules
@@ -363,6 +364,21 @@ def test_any_node_has_a_row_for_each_gpu_and_fits_a_terminal(snapshot):
         rows = lines[first + 1 : first + 1 + len(what.gpus)]
         assert [int(row.split()[0]) for row in rows] == [each.index for each in what.gpus]
         assert lines[first + 1 + len(what.gpus)].strip() == ""
+
+
+@pytest.mark.parametrize(("limit", "limited"), [(1, True), (80, False), (None, False)])
+def test_a_share_is_limited_only_by_a_limit_that_is_no_more(limit, limited):
+    """Where nobody sets limits, a pod may have set one of its own."""
+    bytes_ = None if limit is None else limit * GIB
+    found = Limited(LLAMA, {"GPU-a": 12 * GIB}, {"GPU-a": MemoryLimit(bytes_, 0, 0)}, {"GPU-a": 0})
+    snapshot = replace(SNAPSHOT, limits=LimitsLook(applied=False, containers=(found,)))
+    sliced = Rules(SharingRules(mps=False))
+    (held,) = [
+        each
+        for each in make_report(snapshot, sliced, 2e9).allocations or ()
+        if (each.gpu_uuid, each.pod) == ("GPU-a", LLAMA.pod)
+    ]
+    assert held.memory_limited is limited
 
 
 def counted(node: ShownNode) -> Report:

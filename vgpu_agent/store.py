@@ -73,9 +73,9 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes | None:
     return content
 
 
-def read(path: Path) -> Mapping[str, object] | None:
+def read(path: Path, limit: int = MAX_BYTES) -> Mapping[str, object] | None:
     """A JSON object; None where there is no such file. Raises StoreError for anything else."""
-    content = read_bytes(path)
+    content = read_bytes(path, limit)
     if content is None:
         return None
     try:
@@ -87,9 +87,9 @@ def read(path: Path) -> Mapping[str, object] | None:
     return data
 
 
-def read_as(kind: type[T], path: Path) -> T | None:
+def read_as(kind: type[T], path: Path, limit: int = MAX_BYTES) -> T | None:
     """What `asdict` of a dataclass was written from; None for no file. Raises StoreError."""
-    data = read(path)
+    data = read(path, limit)
     try:
         return None if data is None else decoded(kind, data, "it")
     except (ValueError, OverflowError) as error:

@@ -241,6 +241,19 @@ async def test_without_enforcing_nothing_is_set_and_a_limit_of_the_pods_own_is_a
     assert "instead of 1024 MiB" in wrong.problem
 
 
+async def test_a_limit_by_a_gpu_that_left_is_no_problem_on_the_others(machine):
+    path = machine.start(1)
+    machine.give(1, "GPU-0::1", "GPU-1::1")
+    machine.driver.limits["GPU-1", path] = MemoryLimit(GIB, 0, 0)  # GPU 0 has the smallest share
+    looker = machine.looker()
+    await looker.look(SHARES)
+    only = {"GPU-1": SHARES["GPU-1"]}
+    for _ in range(2):
+        machine.now += GRACE
+        look = await looker.look(only)
+    assert (look.mode, look.missing) == (Mode.HOOK, ())
+
+
 async def test_where_no_hook_sets_limits_that_is_the_nodes_affair_and_no_containers(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")
@@ -281,6 +294,77 @@ async def test_a_gpu_that_does_not_answer_is_left_alone_for_a_while(machine, mon
         look = await looker.look(SHARES)
         assert sorted(asked) == asks
         assert set(look.gpus) == {"GPU-1"}
+
+
+async def test_a_gpu_that_stops_answering_keeps_the_limits_that_were_in_effect(
+    machine, monkeypatch
+):
+    """A container that has started since has none."""
+    machine.start(1)
+    machine.give(1, "GPU-0::1")
+    looker = machine.looker(enforce=True)
+    await looker.look(SHARES)
+
+    async def silent(*_: object) -> Mapping[str, MemoryLimit]:
+        return {}
+
+    monkeypatch.setattr(machine.driver, "memory_limits", silent)
+    machine.start(2)
+    machine.give(2, "GPU-0::2")
+    for seconds in (0, GRACE, 2 * GRACE):
+        machine.now = 1000 + seconds
+        look = await looker.look(SHARES)
+    assert [(each.holder.pod, each.problem) for each in look.missing] == [
+        ("pod-2", "NVML does not answer for its GPU now")
+    ]
+
+
+async def test_a_gpu_that_does_not_answer_says_nothing_of_the_toolkit(machine, monkeypatch):
+    machine.start(1)
+    machine.give(1, "GPU-1::1")
+    answers = machine.driver.memory_limits
+
+    async def half(uuid: str, cgroups: Sequence[str]) -> Mapping[str, MemoryLimit | str]:
+        return {} if uuid == "GPU-1" else await answers(uuid, cgroups)
+
+    monkeypatch.setattr(machine.driver, "memory_limits", half)
+    looker = machine.looker()
+    await looker.look(SHARES)
+    machine.now += GRACE
+    assert (await looker.look(SHARES)).mode is Mode.HOOK
+
+
+async def test_a_gpu_that_hangs_while_limits_are_set_holds_up_a_look_for_a_bounded_time(machine):
+    for n in range(20):
+        machine.start(n)
+        machine.give(n, f"GPU-0::{n % 10}")
+    tried = []
+
+    async def hangs(*arguments: object) -> str:
+        tried.append(arguments)
+        machine.now += 10
+        return "the GPU does not answer within 10 s"
+
+    machine.driver.limit_memory = hangs
+    await machine.looker(enforce=True).look(SHARES)
+    assert len(tried) <= 2
+
+
+@pytest.mark.parametrize("ends", [1, 2])
+async def test_a_container_that_ends_meanwhile_does_not_speak_for_its_gpu(machine, ends):
+    """Whether a GPU can limit memory is asked of containers that may not be ours."""
+    for n in range(ends + 1):
+        machine.start(n)
+    looker, answers = machine.looker(enforce=True), machine.driver.memory_limits
+    gone = [leaf.path for leaf in looker.hierarchy.leaves().values()][:ends]
+
+    async def some(uuid: str, cgroups: Sequence[str]) -> Mapping[str, MemoryLimit | str]:
+        found = dict(await answers(uuid, cgroups))
+        return {path: "it is gone" if path in gone else found[path] for path in found}
+
+    machine.driver.memory_limits = some
+    look = await looker.look(SHARES)
+    assert (look.error, look.gpus) == (None, {})
 
 
 async def test_a_container_with_names_that_hide_its_id_is_a_problem(machine):
@@ -344,6 +428,45 @@ async def test_what_was_kept_for_a_container_is_given_back_when_it_ends(machine,
     machine.driver.word["GPU-0"] = "Not Found"
     await looker.end_guarantees()
     assert "stays kept" in caplog.text
+
+
+async def test_what_has_ended_is_given_no_guarantee_again(machine):
+    path = machine.start(1)
+    machine.give(1, "GPU-0::1")
+    looker = machine.looker(enforce=True, guarantee=True)
+    await looker.look(SHARES)
+    machine.end(1, removed=False)
+    await looker.end_guarantees()
+    await looker.look(SHARES)  # the runtime has not removed its cgroup yet
+    assert machine.driver.limits["GPU-0", path].soft_bytes == 0
+
+
+async def test_a_guarantee_that_no_answer_ended_is_said(machine, caplog):
+    machine.start(1)
+    machine.give(1, "GPU-0::1")
+    looker = machine.looker(enforce=True, guarantee=True)
+    await looker.look(SHARES)
+    machine.end(1, removed=False)
+
+    async def silent(*_: object) -> Mapping[str, MemoryLimit]:
+        return {}
+
+    machine.driver.memory_limits = silent
+    await looker.end_guarantees()
+    assert "NVML does not answer for its GPU now" in caplog.text
+
+
+async def test_without_enforcing_nothing_is_remembered_of_what_is_kept_for_containers(machine):
+    """Nobody ends it then."""
+    looker = machine.looker()
+    for n in range(3):
+        path = machine.start(n)
+        machine.give(n, "GPU-0::1")
+        machine.driver.limits["GPU-0", path] = MemoryLimit(GIB, GIB, 0)
+        await looker.look(SHARES)
+        machine.end(n)
+    await looker.look(SHARES)
+    assert not looker._kept
 
 
 async def test_250_containers_are_looked_at_in_a_moment(machine):

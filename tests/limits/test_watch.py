@@ -209,6 +209,24 @@ def test_what_is_written_is_read(tmp_path):
         assert Said(type(said), tmp_path).read() == said
 
 
+def test_a_word_of_many_containers_is_read_too(tmp_path):
+    uuids = [f"GPU-{n:08x}-5151-4d4d-8000-{n:012x}" for n in range(8)]
+    many = tuple(
+        Limited(
+            Holder("shop", f"pod-{n}", "main"),
+            dict.fromkeys(uuids, GIB),
+            dict.fromkeys(uuids, MemoryLimit(GIB, 0, 5)),
+            dict.fromkeys(uuids, 9),
+            "no dmem files " * 70,
+        )
+        for n in range(1000)
+    )
+    said = Seen(7.0, LimitsLook(containers=many))
+    files.write(tmp_path, said)
+    assert files.path_of(Seen, tmp_path).stat().st_size > 2 * 2**20
+    assert Said(Seen, tmp_path).read() == said
+
+
 async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")
@@ -240,3 +258,44 @@ async def test_a_node_that_cannot_have_limits_is_looked_at_rarely(machine):
         machine.now += 12
         looks.append(await source.look(UP))
     assert [look is not None for look in looks] == [False, False, False, False, True, True]
+
+
+async def test_a_node_of_one_gpu_that_does_not_answer_for_a_moment_is_soon_looked_at(machine):
+    """That is not what the driver cannot do: of this word all its vGPUs are unhealthy."""
+    answers = machine.driver.memory_limits
+
+    async def silent(*_: object) -> dict[str, MemoryLimit]:
+        return {}
+
+    machine.driver.memory_limits = silent
+    paced, of = Paced(machine.looker(enforce=True)), {"GPU-0": SHARES["GPU-0"]}
+    assert "NVML does not answer" in (await paced.look(of)).error
+    machine.driver.memory_limits = answers
+    assert await paced.look(of) is None
+    machine.now += 10
+    assert (await paced.look(of)).error is None
+    machine.now += 12
+    assert await paced.look(of) is None
+
+
+async def test_a_checkpoint_that_cannot_be_read_is_looked_at_when_it_is_another(machine):
+    paced = Paced(machine.looker())
+    machine.checkpoint.write_text("garbage")
+    assert "is no checkpoint" in (await paced.look(SHARES)).error
+    machine.write()
+    assert (await paced.look(SHARES)).error is None
+
+
+async def test_after_a_sign_it_is_looked_twice(machine):
+    """A container whose link comes in the same tick of the clock leaves no sign."""
+    looker = machine.looker(enforce=True)
+    looker.signs = lambda: "the same"
+    paced = Paced(looker)
+    machine.give(1, "GPU-0::1")
+    assert (await paced.look(SHARES)).containers == ()
+    machine.start(1)
+    assert await paced.look(SHARES) is None
+    machine.now += 1
+    assert len((await paced.look(SHARES)).containers) == 1
+    machine.now += 1
+    assert await paced.look(SHARES) is None

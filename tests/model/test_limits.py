@@ -14,7 +14,9 @@ from vgpu_agent.model.limits import (
     MemoryLimit,
     MemorySource,
     Mode,
+    differs,
     in_effect,
+    is_held_to,
     memory_of,
     shares,
     wanted,
@@ -169,3 +171,32 @@ def test_a_container_with_two_cgroups_is_missing_once():
     wrong = [Limited(HOLDER, {"GPU-a": GIB}, problem=why) for why in ("old", "new")]
     other = replace(wrong[0], holder=Holder("shop", "llama-1", "main"))
     assert LimitsLook(containers=(*wrong, other)).missing == (wrong[1], other)
+
+
+@pytest.mark.parametrize(
+    ("hard", "soft", "enforced", "words"),
+    [
+        (None, 0, True, "has no limit for it instead of 1024 MiB: somebody else"),
+        (2 * GIB, 0, False, "has 2048 MiB for it instead of 1024 MiB: the pod sets NVIDIA_GPU_M"),
+        (GIB, 512 * MIB, False, "keeps 512 MiB for it instead of 0 MiB: the pod sets NVIDIA_GPU_M"),
+        (2 * GIB, GIB, True, "has 2048 MiB for it instead of 1024 MiB"),
+    ],
+)
+def test_what_differs_is_named(hard, soft, enforced, words):
+    found = differs(MemoryLimit(hard, soft, 0), GIB, 0, enforced=enforced)
+    assert found.startswith(f"the driver {words}")
+    assert ("REQUEST" in found) == (not enforced and "keeps" in found)
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "held"),
+    [
+        (None, GIB, False),
+        (GIB, GIB, True),
+        (GIB + MIB, GIB, True),  # as the driver may round it
+        (80 * GIB, GIB, False),  # the pod's own
+        (GIB, None, True),
+    ],
+)
+def test_a_limit_above_the_share_holds_nobody_to_it(limit, share, held):
+    assert is_held_to(limit, share) is held

@@ -27,6 +27,7 @@ NODE_LIMITS = [
     (Mode.OFF, None, None, ""),
     (Mode.NONE, "too old", OK, "not by the driver: too old"),
     (Mode.HOOK, None, OK, "container toolkit sets"),
+    (Mode.HOOK, "MIG", OK, "toolkit sets them; not on every GPU: MIG"),
     (Mode.DRIVER, None, OK, "for every container"),
     (Mode.DRIVER, "MIG", WARN, "not on every GPU: MIG"),
 ]

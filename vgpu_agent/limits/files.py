@@ -16,6 +16,9 @@ from vgpu_agent.model.limits import LimitsLook
 
 FORMAT = 1
 
+MAX_BYTES = 16 * 2**20
+"""Most bytes of a file: 1,000 containers, each with a long reason on 8 GPUs, take some 3 MiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -63,7 +66,7 @@ class Said(Generic[T]):
         """What it says; None where there is none. Raises StoreError."""
         which = store.identity(self.path)
         if which != self._read[0]:
-            found = store.read_as(self._kind, self.path)
+            found = store.read_as(self._kind, self.path, MAX_BYTES)
             if found is not None and found.format != FORMAT:
                 raise StoreError(f"{self.path} is of another version of the agent")
             self._read = which, found

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import anyio
@@ -28,16 +29,21 @@ from vgpu_agent.model.limits import (
     LimitsLook,
     MemoryLimit,
     Shares,
+    differs,
     in_effect,
     wanted,
 )
-from vgpu_agent.model.rules import MIB
 from vgpu_agent.usage.containers import LINKS, holders_by_id, nameless
 
 log = logging.getLogger(__name__)
 
 SILENT = 10.0
-"""Seconds for which a GPU that did not answer is not asked again."""
+"""Seconds for which a GPU that did not answer is not asked again, and which limits may be set."""
+
+SCRATCH = 3
+"""Containers whose cgroups show whether a GPU can limit memory: any of them may end meanwhile."""
+
+_NO_ANSWER = "NVML does not answer for its GPU now"
 
 Answers = dict[str, MemoryLimit | str]
 """What the driver has for cgroups on one GPU, by path, or its word for why it says nothing."""
@@ -57,14 +63,16 @@ class Held:
 class Tree:
     """What is there: why no limits can be set at all, why the hook may fail, and all containers.
 
-    `lost` are those whose cgroup cannot be told from others of their pod.
+    `lost` are those whose cgroup cannot be told from others of their pod. `passing`: the problem
+    is of this moment.
     """
 
     problem: str | None
     hook: str | None
     held: tuple[Held, ...]
-    scratch: str
+    scratch: tuple[str, ...]
     lost: tuple[Limited, ...] = ()
+    passing: bool = False
 
 
 def matched(
@@ -101,6 +109,7 @@ class Looker:
     guarantee: bool = False
     enforce: bool = False
     enable: bool = False
+    unsure: bool = False  # the last look found an error that may be gone at any moment
     clock: Callable[[], float] = time.monotonic
     _wrong: dict[tuple[str, str], float] = field(default_factory=dict)
     _peaks: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -116,9 +125,10 @@ class Looker:
 
     @property
     def pending(self) -> bool:
-        """Whether some limit was not in effect at the last look, and that is not yet old."""
+        """Whether some limit was not in effect and that is not yet old, or a GPU is to be asked."""
         now = self.clock()
-        return any(now - since < 2 * GRACE for since in self._wrong.values())
+        late = any(now - since < 2 * GRACE for since in self._wrong.values())
+        return late or any(now >= until for until in self._silent.values())
 
     async def look(self, shares: Shares) -> LimitsLook:
         """What is so now, after all corrections. Raises nothing but for bugs.
@@ -128,32 +138,35 @@ class Looker:
         tree = await anyio.to_thread.run_sync(self._read, limiter=self._limiter)
         if tree.problem is not None:
             self._wrong.clear()
+            self._silent.clear()
+            self.unsure = tree.passing
             return LimitsLook(error=tree.problem, enforced=self.enforce)
         limits = {each.leaf.path: self._wanted(each, shares) for each in tree.held}
         answers: dict[str, Answers] = {}
 
         async def ask(uuid: str) -> None:
-            answers[uuid] = {}
-            if self.clock() >= self._silent.get(uuid, 0):
-                answers[uuid] = await self._of_gpu(uuid, tree, limits)
-                if not answers[uuid]:  # it may hang: the other GPUs do not wait for it again
-                    self._silent[uuid] = self.clock() + SILENT
+            answers[uuid] = {} if self._is_silent(uuid) else await self._of_gpu(uuid, tree, limits)
+            if answers[uuid]:
+                self._silent.pop(uuid, None)
+            elif not self._is_silent(uuid):  # it may hang: the others do not wait for it again
+                self._silent[uuid] = self.clock() + SILENT
 
         async with anyio.create_task_group() as tasks:
             for uuid in shares:
                 tasks.start_soon(ask, uuid)
         gpus = {
-            uuid: word
+            uuid: next((str(of[path]) for path in tree.scratch if path in of), _NO_ANSWER)
             for uuid, of in answers.items()
-            if isinstance(word := of.get(tree.scratch, "NVML does not answer for it now"), str)
+            if not any(isinstance(each, MemoryLimit) for each in of.values())
         }
         alike = set(gpus.values()) if gpus.keys() == shares.keys() else set()
+        self.unsure = alike == {_NO_ANSWER}
         found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
         wrong = [held.leaf for held, each in found if each.problem is not None]
         ended = await anyio.to_thread.run_sync(self._ended, wrong, limiter=self._limiter)
         containers = [each for held, each in found if held.leaf.path not in ended]
-        self._forget(tree)
-        late = any(each.problem is not None for each in containers)
+        self._forget(tree, shares)
+        late = any(each.problem is not None and each.limits for each in containers)
         applied = self.enforce or self._applied or not late
         if self.enforce or (tree.hook is None and applied):
             containers += tree.lost
@@ -169,38 +182,54 @@ class Looker:
         )
 
     def _wanted(self, held: Held, shares: Shares) -> dict[str, int]:
-        """The hook knows one limit for all GPUs of a container, which is the smallest."""
+        """The hook knows one limit for all GPUs: the smallest, which takes all of them to know."""
         found = wanted(held.recorded.device_ids, shares)
-        return found if self.enforce else dict.fromkeys(found, min(found.values(), default=0))
+        if self.enforce:
+            return found
+        known = len(found) == len({each.partition("::")[0] for each in held.recorded.device_ids})
+        return dict.fromkeys(found, min(found.values())) if found and known else {}
 
     async def end_guarantees(self) -> None:
         """What was kept for containers that have ended is kept no longer.
 
         A cgroup that is removed before leaves what was kept for it with its parents, for good.
         """
-        for path, held in list(self._kept.items()):
-            if not await anyio.to_thread.run_sync(self.hierarchy.ended, held.leaf):
-                continue
-            del self._kept[path]
+        if not self._kept:
+            return
+        leaves = [held.leaf for held in self._kept.values()]
+        for path in await anyio.to_thread.run_sync(self._ended, leaves, limiter=self._limiter):
+            held = self._kept.pop(path)
             for uuid in {each.partition("::")[0] for each in held.recorded.device_ids}:
-                found = (await self.driver.memory_limits(uuid, [path])).get(path)
-                if isinstance(found, MemoryLimit) and found.hard_bytes is not None:
-                    found = await self.driver.limit_memory(uuid, path, found.hard_bytes, 0)
-                if found is not None:
-                    fields = {**_fields(held), "uuid": uuid}
+                word = await self._end_guarantee(uuid, path)
+                if word is not None:
                     log.warning(
                         "a container ended and the memory that the driver kept for it stays kept,"
                         " until the node is rebooted: %s",
-                        found,
-                        extra={"fields": fields},
+                        word,
+                        extra={"fields": {**_fields(held), "uuid": uuid}},
                     )
+
+    async def _end_guarantee(self, uuid: str, path: str) -> str | None:
+        """Why it could not be ended."""
+        if self._is_silent(uuid):
+            return _NO_ANSWER
+        found = (await self.driver.memory_limits(uuid, [path])).get(path)
+        if found is None:
+            self._silent[uuid] = self.clock() + SILENT
+            return _NO_ANSWER
+        if isinstance(found, str) or not found.soft_bytes:
+            return found if isinstance(found, str) else None
+        return await self.driver.limit_memory(uuid, path, found.hard_bytes, 0)
+
+    def _is_silent(self, uuid: str) -> bool:
+        return self.clock() < self._silent.get(uuid, float("-inf"))
 
     # In a worker thread
 
     def _read(self) -> Tree:
         problem = self.hierarchy.problem()
         if problem is not None:
-            return Tree(problem, problem, (), "")
+            return Tree(problem, problem, (), ())
         try:
             recorded = read_checkpoint(self.checkpoint, self.resource_name) or []
             leaves = self.hierarchy.leaves()
@@ -208,12 +237,16 @@ class Looker:
             lost = self._lost(recorded, leaves, names) if recorded else ()
         except (KubeletError, OSError) as error:
             words = f"which containers hold vGPUs cannot be seen: {error}"
-            return Tree(words, words, (), "")
+            return Tree(words, words, (), (), passing=True)
         held = list(matched(recorded, leaves, names))
+        if self.enforce and self.guarantee:  # what has ended is given no guarantee again
+            ended = self._ended([each.leaf for each in held])
+            held = [each for each in held if each.leaf.path not in ended]
         if self.hierarchy.needs_files():
             held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
-        scratch = next((leaf.path for leaf in leaves.values()), str(self.hierarchy.root))
-        return Tree(None, self.hierarchy.hook(), tuple(held), scratch, lost)
+        scratch = [leaf.path for leaf in islice(leaves.values(), SCRATCH)]
+        scratch = scratch or [str(self.hierarchy.root)]
+        return Tree(None, self.hierarchy.hook(), tuple(held), tuple(scratch), lost)
 
     def _lost(
         self, recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
@@ -245,12 +278,17 @@ class Looker:
     async def _of_gpu(
         self, uuid: str, tree: Tree, limits: Mapping[str, Mapping[str, int]]
     ) -> Answers:
-        """What the driver has for all cgroups that are to have a limit there, and for `scratch`."""
+        """What the driver has for all cgroups that are to have a limit there, and for `scratch`.
+
+        A GPU that hangs holds up nothing for long: the rest is set at the next look.
+        """
         held = [each for each in tree.held if uuid in limits[each.leaf.path]]
-        paths = [tree.scratch, *(each.leaf.path for each in held)]
+        paths = [*tree.scratch, *(each.leaf.path for each in held)]
         found = dict(await self.driver.memory_limits(uuid, list(dict.fromkeys(paths))))
-        again = []
+        again, until = [], self.clock() + SILENT
         for each in held if self.enforce else ():
+            if self.clock() >= until:
+                break
             path, hard = each.leaf.path, limits[each.leaf.path][uuid]
             has, soft = found.get(path), self._soft(hard)
             if each.lacks or not isinstance(has, MemoryLimit) or in_effect(has, hard, soft):
@@ -286,32 +324,24 @@ class Looker:
                     self._wrong.pop(key, None)
                     self._applied = True
                     continue
+            elif found is None and key in self._peaks and key not in self._wrong:
+                continue  # the limit that was in effect is the driver's, and stays
             if now - self._wrong.setdefault(key, now) >= GRACE:
-                problem = held.lacks or self._words(found, hard)
-        if any(found.soft_bytes for found in has.values()):
+                if isinstance(found, MemoryLimit):
+                    found = differs(found, hard, self._soft(hard), enforced=self.enforce)
+                problem = held.lacks or found or _NO_ANSWER
+        if self.enforce and any(found.soft_bytes for found in has.values()):
             self._kept[path] = held
         peaks = {uuid: self._peaks[path, uuid] for uuid in has}
         return Limited(held.holder, limits, has, peaks, problem)
 
-    def _forget(self, tree: Tree) -> None:
-        """What was remembered of containers that are no longer there."""
+    def _forget(self, tree: Tree, shares: Shares) -> None:
+        """What was remembered of containers and GPUs that are no longer there."""
         paths = {each.leaf.path for each in tree.held}
         self._set &= paths
         self._peaks = {key: peak for key, peak in self._peaks.items() if key[0] in paths}
         self._wrong = {key: since for key, since in self._wrong.items() if key[0] in paths}
-
-    def _words(self, found: MemoryLimit | str | None, hard: int) -> str:
-        """Why a limit is not in effect."""
-        if not isinstance(found, MemoryLimit):
-            return found or "NVML does not answer for its GPU now"
-        has = "no limit" if found.hard_bytes is None else f"{found.hard_bytes // MIB} MiB"
-        why = (
-            "somebody else sets it too"
-            if self.enforce
-            else "the pod sets NVIDIA_GPU_MEMORY_LIMIT itself, or the node's container toolkit does"
-            " not apply it (1.20.1 and later do)"
-        )
-        return f"the driver has {has} for it instead of {hard // MIB} MiB: {why}"
+        self._silent = {uuid: until for uuid, until in self._silent.items() if uuid in shares}
 
 
 def _fields(held: Held) -> dict[str, object]:

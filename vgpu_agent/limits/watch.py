@@ -41,6 +41,9 @@ PATIENT_SCAN = 0.5
 PATIENCE = 5.0
 """Seconds that a container has which starts with the agent."""
 
+AGAIN = 1.0
+"""Seconds between a look after a sign of a change and the next: time stamps of files are coarse."""
+
 INTERVAL = 15.0
 """Seconds between two looks where there is no sign of a change, and between two words of what has
 not changed."""
@@ -58,7 +61,8 @@ class Source(Protocol):
 class Paced:
     """Looks where there is a sign that something has changed, and every `INTERVAL` seconds.
 
-    A node that cannot have limits at all is looked at every `RARELY` seconds.
+    After a sign it looks twice: what changes in the same moment leaves no other one. A node that
+    cannot have limits at all is looked at every `RARELY` seconds.
     """
 
     looker: Looker
@@ -72,9 +76,10 @@ class Paced:
         if signs == self._signs and not self.looker.pending and now < self._next:
             return None
         found = await self.looker.look(of)
-        self._able = found.error is None
+        self._able = found.error is None or self.looker.unsure
+        wait = AGAIN if signs != self._signs else INTERVAL
         self._signs = signs if self._able else (of, None)
-        self._next = now + (INTERVAL if self._able else RARELY)
+        self._next = now + (wait if self._able else RARELY)
         return found
 
 

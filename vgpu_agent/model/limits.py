@@ -181,3 +181,26 @@ def in_effect(found: MemoryLimit, hard: int, soft: int) -> bool:
     if found.hard_bytes is None or abs(found.hard_bytes - hard) >= ROUNDED:
         return False
     return abs(found.soft_bytes - soft) < ROUNDED
+
+
+def is_held_to(limit: int | None, share: int | None) -> bool:
+    """Whether a limit in bytes keeps a container within its share; any does where that is None.
+
+    A pod may set a limit of its own, or have that of a cgroup above, which are larger.
+    """
+    return limit is not None and (share is None or limit < share + ROUNDED)
+
+
+def differs(found: MemoryLimit, hard: int, soft: int, *, enforced: bool) -> str:
+    """What the driver has that is not in effect, in words; `enforced`: it was just set."""
+    verb, has, should, variable = "has", found.hard_bytes, hard, "NVIDIA_GPU_MEMORY_LIMIT"
+    if in_effect(found, hard, found.soft_bytes):
+        verb, has, should, variable = "keeps", found.soft_bytes, soft, "NVIDIA_GPU_MEMORY_REQUEST"
+    words = "no limit" if has is None else f"{has // MIB} MiB"
+    why = (
+        "somebody else sets it too"
+        if enforced
+        else f"the pod sets {variable} itself, its GPU was divided in another way since it started,"
+        " or the node's container toolkit does not apply it (1.20.1 and later do)"
+    )
+    return f"the driver {verb} {words} for it instead of {should // MIB} MiB: {why}"

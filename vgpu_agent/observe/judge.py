@@ -116,7 +116,9 @@ def _limits(report: Report, rules: Rules) -> Iterator[Check]:
         some = limits.error and f"not on every GPU: {limits.error}"
         yield _check(name, WARN if some else OK, some or detail, what)
     elif limits.mode is Mode.HOOK:
-        yield _check(name, OK, "by the driver, where the node's container toolkit sets them")
+        detail = "by the driver, where the node's container toolkit sets them"
+        some = f"; not on every GPU: {limits.error}" if limits.error else ""
+        yield _check(name, OK, f"{detail}{some}")
     elif limits.mode is Mode.NONE:
         wanted = rules.sharing.memory_limits is MemoryLimits.DRIVER
         yield _check(name, FAIL if wanted else OK, f"not by the driver: {limits.error}", what)

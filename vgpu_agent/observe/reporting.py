@@ -7,7 +7,7 @@ from vgpu_agent import __version__
 from vgpu_agent.model.acceptance import Counts, acceptance, counts, gpu_counts
 from vgpu_agent.model.devices import SharedGpu
 from vgpu_agent.model.holders import Part, Used
-from vgpu_agent.model.limits import LimitsLook, Mode
+from vgpu_agent.model.limits import LimitsLook, Mode, is_held_to
 from vgpu_agent.model.policy import remedy
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe import judge
@@ -145,6 +145,7 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
     used = None if usage is None else usage.containers.get((gpu.uuid, holder), Used(0, 0))
     memory, limits = snapshot.memory_of(gpu.uuid, holder), snapshot.limited.get(holder)
     problem = None if limits is None else limits.problem
+    share = part.shared.share_bytes(len(part.numbers)) if part.whole else None
     return AllocationReport(
         namespace=holder.namespace,
         pod=holder.pod,
@@ -152,8 +153,8 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
         gpu_uuid=gpu.uuid,
         gpu_index=gpu.index,
         numbers=part.numbers,
-        memory_share_bytes=part.shared.share_bytes(len(part.numbers)) if part.whole else None,
-        memory_limited=limited or (memory.limit_bytes is not None and problem is None),
+        memory_share_bytes=share,
+        memory_limited=limited or (problem is None and is_held_to(memory.limit_bytes, share)),
         memory_used_bytes=memory.used_bytes,
         memory_source=memory.source,
         memory_peak_bytes=memory.peak_bytes,
