@@ -149,7 +149,7 @@ def at_rest(node: Node, effort: Effort) -> Figures:
     The fake driver has to look for events, which a real one is woken for: seldom here.
     """
     pid = node.process.pid
-    node.nvml.look_every(100)
+    node.nvml.look_every(1000)
     time.sleep(4)
     before, since = cpu(pid), time.monotonic()
     time.sleep(effort.idle)
