@@ -183,11 +183,11 @@ async def test_a_container_that_starts_again_gets_its_limits_and_what_ended_is_f
     machine.start(1)
     machine.give(1, "GPU-0::1")
     looker = machine.looker(enforce=True)
-    before = looker.signs()
+    before = looker.finder.signs()
     await looker.look(SHARES)
     machine.end(1)
     again = machine.start(11, pod=1)
-    assert looker.signs() != before
+    assert looker.finder.signs() != before
     look = await looker.look(SHARES)
     assert machine.driver.set[-1] == ("GPU-0", again, GIB, 0)
     assert len(look.containers) == 1

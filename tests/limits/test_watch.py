@@ -243,7 +243,7 @@ async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     await anyio.sleep(0.01)  # time stamps of files are coarse
     machine.start(2)
     assert await source.look(UP) is not None
-    machine.now += 15
+    machine.now += 20
     assert await source.look(UP) is not None
 
 
@@ -289,7 +289,7 @@ async def test_a_checkpoint_that_cannot_be_read_is_looked_at_when_it_is_another(
 async def test_after_a_sign_it_is_looked_twice(machine):
     """A container whose link comes in the same tick of the clock leaves no sign."""
     looker = machine.looker(enforce=True)
-    looker.signs = lambda: "the same"
+    looker.finder.signs = lambda: "the same"
     paced = Paced(looker)
     machine.give(1, "GPU-0::1")
     assert (await paced.look(SHARES)).containers == ()

@@ -1,28 +1,21 @@
 """One look after the other at the containers that hold vGPUs, and their limits by the driver.
 
 Where it is asked for, limits that are missing or wrong are set.
-
-The kubelet's checkpoint says who holds which vGPUs, by pod UID and container name; the links in
-/var/log/containers name containers by their IDs, and cgroups are named by ID and pod UID. A cgroup
-that these three do not name together is never touched.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
-from vgpu_agent import store
-from vgpu_agent.errors import KubeletError
 from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.kubelet.checkpoint import read_checkpoint
-from vgpu_agent.limits.cgroups import Hierarchy, Leaf
-from vgpu_agent.model.holders import Holder, Recorded
+from vgpu_agent.limits.cgroups import Hierarchy
+from vgpu_agent.limits.tree import Finder, Held, Tree
 from vgpu_agent.model.limits import (
     GRACE,
     Limited,
@@ -33,64 +26,17 @@ from vgpu_agent.model.limits import (
     in_effect,
     wanted,
 )
-from vgpu_agent.usage.containers import LINKS, holders_by_id, nameless
+from vgpu_agent.usage.containers import LINKS
 
 log = logging.getLogger(__name__)
 
 SILENT = 10.0
 """Seconds for which a GPU that did not answer is not asked again, and which limits may be set."""
 
-SCRATCH = 3
-"""Containers whose cgroups show whether a GPU can limit memory: any of them may end meanwhile."""
-
 _NO_ANSWER = "NVML does not answer for its GPU now"
 
 Answers = dict[str, MemoryLimit | str]
 """What the driver has for cgroups on one GPU, by path, or its word for why it says nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A container that holds vGPUs, and its cgroup. `lacks` says why no limit can be set on it."""
-
-    recorded: Recorded
-    holder: Holder
-    leaf: Leaf
-    lacks: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """What is there: why no limits can be set at all, why the hook may fail, and all containers.
-
-    `lost` are those whose cgroup cannot be told from others of their pod. `passing`: the problem
-    is of this moment.
-    """
-
-    problem: str | None
-    hook: str | None
-    held: tuple[Held, ...]
-    scratch: tuple[str, ...]
-    lost: tuple[Limited, ...] = ()
-    passing: bool = False
-
-
-def matched(
-    recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
-) -> Iterator[Held]:
-    """The recorded containers that run. One that was started again has two cgroups for a moment."""
-    entries = {(each.pod_uid, each.container): each for each in recorded}
-    for container, leaf in leaves.items():
-        holder = names.get(container)
-        entry = None if holder is None else entries.get((leaf.pod_uid, holder.container))
-        if holder is not None and entry is not None:
-            yield Held(entry, holder, leaf)
-
-
-_TOO_LONG = (
-    "names of pod, namespace and container are so long together that the kubelet's link to its log"
-    " has no container ID: which cgroup it has is not known; give it shorter names"
-)
 
 
 @dataclass
@@ -119,9 +65,16 @@ class Looker:
     _applied: bool = False
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
-    def signs(self) -> object:
-        """Is another value when a container may have been given vGPUs, or started."""
-        return store.identity(self.checkpoint), store.identity(self.links)
+    def __post_init__(self) -> None:
+        self.finder = Finder(
+            self.checkpoint,
+            self.resource_name,
+            self.hierarchy,
+            self.clock,
+            self.links,
+            self.enable,
+            living=self.enforce and self.guarantee,
+        )
 
     @property
     def pending(self) -> bool:
@@ -130,12 +83,15 @@ class Looker:
         late = any(now - since < 2 * GRACE for since in self._wrong.values())
         return late or any(now >= until for until in self._silent.values())
 
-    async def look(self, shares: Shares) -> LimitsLook:
+    async def look(self, shares: Shares, *, afresh: bool = False) -> LimitsLook:
         """What is so now, after all corrections. Raises nothing but for bugs.
+
+        Unless `afresh`, containers are those of the last look, where nothing says otherwise.
 
         Without `enforce` it is not told of single containers where none can have a limit.
         """
-        tree = await anyio.to_thread.run_sync(self._read, limiter=self._limiter)
+        find = partial(self.finder.find, afresh=afresh or self.pending)
+        tree = await anyio.to_thread.run_sync(find, limiter=self._limiter)
         if tree.problem is not None:
             self._wrong.clear()
             self._silent.clear()
@@ -163,7 +119,7 @@ class Looker:
         self.unsure = alike == {_NO_ANSWER}
         found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
         wrong = [held.leaf for held, each in found if each.problem is not None]
-        ended = await anyio.to_thread.run_sync(self._ended, wrong, limiter=self._limiter)
+        ended = await anyio.to_thread.run_sync(self.finder.ended, wrong, limiter=self._limiter)
         containers = [each for held, each in found if held.leaf.path not in ended]
         self._forget(tree, shares)
         late = any(each.problem is not None and each.limits for each in containers)
@@ -197,7 +153,9 @@ class Looker:
         if not self._kept:
             return
         leaves = [held.leaf for held in self._kept.values()]
-        for path in await anyio.to_thread.run_sync(self._ended, leaves, limiter=self._limiter):
+        for path in await anyio.to_thread.run_sync(
+            self.finder.ended, leaves, limiter=self._limiter
+        ):
             held = self._kept.pop(path)
             for uuid in {each.partition("::")[0] for each in held.recorded.device_ids}:
                 word = await self._end_guarantee(uuid, path)
@@ -223,55 +181,6 @@ class Looker:
 
     def _is_silent(self, uuid: str) -> bool:
         return self.clock() < self._silent.get(uuid, float("-inf"))
-
-    # In a worker thread
-
-    def _read(self) -> Tree:
-        problem = self.hierarchy.problem()
-        if problem is not None:
-            return Tree(problem, problem, (), ())
-        try:
-            recorded = read_checkpoint(self.checkpoint, self.resource_name) or []
-            leaves = self.hierarchy.leaves()
-            names = holders_by_id(self.links) if recorded else {}
-            lost = self._lost(recorded, leaves, names) if recorded else ()
-        except (KubeletError, OSError) as error:
-            words = f"which containers hold vGPUs cannot be seen: {error}"
-            return Tree(words, words, (), (), passing=True)
-        held = list(matched(recorded, leaves, names))
-        if self.enforce and self.guarantee:  # what has ended is given no guarantee again
-            ended = self._ended([each.leaf for each in held])
-            held = [each for each in held if each.leaf.path not in ended]
-        if self.hierarchy.needs_files():
-            held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
-        scratch = [leaf.path for leaf in islice(leaves.values(), SCRATCH)]
-        scratch = scratch or [str(self.hierarchy.root)]
-        return Tree(None, self.hierarchy.hook(), tuple(held), tuple(scratch), lost)
-
-    def _lost(
-        self, recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
-    ) -> tuple[Limited, ...]:
-        """A tenant may choose names so long that the kubelet's link has no ID. Raises OSError."""
-        unnamed = {leaf.pod_uid for each, leaf in leaves.items() if each not in names}
-        cut = nameless(self.links)
-        return tuple(
-            Limited(holder, {}, problem=_TOO_LONG)
-            for each in recorded
-            if each.pod_uid in unnamed and (holder := cut.get((each.pod_uid, each.container)))
-        )
-
-    def _ended(self, leaves: Sequence[Leaf]) -> set[str]:
-        return {leaf.path for leaf in leaves if self.hierarchy.ended(leaf)}
-
-    def _lacks(self, leaf: Leaf) -> str | None:
-        lacks = self.hierarchy.lacks(leaf)
-        if lacks is None or not self.enable:
-            return lacks
-        try:
-            self.hierarchy.enable(leaf)
-        except OSError as error:
-            return f"{lacks}; it could not be turned on here: {error}"
-        return self.hierarchy.lacks(leaf)
 
     # On one GPU
 

@@ -23,7 +23,7 @@ from vgpu_agent.model.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-STALE = 45.0
+STALE = 75.0
 """Seconds without a word of the container that enforces limits after which it counts as away."""
 
 FIRST = 0.1
@@ -44,9 +44,11 @@ PATIENCE = 5.0
 AGAIN = 1.0
 """Seconds between a look after a sign of a change and the next: time stamps of files are coarse."""
 
-INTERVAL = 15.0
-"""Seconds between two looks where there is no sign of a change, and between two words of what has
-not changed."""
+INTERVAL = 20.0
+"""Seconds between two looks where there is no sign of a change."""
+
+BEAT = 30.0
+"""Seconds after which the container that enforces limits says again what has not changed."""
 
 
 class Source(Protocol):
@@ -69,15 +71,17 @@ class Paced:
     _signs: object = None
     _next: float = float("-inf")
     _able: bool = True
+    _again: bool = False
 
     async def look(self, of: Shares) -> LimitsLook | None:
         """None where it is not time to look."""
-        now, signs = self.looker.clock(), (of, self.looker.signs() if self._able else None)
+        now, signs = self.looker.clock(), (of, self.looker.finder.signs() if self._able else None)
         if signs == self._signs and not self.looker.pending and now < self._next:
             return None
-        found = await self.looker.look(of)
+        new = signs != self._signs
+        found = await self.looker.look(of, afresh=new or self._again)
         self._able = found.error is None or self.looker.unsure
-        wait = AGAIN if signs != self._signs else INTERVAL
+        self._again, wait = new, AGAIN if new else INTERVAL
         self._signs = signs if self._able else (of, None)
         self._next = now + (wait if self._able else RARELY)
         return found
@@ -189,7 +193,7 @@ class Enforcer:
 
     looker: Looker
     directory: Path
-    poll: float = 0.5
+    poll: float = 0.75
     clock: Callable[[], float] = time.time
     _scanned: bool = False
     _released: bool = True
@@ -237,7 +241,7 @@ class Enforcer:
     async def _say(self, look: LimitsLook | None) -> None:
         """Writes what is new, and now and then what is not."""
         look = look or self._seen
-        if look is None or (look == self._seen and files.now() - self._beat < INTERVAL):
+        if look is None or (look == self._seen and files.now() - self._beat < BEAT):
             return
         if look.error is not None and look.error != self._error:
             log.warning("no memory limits: %s", look.error)
