@@ -9,7 +9,7 @@ from statistics import median
 
 import grpc
 
-from tests.bench.measure import cpu, give_to_pods, memory, ms, seconds, text_of
+from tests.bench.measure import cpu, give_to_pods, memory, ms, seconds, spent, text_of
 from tests.bench.plugins import AGENT, PYTHON, Node, Size, Subject, running
 from tests.kubelet.podresources_peer import a_pod, encoded
 from tests.kubelet_peer import Device
@@ -71,12 +71,12 @@ def by_pods() -> Iterator[tuple[str, Point]]:
             give_to_pods(node, pods)
             asked, before = node.pods.calls, cpu(node.process.pid)
             time.sleep(8)
-            spent = cpu(node.process.pid) - before
+            took = spent(before, cpu(node.process.pid))
             yield (
                 str(pods),
                 {
                     "scrape, ms": ms(middle(lambda: text_of(f"{node.url}/metrics"), 5)),
-                    "CPU of a List, ms": ms(spent) / max(1, node.pods.calls - asked),
+                    "CPU of a List, ms": ms(took) / max(1, node.pods.calls - asked),
                 },
             )
 

@@ -55,10 +55,16 @@ def threads(pid: int) -> list[Path]:
     return list(Path(f"/proc/{pid}/task").iterdir())
 
 
-def cpu(pid: int) -> float:
-    """Seconds of CPU so far, those of threads that have ended too, in steps of 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu(pid: int) -> dict[str, float]:
+    """Seconds of CPU of each living thread; exact, where /proc/PID/stat counts ticks."""
+    return {
+        each.name: int((each / "schedstat").read_text().split()[0]) / 1e9 for each in threads(pid)
+    }
+
+
+def spent(before: dict[str, float], after: dict[str, float]) -> float:
+    """Seconds of CPU in between, but for threads that ended meanwhile."""
+    return sum(now - before.get(name, 0.0) for name, now in after.items())
 
 
 def memory(pid: int) -> tuple[float, float]:
@@ -153,10 +159,10 @@ def at_rest(node: Node, effort: Effort) -> Figures:
     time.sleep(4)
     before, since = cpu(pid), time.monotonic()
     time.sleep(effort.idle)
-    spent = (cpu(pid) - before) / (time.monotonic() - since) * 60
+    idle = spent(before, cpu(pid)) / (time.monotonic() - since) * 60
     node.nvml.look_every(1)
     rss, pss = memory(pid)
-    return {"idle": ms(spent), "rss": rss, "pss": pss, "threads": len(threads(pid))}
+    return {"idle": ms(idle), "rss": rss, "pss": pss, "threads": len(threads(pid))}
 
 
 def registrations(node: Node, effort: Effort) -> Figures:
