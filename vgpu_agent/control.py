@@ -19,6 +19,7 @@ from anyio.abc import SocketListener, SocketStream, TaskGroup
 
 from vgpu_agent import unixsocket
 from vgpu_agent.errors import ControlError, NoAgentError
+from vgpu_agent.pace import next_turn
 from vgpu_agent.unixsocket import Identity
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ async def _serve_here(path: Path, handler: Handler, poll: float) -> None:
             anyio.create_task_group() as tasks,
         ):
             tasks.start_soon(_accept, listener, tasks, partial(_answer, handler), poll)
-            while _identity(path) == own:  # noqa: ASYNC110 - a file tells nobody that it went
-                await anyio.sleep(poll)
+            while _identity(path) == own:
+                await next_turn(poll)
             tasks.cancel_scope.cancel()
     finally:
         bound.close()

@@ -35,6 +35,7 @@ from vgpu_agent.kubelet.grpc import Connection, ServedConnection, back_off, call
 from vgpu_agent.kubelet.plugin import DevicePlugin
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult
+from vgpu_agent.pace import next_turn
 from vgpu_agent.unixsocket import Identity
 
 API_VERSION = "v1beta1"
@@ -164,7 +165,7 @@ class KubeletSession:
                 tried, tried_at = identity, self.clock()
             problem = "there is no such socket" if identity is None else "nobody listens on it"
             self.node.registration_ended(f"no kubelet at {self.kubelet_path}: {problem}", away=True)
-            await anyio.sleep(self._poll_interval(away_since))
+            await next_turn(self._poll_interval(away_since))
 
     def _poll_interval(self, since: float) -> float:
         eager = self.clock() - since < self.timing.eager
@@ -176,7 +177,7 @@ class KubeletSession:
         while (left := started + seconds - self.clock()) > 0:
             if self._identity(self.kubelet_path) != kubelet:
                 return False
-            await anyio.sleep(min(left, self._poll_interval(started)))
+            await next_turn(min(left, self._poll_interval(started)))
         return True
 
     def _delay(self) -> float:
@@ -321,8 +322,8 @@ class KubeletSession:
 
     async def _own_socket_gone(self, own: Identity, watching: CancelScope) -> None:
         """Polls our own socket, and ends the watching when it is another or none."""
-        while self._identity(self.socket_path) == own:  # noqa: ASYNC110 - a file tells nobody
-            await anyio.sleep(self.timing.own_socket_poll)
+        while self._identity(self.socket_path) == own:
+            await next_turn(self.timing.own_socket_poll)
         watching.cancel()
 
     def _identity(self, path: Path) -> Identity | None:

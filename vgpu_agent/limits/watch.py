@@ -20,6 +20,7 @@ from vgpu_agent.limits.look import Looker
 from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
+from vgpu_agent.pace import next_turn
 
 log = logging.getLogger(__name__)
 
@@ -120,16 +121,18 @@ class Enforced:
         return await anyio.to_thread.run_sync(self._look, wanted)
 
     def _look(self, wanted: Wanted) -> LimitsLook | None:
-        now, why = files.now(), _AWAY
+        why = _AWAY
         try:
             self._say(wanted)
             seen = self._seen.read()
             # What an earlier boot left there has a time that has not come yet.
-            if seen is not None and 0 <= now - seen.beat <= STALE:
+            if seen is not None and 0 <= files.now() - seen.beat <= STALE:
                 return seen.look
         except StoreError as error:  # perhaps another version wrote it, which is replaced now
             why = str(error)
-        return None if now < self._patient_until else LimitsLook(error=why, enforced=True)
+        if files.now() < self._patient_until:
+            return None
+        return LimitsLook(error=why, enforced=True)
 
     def _say(self, wanted: Wanted) -> None:
         """Writes it, again where somebody else has since. Raises StoreError."""
@@ -166,7 +169,7 @@ class LimitsWatch:
             self.node.set_limits(LimitsLook(error="they could not be looked at yet"))
         task_status.started()
         while True:
-            await anyio.sleep(self.interval)
+            await next_turn(self.interval)
             await self._look()
 
     async def _look(self) -> bool:

@@ -14,6 +14,8 @@ import uvicorn
 from anyio import CancelScope
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from vgpu_agent.pace import next_turn
+
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 128
@@ -167,7 +169,7 @@ class Server(uvicorn.Server):
 
     async def _end_stuck_connections(self) -> None:
         while True:
-            await anyio.sleep(min(1, self._exchange))
+            await next_turn(min(1, self._exchange))
             for connection in tuple(self.server_state.connections):
                 if isinstance(connection, _Connection):
                     connection.end_if_stuck(self._exchange)

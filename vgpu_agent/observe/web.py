@@ -31,6 +31,7 @@ from vgpu_agent.observe.listen import address_of
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
+from vgpu_agent.pace import next_turn
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class Web:
     async def _keep_beating(self) -> None:
         while True:
             self._last_beat = self._clock()
-            await anyio.sleep(self._beat)
+            await next_turn(self._beat)
 
     # Answers
 
