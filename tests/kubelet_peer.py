@@ -195,8 +195,10 @@ class KubeletPeer:
         if self._server is None or self._pool is None:
             return
         self._stopping.set()
+        # Before the streams end, or a quick plugin would register with it again.
+        ended = self._server.stop(None)
         self._close_all()
-        self._server.stop(None).wait()
+        ended.wait()
         self._pool.shutdown()
         # Once more, for what a registration under way has left.
         self._close_all()

@@ -119,6 +119,8 @@ def a_lost_gpu(shown: Shown) -> Agent:
 
 def no_kubelet(shown: Shown) -> Agent:
     agent = shown.start()
+    # A stale socket would be one line more for a moment.
+    shown.kubelet.socket.unlink()
     shown.kubelet.stop()
     return agent
 

@@ -203,7 +203,7 @@ class Machine(RuleBasedStateMachine):
                 recovery_seconds=RECOVERY,
                 lost_card_seconds=LOST_SECONDS,
             ),
-            call_limit=0.03,
+            call_limit=0.1,
         )
         self.agent.now, self.agent.jumped = self.now, self.jumped
         self.said: dict[str, bool] = {}
@@ -239,6 +239,8 @@ class Machine(RuleBasedStateMachine):
             self.model[uuid].energy += 10
             self.driver.show(uuid, self.model[uuid].reading())
         present = self.agent.snapshot.present
+        # Without one usable GPU it opens the driver anew by itself.
+        self.void |= self.agent.watch._handles_void
         await self.agent.look()
         self.looked(present)
 
