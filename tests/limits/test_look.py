@@ -479,3 +479,18 @@ async def test_250_containers_are_looked_at_in_a_moment(machine):
         assert len(look.containers) == 250
         assert len(machine.driver.set) == 250
         assert (await looker.look(SHARES)).missing == ()
+
+
+async def test_containers_that_have_ended_say_nothing_of_a_gpu(machine, monkeypatch):
+    gone = machine.start(1)
+    looker = machine.looker(enforce=True)
+    await looker.look(SHARES)
+    machine.end(1)  # which leaves no sign: its link stays for a while
+    machine.start(2)
+    monkeypatch.setattr(looker.finder, "_known", (looker.finder.signs(), *looker.finder._known[1:]))
+
+    async def answers(_: str, cgroups: Sequence[str]) -> Mapping[str, MemoryLimit | str]:
+        return {path: "Not Found" if path == gone else NO_LIMIT for path in cgroups}
+
+    monkeypatch.setattr(machine.driver, "memory_limits", answers)
+    assert (await looker.look(SHARES)).gpus == {}

@@ -115,6 +115,8 @@ class Looker:
             for uuid, of in answers.items()
             if not any(isinstance(each, MemoryLimit) for each in of.values())
         }
+        if not afresh and set(gpus.values()) - {_NO_ANSWER}:  # what was asked about may have ended
+            return await self.look(shares, afresh=True)
         alike = set(gpus.values()) if gpus.keys() == shares.keys() else set()
         self.unsure = alike == {_NO_ANSWER}
         found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
