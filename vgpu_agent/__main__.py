@@ -8,7 +8,7 @@ import sys
 
 from vgpu_agent import signals
 
-if sys.argv[1:2] in (["run"], ["dev"]):
+if sys.argv[1:2] in (["run"], ["dev"], ["limits"]):
     signals.install()  # before all else, which takes some tenths of a second
 elif "--at-end" in sys.argv:
     signals.block()
