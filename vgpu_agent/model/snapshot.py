@@ -1,7 +1,8 @@
 """What the edges report (`Inputs`), and the pure function that makes a `Snapshot` of it.
 
 `compose` decides which GPUs are advertised, as how many vGPUs, and which of their faults are in
-effect. Everything that is shown of the node is a function of a snapshot.
+effect. Everything that is shown of the node is a function of a snapshot. The module is long because
+what is composed, what comes of it and how stand in one place.
 """
 
 from collections.abc import Mapping
