@@ -1,6 +1,13 @@
-"""What is looked at every second is looked at together."""
+"""Time: one clock for all processes of the node, and looks that are made together."""
+
+import time
 
 import anyio
+
+
+def since_boot() -> float:
+    """Seconds since the boot: the same in every container."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def next_turn(seconds: float) -> None:

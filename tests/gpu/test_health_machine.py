@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
             self.model[uuid].energy += 10
             self.driver.show(uuid, self.model[uuid].reading())
         present = self.agent.snapshot.present
-        # Without one usable GPU it opens the driver anew by itself.
+        # Without one usable GPU it opens the driver again by itself.
         self.void |= self.agent.watch._handles_void
         await self.agent.look()
         self.looked(present)

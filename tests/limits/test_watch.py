@@ -9,13 +9,14 @@ import pytest
 
 from tests.limits.test_look import GIB, SHARES, A, B, Machine
 from vgpu_agent.errors import DriverError
-from vgpu_agent.limits import files
+from vgpu_agent.limits import files, watch
 from vgpu_agent.limits.files import Said, Seen, Wanted
 from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, OwnLook, Paced
 from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, Mode
 from vgpu_agent.model.snapshot import Driver, Snapshot
+from vgpu_agent.pace import since_boot
 
 UP = Snapshot(driver=Driver("615.71", None), inventory=Inventory((A, B)))
 RELEASED = replace(UP, driver=Driver("615.71", "released", released_until=2.0**33))
@@ -79,8 +80,8 @@ async def test_an_enforcer_that_is_not_heard_of_is_gone(machine, monkeypatch):
     async with enforcing(machine):
         await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
     assert (await source.look(UP)).mode is Mode.DRIVER  # for a moment nobody minds
-    now = files.now()
-    monkeypatch.setattr(files, "now", lambda: now + STALE + 1)
+    now = since_boot()
+    monkeypatch.setattr(watch, "since_boot", lambda: now + STALE + 1)
     assert "not heard of" in (await source.look(UP)).error
     # And one that is back is there again.
     async with enforcing(machine):
@@ -144,7 +145,7 @@ async def test_an_enforcer_that_starts_while_gpus_are_released_says_so(machine):
 
 @pytest.mark.parametrize("beat", [STALE + 1, -1.0, -1e6])
 async def test_what_was_said_long_ago_or_before_the_boot_is_not_believed(machine, beat):
-    files.write(machine.root, Seen(files.now() - beat, LimitsLook(enforced=True)))
+    files.write(machine.root, Seen(since_boot() - beat, LimitsLook(enforced=True)))
     assert "not heard of" in (await Enforced(machine.root, patience=0).look(UP)).error
 
 
@@ -311,7 +312,7 @@ async def test_a_word_that_is_written_while_the_agent_looks_is_believed(machine,
 
     def slowly(wanted: Wanted) -> None:
         say(wanted)
-        files.write(machine.root, Seen(files.now(), LimitsLook(enforced=True)))
+        files.write(machine.root, Seen(since_boot(), LimitsLook(enforced=True)))
 
     monkeypatch.setattr(source, "_say", slowly)
     assert (await source.look(UP)).error is None

@@ -34,6 +34,7 @@ from vgpu_agent.mps.directories import PIPE_MODE, Directories
 from vgpu_agent.mps.log import Seen
 from vgpu_agent.mps.state import State, Watched, generation_of
 from vgpu_agent.observe import changes
+from vgpu_agent.pace import since_boot
 
 GPUS = simulated_gpus(2, "GPU", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)
@@ -187,7 +188,7 @@ def directories(kubelet_dir: Path) -> Directories:
 def wrote(directories: Directories, *, late: float = 0, **looks: DaemonLook) -> None:
     """As `mps watch` writes it, so many seconds ago."""
     daemons = {name: Watched(look) for name, look in looks.items()}
-    state.write(directories.state, State("1", MpsLimits.CLIENT, state.now() - late, daemons))
+    state.write(directories.state, State("1", MpsLimits.CLIENT, since_boot() - late, daemons))
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ Each is written by one of them and read by the other, in VGPU_STATE_DIRECTORY. E
 blocks.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,8 +80,3 @@ def path_of(kind: type[Wanted | Seen], directory: Path) -> Path:
 def write(directory: Path, said: Wanted | Seen) -> None:
     """Replaces the file. Raises StoreError."""
     store.write(path_of(type(said), directory), asdict(said))
-
-
-def now() -> float:
-    """Seconds since the boot: one clock for all containers of the node."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

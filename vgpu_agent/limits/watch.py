@@ -20,7 +20,7 @@ from vgpu_agent.limits.look import Looker
 from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
-from vgpu_agent.pace import next_turn
+from vgpu_agent.pace import next_turn, since_boot
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Enforced:
 
     def __init__(self, directory: Path, patience: float = PATIENCE) -> None:
         self._directory = directory
-        self._patient_until = files.now() + patience
+        self._patient_until = since_boot() + patience
         self._seen = Said(Seen, directory)
         self._said: tuple[Wanted, object] | None = None
 
@@ -126,11 +126,11 @@ class Enforced:
             self._say(wanted)
             seen = self._seen.read()
             # What an earlier boot left there has a time that has not come yet.
-            if seen is not None and 0 <= files.now() - seen.beat <= STALE:
+            if seen is not None and 0 <= since_boot() - seen.beat <= STALE:
                 return seen.look
         except StoreError as error:  # perhaps another version wrote it, which is replaced now
             why = str(error)
-        if files.now() < self._patient_until:
+        if since_boot() < self._patient_until:
             return None
         return LimitsLook(error=why, enforced=True)
 
@@ -244,12 +244,12 @@ class Enforcer:
     async def _say(self, look: LimitsLook | None) -> None:
         """Writes what is new, and now and then what is not."""
         look = look or self._seen
-        if look is None or (look == self._seen and files.now() - self._beat < BEAT):
+        if look is None or (look == self._seen and since_boot() - self._beat < BEAT):
             return
         if look.error is not None and look.error != self._error:
             log.warning("no memory limits: %s", look.error)
         self._error = look.error
-        beat = files.now()
+        beat = since_boot()
         write = partial(files.write, self.directory, Seen(beat, look))
         try:
             await anyio.to_thread.run_sync(write)

@@ -20,6 +20,7 @@ from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.state import State
+from vgpu_agent.pace import since_boot
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class RealDaemons:
             )
         self._say_division()
         daemons = {name: self._alive(name, found) for name in found.daemons}
-        away = state.now() - found.beat > STALE
+        away = since_boot() - found.beat > STALE
         unwatched = (
             "`vgpu-agent mps watch` is not heard of: see it in the MPS pod" if away else None
         )

@@ -22,11 +22,12 @@ from vgpu_agent.errors import (
 )
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook
 from vgpu_agent.model.rules import MpsLimits
-from vgpu_agent.mps import answers, processes, state
+from vgpu_agent.mps import answers, processes
 from vgpu_agent.mps.control import Control, Defaults, get_defaults, read_defaults, set_defaults
 from vgpu_agent.mps.log import read_on
 from vgpu_agent.mps.programs import CONTROL
 from vgpu_agent.mps.state import Watched, generation_of
+from vgpu_agent.pace import since_boot
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ class Watcher:
                 wait = poll_seconds
             elif not self._look.servers:  # one that starts is seen in the log
                 wait *= _IDLE
-            until = state.now() + wait
-            while state.now() < until:  # slept in polls: a new daemon gets its limits at once
+            until = since_boot() + wait
+            while since_boot() < until:  # slept in polls: a new daemon gets its limits at once
                 await anyio.sleep(poll_seconds)
                 if generation_of(pipe) != generation or await self._read_log():
                     break
@@ -126,7 +127,7 @@ class Watcher:
         generation = generation_of(self._control.directories.pipe)
         await self._divide(generation)
         found = await self._asked(generation)
-        seen, now = self._watched.log, state.now()
+        seen, now = self._watched.log, since_boot()
         failing = None
         if seen.failing(now):
             failing = (
@@ -166,7 +167,7 @@ class Watcher:
         """Passes on what the daemon said that people need, but for a flood; whether it did."""
         directories = self._control.directories
         seen, lines = await anyio.to_thread.run_sync(
-            read_on, directories.control_log, self._watched.log, state.now()
+            read_on, directories.control_log, self._watched.log, since_boot()
         )
         self._watched = replace(self._watched, log=seen)
         for line in lines[:_PASSED_ON]:
@@ -224,13 +225,13 @@ class Watcher:
         """Asks for all that is due, in one session where no server is new. Raises MpsError."""
         ordinals = list(self._wanted.memory_limits)
         server = self._limits is MpsLimits.SERVER
-        due = server or state.now() - self._defaults_at >= _DEFAULTS_SECONDS
+        due = server or since_boot() - self._defaults_at >= _DEFAULTS_SECONDS
         first = get_defaults(ordinals) if due or self._defaults is None else []
         of_servers = self._about(known.servers)
         said = await self._ask([*first, "get_server_list", *of_servers])
         if first:
             self._defaults = read_defaults(ordinals, said[: len(first)])
-            self._defaults_at = state.now()
+            self._defaults_at = since_boot()
         listed = answers.parse_pids(said[len(first)])
         about = dict(zip(of_servers, said[len(first) + 1 :], strict=True))
         problem = None
@@ -245,7 +246,7 @@ class Watcher:
         }
         problem = problem or (self._overridden(about) if server else None)
         problem = problem or (self._older(statuses) if server else None)
-        now = state.now()
+        now = since_boot()
         self._statuses = {
             pid: (status, old[1] if (old := self._statuses.get(pid)) and old[0] == status else now)
             for pid, status in statuses.items()
@@ -291,7 +292,7 @@ class Watcher:
             lines = set_defaults(self._wanted)
             said = await self._ask([*lines, *get_defaults(ordinals)])
             defaults = self._defaults = read_defaults(ordinals, said[len(lines) :])
-            self._watched = replace(self._watched, set_to=str(self._wanted), set_at=state.now())
+            self._watched = replace(self._watched, set_to=str(self._wanted), set_at=since_boot())
         other = ", ".join(self._wanted.differences(defaults))
         return (other and f"the MPS daemon was set to {self._wanted} and says {other}") or None
 

@@ -8,7 +8,6 @@ import fcntl
 import os
 import stat
 import struct
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -50,11 +49,6 @@ class State:
     limits: MpsLimits
     beat: float
     daemons: Mapping[str, Watched] = field(default_factory=dict)
-
-
-def now() -> float:
-    """Seconds since the boot: one clock for all processes of the node."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def write(path: Path, state: State) -> None:

@@ -21,6 +21,7 @@ from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.look import Measure, Watcher
 from vgpu_agent.mps.programs import CONTROL, hold
 from vgpu_agent.mps.state import State, Watched
+from vgpu_agent.pace import since_boot
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class _Report:
 
     async def beat(self) -> None:
         """Writes what changed, and now and then what did not."""
-        daemons, now = dict(self._daemons), state.now()
+        daemons, now = dict(self._daemons), since_boot()
         same = {name: _known(each) for name, each in daemons.items()}
         if not daemons or (same == self._written and now - self._last < BEAT):
             return
