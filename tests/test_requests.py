@@ -293,10 +293,10 @@ async def test_a_simulated_fault_is_found_as_a_real_one_and_ends_with_heal(
 async def test_every_ecc_error_is_one_more_and_heal_begins_anew(it):
     for _ in range(2):
         await it.ask("simulate", fault="ecc", gpu="0")
-    assert (await it.driver.probe(ONE)).uncorrectable_ecc == 2
+    assert (await it.driver.probe([ONE]))[ONE].uncorrectable_ecc == 2
     await it.ask("simulate", fault="heal")
     await it.look()
-    assert (await it.driver.probe(ONE)).uncorrectable_ecc == 0
+    assert (await it.driver.probe([ONE]))[ONE].uncorrectable_ecc == 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ async def scan(driver: NvmlDriver, *limits: float) -> Any:
 
 
 async def probe(driver: NvmlDriver, uuid: str, *limit: float) -> Any:
-    return dataclasses.asdict(await driver.probe(uuid, *limit))
+    return dataclasses.asdict((await driver.probe([uuid], *limit))[uuid])
 
 
 async def processes(driver: NvmlDriver, uuid: str) -> Any:
@@ -83,7 +83,7 @@ async def hang(
     *arguments: Any,
 ) -> Any:
     """What happens on the loop and to threads while calls hang: ticks, timeouts, new threads."""
-    call = getattr(driver, name)
+    call, of = getattr(driver, name), [uuid] if name == "probe" else uuid
     ticks = timeouts = 0
     before = threading.active_count()
     done = anyio.Event()
@@ -98,7 +98,7 @@ async def hang(
         tasks.start_soon(tick)
         for _ in range(times):
             with anyio.move_on_after(seconds) as scope:
-                await call(uuid, *arguments)
+                await call(of, *arguments)
             timeouts += scope.cancelled_caught
         done.set()
     return {"ticks": ticks, "timeouts": timeouts, "threads": threading.active_count() - before}
@@ -146,6 +146,7 @@ async def main() -> None:
     async with NvmlDriver(
         numa_root=Path(numa_root),
         proc_root=Path(proc_root),
+        wait_seconds=2,
         monotonic=lambda: time.monotonic() + offset,
     ) as driver:
         while line := await to_thread.run_sync(sys.stdin.readline):

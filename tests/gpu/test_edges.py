@@ -78,7 +78,11 @@ def a_session() -> Session:
         return calls.describe(index, uuid, gpu, numa_root=Path("/nowhere"))
 
     return Session(
-        describe=describe, proc_root=Path("/nowhere"), reopen_seconds=30, monotonic=lambda: 0.0
+        describe=describe,
+        proc_root=Path("/nowhere"),
+        reopen_seconds=30,
+        wait_seconds=2,
+        monotonic=lambda: 0.0,
     )
 
 

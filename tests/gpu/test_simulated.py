@@ -46,37 +46,37 @@ def test_ids_of_vgpus_fit_into_what_the_kubelet_takes():
 async def test_a_machine_may_have_no_gpu():
     driver = SimulatedDriver(simulated_gpus(0, "A GPU", GIB, (0,)))
     assert await driver.scan() == Scan(DRIVER_VERSION, ())
-    assert await driver.probe("GPU-unknown") == LOST
+    assert await driver.probe(["GPU-unknown"]) == {"GPU-unknown": LOST}
 
 
 # Handles
 
 
 async def test_a_gpu_answers_only_from_a_handle_of_a_scan(driver):
-    assert await driver.probe(ONE) == LOST
+    assert await driver.probe([ONE]) == {ONE: LOST}
     assert await driver.scan() == Scan(DRIVER_VERSION, GPUS)
-    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [WELL, WELL]
-    assert await driver.probe("GPU-unknown") == LOST
+    assert await driver.probe([ONE, TWO]) == {ONE: WELL, TWO: WELL}
+    assert await driver.probe(["GPU-unknown"]) == {"GPU-unknown": LOST}
 
 
 async def test_a_gpu_that_falls_off_the_bus_is_lost_until_it_has_a_new_handle(driver):
     await driver.scan()
     driver.xid(ONE, 79, falls_off_the_bus=True)
-    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [LOST, WELL]
+    assert await driver.probe([ONE, TWO]) == {ONE: LOST, TWO: WELL}
     assert (await driver.scan()).gpus == GPUS[1:]
-    assert await driver.probe(ONE) == LOST
+    assert await driver.probe([ONE]) == {ONE: LOST}
     driver.enumerate_again(ONE)
-    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [LOST, WELL]
+    assert await driver.probe([ONE, TWO]) == {ONE: LOST, TWO: WELL}
     assert (await driver.scan()).gpus == GPUS
-    assert [await driver.probe(uuid) for uuid in (ONE, TWO)] == [WELL, WELL]
+    assert await driver.probe([ONE, TWO]) == {ONE: WELL, TWO: WELL}
 
 
 async def test_every_reset_voids_the_handles_of_a_gpu_that_never_left(driver):
     for _ in range(3):
         assert (await driver.scan()).gpus == GPUS
-        assert await driver.probe(ONE) == WELL
+        assert await driver.probe([ONE]) == {ONE: WELL}
         driver.enumerate_again(ONE)
-        assert await driver.probe(ONE) == LOST
+        assert await driver.probe([ONE]) == {ONE: LOST}
 
 
 # Faults
@@ -86,14 +86,14 @@ async def test_probes_fail_until_they_are_told_to_pass_or_the_gpu_is_reset(drive
     await driver.scan()
     driver.fail_probes(ONE, "it does not like it")
     for _ in range(2):
-        assert (await driver.probe(ONE)).error == "it does not like it"
-    assert await driver.probe(TWO) == WELL
+        assert (await driver.probe([ONE]))[ONE].error == "it does not like it"
+    assert await driver.probe([TWO]) == {TWO: WELL}
     driver.fail_probes(ONE, None)
-    assert await driver.probe(ONE) == WELL
+    assert await driver.probe([ONE]) == {ONE: WELL}
     driver.fail_probes(ONE, "again")
     driver.enumerate_again(ONE)
     await driver.scan()
-    assert await driver.probe(ONE) == WELL
+    assert await driver.probe([ONE]) == {ONE: WELL}
 
 
 async def test_an_unknown_gpu_cannot_fail(driver):

@@ -459,31 +459,6 @@ async def test_pages_that_name_pods_are_served_under_known_names_alone(
     assert (await named_site.get("/metrics", Host=host)).status == 200
 
 
-# /healthz
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.mark.slow
-async def test_an_agent_without_a_sign_of_life_is_not_healthy_until_the_next_one():
-    clock = Clock()
-    async with serving(clock=clock, beat=0.5, alive=10) as site:
-        clock.now += 10
-        assert (await site.get("/healthz")).status == 200
-        clock.now += 2.4
-        reply = await site.get("/healthz")
-        assert (reply.status, reply.body) == (503, b"no sign of life for 12 s\n")
-        await anyio.sleep(0.7)
-        reply = await site.get("/healthz")
-        assert (reply.status, reply.body) == (200, b"ok\n")
-
-
 # /readyz
 
 

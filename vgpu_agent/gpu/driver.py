@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self
 
 import anyio
@@ -38,8 +38,13 @@ class GpuDriver(ABC):
         """
 
     @abstractmethod
-    async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
-        """Asks one GPU how it is, by the handle of the last scan; without one it is lost."""
+    async def probe(
+        self, uuids: Collection[str], limit: float = CALL_LIMIT, patience: float = math.inf
+    ) -> dict[str, Reading]:
+        """Asks GPUs how they are, by the handles of the last scan; without one a GPU is lost.
+
+        Times as of `scan`; one that is not waited for any longer is left out.
+        """
 
     @abstractmethod
     async def processes(self, uuid: str) -> Sequence[GpuProcess] | None:
@@ -68,7 +73,7 @@ class GpuDriver(ABC):
 
     @abstractmethod
     async def next_events(self) -> Sequence[GpuEvent]:
-        """Waits some seconds for events at most; none is a normal answer."""
+        """Waits for events, for a while; none is a normal answer."""
 
     @abstractmethod
     async def release(self) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -90,13 +90,25 @@ class SimulatedDriver(GpuDriver):
         self._handles = {shared.gpu.uuid: shared.epoch for shared in present}
         return Scan(DRIVER_VERSION, tuple(shared.gpu for shared in present))
 
-    async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
+    async def probe(
+        self, uuids: Collection[str], limit: float = CALL_LIMIT, patience: float = math.inf
+    ) -> dict[str, Reading]:
         """A GPU is lost where it fell off the bus or was enumerated again since the last scan."""
-        with anyio.move_on_after(limit):
-            while (shared := self._gpus.get(uuid)) is not None and shared.hangs:
-                await self._changed.wait()
-        if shared is not None and shared.hangs:
-            return Reading.silent("probe", limit)
+
+        def hang() -> set[str]:
+            return {uuid for uuid in uuids if uuid in self._gpus and self._gpus[uuid].hangs}
+
+        if hung := hang():
+            with anyio.move_on_after(min(limit, patience)):
+                while hung := hang():
+                    await self._changed.wait()
+        readings = {uuid: self._reading(uuid) for uuid in uuids if uuid not in hung}
+        if limit <= patience:
+            readings |= dict.fromkeys(hung, Reading.silent("probe", limit))
+        return readings
+
+    def _reading(self, uuid: str) -> Reading:
+        shared = self._gpus.get(uuid)
         if shared is None or not shared.on_the_bus or self._handles.get(uuid) != shared.epoch:
             return Reading(lost=True)
         return shared.reading

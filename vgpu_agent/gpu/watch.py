@@ -31,9 +31,9 @@ class Intervals:
 
     `first_look`: a GPU that has not answered by then is not waited for at the start.
     `driver_retry`: between two looks for a driver that cannot be asked, or that has no GPU.
-    `event_pause`: between two looks that events ask for, however many come. `release`: for which
-    NVML is closed, so that GPUs can be reset; `release_pause`: between two releases that nobody
-    asked for.
+    `event_pause`: from an event to the look that it asks for, however many come meanwhile.
+    `release`: for which NVML is closed, so that GPUs can be reset; `release_pause`: between two
+    releases that nobody asked for.
     """
 
     call_limit: float = CALL_LIMIT
@@ -122,9 +122,10 @@ class GpuWatch:
         if self._useless_since is not None:
             left = self._useless_since + rules.driver_wait - self.clock()
             wait = min(wait, max(left, intervals.event_pause))
-        await anyio.sleep(intervals.event_pause)
-        with anyio.move_on_after(wait - intervals.event_pause):
+        with anyio.move_on_after(wait):
             await self._wake.wait()
+            # The list goes out first, and what else happens meanwhile is part of the same look.
+            await anyio.sleep(intervals.event_pause)
         self._wake = anyio.Event()
 
     # Looks
@@ -137,7 +138,9 @@ class GpuWatch:
         not answered after `patience` seconds the next look waits, which is at once.
         """
         checks = self.node.rules.health.health_checks
-        readings = await self._probe(self.node.snapshot.present) if checks else {}
+        limit, readings = self.intervals.call_limit, dict[str, Reading]()
+        if checks:
+            readings = await self.driver.probe(self.node.snapshot.present, limit)
         if self._handles_void:
             # Lost by a handle that is void anyway says nothing of the GPU: asked again below.
             readings = {uuid: each for uuid, each in readings.items() if not each.lost}
@@ -145,7 +148,7 @@ class GpuWatch:
         problem: DriverError | None = None
         names: frozenset[str] | None = None
         try:
-            scan = await self.driver.scan(self.intervals.call_limit, patience)
+            scan = await self.driver.scan(limit, patience)
         except DriverError as error:
             problem = error
         self._handles_void = scan is None
@@ -154,7 +157,8 @@ class GpuWatch:
             lost |= scan.returned
         if scan is not None and checks:
             there = {gpu.uuid for gpu in scan.gpus}
-            readings |= await self._probe(there - (readings.keys() - lost), patience)
+            there -= readings.keys() - lost
+            readings |= await self.driver.probe(there, limit, patience)
             late = [gpu for gpu in scan.gpus if gpu.uuid not in readings]
             scan = replace(
                 scan,
@@ -210,21 +214,6 @@ class GpuWatch:
             why = next(iter(readings.values())).error if hangs else None
             return Driver(scan.driver_version, why)
         return Driver(self.node.snapshot.driver.version, str(problem))
-
-    async def _probe(
-        self, uuids: Collection[str], patience: float = math.inf
-    ) -> dict[str, Reading]:
-        """A reading of each GPU that answers in time, all at once."""
-        readings = dict[str, Reading]()
-
-        async def probe(uuid: str) -> None:
-            readings[uuid] = await self.driver.probe(uuid, self.intervals.call_limit)
-
-        with anyio.move_on_after(patience):
-            async with anyio.create_task_group() as tasks:
-                for uuid in uuids:
-                    tasks.start_soon(probe, uuid)
-        return readings
 
     async def _judge_driver(
         self, scan: Scan | None, problem: DriverError | None, readings: Mapping[str, Reading]

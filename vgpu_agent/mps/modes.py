@@ -65,7 +65,7 @@ class ComputeModes:
                 await self._give_back(uuid)
 
     async def _take(self, uuid: str) -> None:
-        mode = (await self._driver.probe(uuid)).compute_mode
+        mode = (await self._driver.probe([uuid]))[uuid].compute_mode
         if mode is None:
             log.warning("%s has no compute mode: processes can bypass MPS", uuid)
             return
@@ -80,7 +80,7 @@ class ComputeModes:
 
     async def _give_back(self, uuid: str) -> None:
         before = self._before[uuid]
-        reading = await self._driver.probe(uuid)
+        reading = (await self._driver.probe([uuid]))[uuid]
         if reading.lost:
             log.warning("%s is not there; compute mode %s is not restored", uuid, before.name)
             return

@@ -6,6 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -13,8 +14,6 @@ import h11
 import uvicorn
 from anyio import CancelScope
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
-
-from vgpu_agent.pace import next_turn
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +52,18 @@ class _Connection(H11Protocol):
 
     since = 0.0
     """When the exchange under way began: the connection was made, or a request came, all that was
-    before being answered and taken."""
+    before being answered and taken; it may take so many `seconds`."""
 
     _last: RequestResponseCycle | None = None
+
+    def __init__(self, seconds: float, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._seconds = seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.since = self.loop.time()
+        self._check = self.loop.call_later(self._seconds, self._end_if_stuck)
         peers = Counter(each.peer for each in self._all())
         if peers[self.peer] > MAX_PER_PEER:
             self._make_room(self.peer)
@@ -98,6 +102,7 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._check.cancel()
         # uvicorn leaves its timer after a reset, and a question that is asked for nobody: who
         # comes and goes would leave thousands of dead connections behind.
         self._unset_keepalive_if_required()
@@ -105,10 +110,13 @@ class _Connection(H11Protocol):
         if scope is not None and (cancel := scope["state"].get(CANCEL)):
             cancel()
 
-    def end_if_stuck(self, seconds: float) -> None:
+    def _end_if_stuck(self) -> None:
         """Cuts it where an exchange takes longer; idle ones uvicorn has closed before."""
-        if self.loop.time() - self.since > seconds:
+        ends = self.since + self._seconds
+        if ends <= self.loop.time():
             self.transport.abort()
+        else:
+            self._check = self.loop.call_at(ends, self._end_if_stuck)
 
 
 class Server(uvicorn.Server):
@@ -121,7 +129,7 @@ class Server(uvicorn.Server):
                 interface="asgi3",
                 proxy_headers=False,
                 headers=EVERYWHERE,
-                http=_Connection,
+                http=partial(_Connection, exchange),  # type: ignore[arg-type]  # is called only
                 backlog=ACCEPTED_AT_ONCE,
                 ws="none",
                 loop="none",
@@ -133,7 +141,6 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE,
             )
         )
-        self._exchange = exchange
         self._stopping = anyio.Event()
 
     def stop(self) -> None:
@@ -160,19 +167,9 @@ class Server(uvicorn.Server):
             each.listen(1024)
 
     async def main_loop(self) -> None:
-        """Ends connections that are stuck. uvicorn's own loop has dates and signals to look at."""
+        """Waits for the end. uvicorn's own loop has dates and signals to look at."""
         await self.on_tick(0)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._end_stuck_connections)
-            await self._stopping.wait()
-            tasks.cancel_scope.cancel()
-
-    async def _end_stuck_connections(self) -> None:
-        while True:
-            await next_turn(min(1, self._exchange))
-            for connection in tuple(self.server_state.connections):
-                if isinstance(connection, _Connection):
-                    connection.end_if_stuck(self._exchange)
+        await self._stopping.wait()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -31,7 +31,6 @@ from vgpu_agent.observe.listen import address_of
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
-from vgpu_agent.pace import next_turn
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +111,11 @@ def _always(answer: Answer) -> Page:
 
 
 class Web:
-    """Serves one node's state. Owns the sign of life and the listening socket.
+    """Serves one node's state. Owns the listening socket.
 
     `report` makes /status.json, in a worker thread. Without `page` there is none at /. Both are
     for requests to an IP address, localhost or one of `hosts` only: the page of another site, whose
-    name leads here (DNS rebinding), is not to read names of pods with its visitor's browser. The
-    loop gives a sign of life every `beat` seconds, and /healthz says no where there was none for
-    `alive` seconds.
+    name leads here (DNS rebinding), is not to read names of pods with its visitor's browser.
     """
 
     def __init__(
@@ -130,9 +127,6 @@ class Web:
         report: Callable[[Snapshot], bytes],
         page: bool = True,
         hosts: frozenset[str] = frozenset(),
-        clock: Callable[[], float] = time.monotonic,
-        beat: float = 1.0,
-        alive: float = 10.0,
         exchange: float = EXCHANGE_SECONDS,
     ) -> None:
         self._listener = listener
@@ -141,16 +135,15 @@ class Web:
         self._report = report
         self._hosts = hosts | {"localhost"}
         self._repeats = Repeats(log)
-        self._clock = clock
-        self._beat, self._alive, self._exchange = beat, alive, exchange
-        self._last_beat = clock()
+        self._exchange = exchange
         self._rendering = anyio.Lock()
         self._rendered: dict[str, tuple[float, Answer]] = {}
         self._rest_until = 0.0
         self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
         self._pages |= {
             "/metrics": self._metrics_page,
-            "/healthz": self._healthz,
+            # That it is answered says that the loop lives.
+            "/healthz": _always(Answer(200, b"ok\n")),
             "/readyz": self._readyz,
             "/status.json": self._status_json,
         }
@@ -164,18 +157,12 @@ class Web:
         """Serves until cancelled, then lets requests end for a moment."""
         server = Server(self._answer_request, self._exchange)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._keep_beating)
             tasks.start_soon(server.serve_shielded, self._listener)
             task_status.started()
             try:
                 await anyio.sleep_forever()
             finally:
                 server.stop()
-
-    async def _keep_beating(self) -> None:
-        while True:
-            self._last_beat = self._clock()
-            await next_turn(self._beat)
 
     # Answers
 
@@ -257,13 +244,6 @@ class Web:
                 took = time.monotonic() - begun
                 self._rest_until = max(begun, self._rest_until) + took / RENDERING
             return answer
-
-    async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
-        """Whether the loop lives. That this is answered proves half of it, the beat the rest."""
-        age = self._clock() - self._last_beat
-        if age > self._alive:
-            return Answer(503, f"no sign of life for {age:.0f} s\n".encode())
-        return Answer(200, b"ok\n")
 
     async def _readyz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
         """Whether the kubelet is registered with and follows the list, also without any GPU."""

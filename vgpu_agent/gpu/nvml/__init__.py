@@ -10,7 +10,7 @@ answer at once are asked one after the other, by one thread.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from vgpu_agent.errors import DriverError, DriverHangsError
 from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS
-from vgpu_agent.gpu.nvml.lanes import Crew, Lane, Workers
+from vgpu_agent.gpu.nvml.lanes import Crew, Lane, Workers, run_all
 from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 NO_EVENTS_SECONDS = 1.0
 """Seconds to sleep where no GPU has events to wait for."""
 
+WAIT_LIMIT = SLICE_SECONDS + 2 * CALL_LIMIT
+"""Seconds; a wait for events that takes longer hangs. The loop looks as often whether it does."""
+
 
 class NvmlDriver(GpuDriver):
     """The GPUs of this machine. See `GpuDriver` for what the methods promise.
@@ -40,7 +43,7 @@ class NvmlDriver(GpuDriver):
     NVML is opened by `scan` and closed on leaving, after which it may be entered again. `numa_root`
     is sysfs's folder of PCI devices, `proc_root` the driver's own list of its GPUs. NVML lists the
     GPUs of its start for ever: a session that is older than `reopen_seconds` is opened again where
-    the driver's list has another length.
+    the driver's list has another length. After `wait_seconds` a wait for events ends without any.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class NvmlDriver(GpuDriver):
         numa_root: Path = Path("/sys/bus/pci/devices"),
         proc_root: Path = Path("/proc/driver/nvidia/gpus"),
         reopen_seconds: float = 30,
+        wait_seconds: float = 60,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._workers = Workers()
@@ -61,6 +65,7 @@ class NvmlDriver(GpuDriver):
             describe=partial(calls.describe, numa_root=numa_root),
             proc_root=proc_root,
             reopen_seconds=reopen_seconds,
+            wait_seconds=wait_seconds,
             monotonic=monotonic,
         )
 
@@ -77,34 +82,40 @@ class NvmlDriver(GpuDriver):
             version, count = await self._calls.run(self._session.open, limit)
         except TimeoutError as error:
             raise DriverHangsError(f"NVML did not answer within {limit:g} s") from error
+        lanes = {index: self._lane(index) for index in range(count)}
+        look = self._session.look
+        asked = {lane: partial(look, index, lane.beat) for index, lane in lanes.items()}
+        found = await run_all(asked, limit, patience)
         looked: dict[int, Looked] = {}
-
-        async def look(index: int) -> None:
-            lane = self._lane(index)
-            with suppress(TimeoutError):
-                looked[index] = await lane.run(partial(self._session.look, index, lane.beat), limit)
-
-        with anyio.move_on_after(patience):
-            async with anyio.create_task_group() as tasks:
-                for index in range(count):
-                    tasks.start_soon(look, index)
-        silent = {i: self._lane(i).doing for i in range(count) if i not in looked}
+        silent: dict[int, str] = {}
+        for index, lane in lanes.items():
+            if lane not in found or isinstance(each := found[lane], TimeoutError):
+                silent[index] = lane.doing
+            else:
+                looked[index] = each
         scan = self._session.scanned(version, looked, silent)
         if not (scan.gpus or scan.undescribed):
             # NVML lists the GPUs that it saw when it was opened: the next scan opens it again.
             await self._calls.run(self._session.close)
         return scan
 
-    async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
+    async def probe(
+        self, uuids: Collection[str], limit: float = CALL_LIMIT, patience: float = math.inf
+    ) -> dict[str, Reading]:
         """See `GpuDriver`."""
-        index = self._session.index_of(uuid)
-        if index is None:
-            return Reading(lost=True)
-        lane = self._lane(index)
-        try:
-            return await lane.run(partial(self._session.probe, uuid, lane.beat), limit)
-        except TimeoutError:
-            return Reading.silent(lane.doing, limit)
+        indices = {uuid: self._session.index_of(uuid) for uuid in uuids}
+        lanes = {uuid: self._lane(i) for uuid, i in indices.items() if i is not None}
+        probe = self._session.probe
+        asked = {lane: partial(probe, uuid, lane.beat) for uuid, lane in lanes.items()}
+        found = await run_all(asked, limit, patience)
+        readings = {uuid: Reading(lost=True) for uuid in indices.keys() - lanes.keys()}
+        for uuid, lane in lanes.items():
+            if lane in found:
+                each = found[lane]
+                if isinstance(each, TimeoutError):
+                    each = Reading.silent(lane.doing, limit)
+                readings[uuid] = each
+        return readings
 
     def _lane(self, index: int) -> Lane:
         return self._gpus.setdefault(index, Lane(self._workers, self._crew))
@@ -145,7 +156,7 @@ class NvmlDriver(GpuDriver):
             due: tuple[str, ...] = ()
             try:
                 wait = partial(self._session.wait, self._waits.beat)
-                due = await self._waits.run(wait, SLICE_SECONDS + CALL_LIMIT)
+                due = await self._waits.run(wait, WAIT_LIMIT)
             except TimeoutError:
                 self._session.events.wait_failed("the wait for events does not return")
             if events := self._session.events.take():

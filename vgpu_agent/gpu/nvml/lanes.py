@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -166,15 +166,20 @@ class Lane:
 
     def __init__(self, workers: Workers, crew: Crew | None = None) -> None:
         self.doing = ""
-        self._workers = workers
         self._crew = crew
-        self._turn = anyio.Lock()
+        self._workers = workers
         self._beat = 0.0
-        self._inside: Future[None] | None = None
+        self._inside = Future[None]()
+        self._inside.set_result(None)
 
     def beat(self, doing: str) -> None:
         """The thread begins with the next of its calls."""
         self.doing, self._beat = doing, time.monotonic()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is inside."""
+        return not self._inside.done()
 
     async def run(self, call: Callable[[], T], limit: float = math.inf) -> T:
         """The answer of the call, or what it raises.
@@ -182,33 +187,74 @@ class Lane:
         Raises TimeoutError where a call inside takes longer than `limit` seconds: many that are
         slow are none that hangs.
         """
-        async with self._turn:
-            await self._free(limit)
-            answer = Future[T]()
+        while self.busy:
+            await self.end(limit)
+        answer = self.begin(call)
+        await self.end(limit)
+        return answer.result(timeout=0)
 
-            def hold() -> None:
-                self.beat("its first call")
-                try:
-                    answer.set_result(call())
-                except Exception as error:  # noqa: BLE001 - raised where the answer is taken
-                    answer.set_exception(error)
+    def begin(self, call: Callable[[], T]) -> "Future[T]":
+        """Its answer, which is there when the lane is no longer busy. Must not be busy now."""
+        answer = Future[T]()
 
-            self.beat(QUEUED)
-            self._inside = (self._crew or self._workers).do(hold)
-            await self._free(limit)
-            return answer.result(timeout=0)
+        def hold() -> None:
+            self.beat("its first call")
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001 - raised where the answer is taken
+                answer.set_exception(error)
 
-    async def _free(self, limit: float) -> None:
-        """Waits until no thread is inside. Raises TimeoutError as `run`."""
-        if self._inside is None or self._inside.done():
-            return
-        ended = asyncio.wrap_future(self._inside)
-        while not ended.done():
+        self.beat(QUEUED)
+        self._inside = (self._crew or self._workers).do(hold)
+        return answer
+
+    async def end(self, limit: float) -> None:
+        """Waits until the call that is inside now has ended. Raises TimeoutError as `run`."""
+        inside = self._inside
+        while not inside.done():
+            left = self._beat + limit - time.monotonic()
             if self._crew is not None and self.doing is QUEUED:
                 left = PATIENCE  # which is nobody's fault, and not for long
-            elif (left := self._beat + limit - time.monotonic()) <= 0:
+            elif left <= 0:
                 raise TimeoutError
-            # A thread that was left is not disturbed.
-            await asyncio.wait([ended], timeout=None if left == math.inf else left)
-            if self._crew is not None and not ended.done():
-                self._crew.overtake()
+            await self.ended(left)
+
+    async def ended(self, within: float) -> None:
+        """Waits for it so many seconds. A thread that is left is not disturbed."""
+        inside, timeout = self._inside, None if within == math.inf else within
+        if not inside.done():
+            await asyncio.wait([asyncio.wrap_future(inside)], timeout=timeout)
+        if self._crew is not None and not inside.done():
+            self._crew.overtake()
+
+
+async def run_all(
+    calls: Mapping[Lane, Callable[[], T]], limit: float, patience: float = math.inf
+) -> dict[Lane, T | TimeoutError]:
+    """What lanes of one crew answer within `patience` seconds, each call as by `Lane.run`.
+
+    Where all answer at once, the loop hears of it once.
+    """
+    hung = dict[Lane, TimeoutError]()
+    answers = {lane: lane.begin(call) for lane, call in calls.items() if not lane.busy}
+
+    async def answer(lane: Lane) -> None:
+        try:
+            while lane not in answers:
+                await lane.end(limit)
+                if not lane.busy:
+                    answers[lane] = lane.begin(calls[lane])
+            if not answers[lane].done():
+                await lane.end(limit)
+        except TimeoutError as error:
+            hung[lane] = error
+
+    with anyio.move_on_after(patience):
+        for lane in list(answers)[-1:]:
+            await lane.ended(PATIENCE)
+        late = [lane for lane in calls if lane not in answers or not answers[lane].done()]
+        if late:
+            async with anyio.create_task_group() as tasks:
+                for lane in late:
+                    tasks.start_soon(answer, lane)
+    return hung | {lane: each.result() for lane, each in answers.items() if each.done()}

@@ -1,5 +1,6 @@
 """NVML while it is open, as the worker threads see it. Everything here blocks."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ import pynvml
 from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu.nvml import calls, limits
 from vgpu_agent.gpu.nvml.calls import GONE, Asked, Beat, Handle
-from vgpu_agent.gpu.nvml.events import Events
+from vgpu_agent.gpu.nvml.events import SLICE_SECONDS, Events
 from vgpu_agent.gpu.nvml.lanes import Gate
 from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import EVENTS, Reading, Scan
@@ -24,9 +25,6 @@ T = TypeVar("T")
 UNKNOWN = "the driver does not know the GPU now"
 
 CLOSE_SECONDS = 1.0
-
-SLICES = 14
-"""So many slices are waited for events before the loop hears that there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +75,13 @@ class Session:
         describe: Callable[[int, str, Asked], Gpu],
         proc_root: Path,
         reopen_seconds: float,
+        wait_seconds: float,
         monotonic: Callable[[], float],
     ) -> None:
         self._describe = describe
         self._proc_root = proc_root
         self._reopen_seconds = reopen_seconds
+        self._slices = math.ceil(wait_seconds / SLICE_SECONDS)
         self._monotonic = monotonic
         self._gate = Gate()
         self._opened_at: float | None = None
@@ -298,7 +298,7 @@ class Session:
 
         Between two slices NVML can be closed. See `Events.wait`.
         """
-        for _ in range(SLICES):
+        for _ in range(self._slices):
             with self._gate.shared():
                 beat("the wait for events")
                 found = (each for each in self._found.values() if each.problem is None)
