@@ -16,6 +16,7 @@ elif "--at-end" in sys.argv:
 import logging
 import os
 import threading
+from contextlib import suppress
 
 from vgpu_agent.cli import execute
 from vgpu_agent.errors import ListenError, SettingsError, VgpuAgentError, is_shortage
@@ -45,7 +46,7 @@ def main() -> None:
         else:
             log.critical("ending after an unexpected error", exc_info=True)
             code = 1
-    _leave_hung_threads(code)
+    _leave_threads(code)
     sys.exit(code)
 
 
@@ -58,18 +59,24 @@ def _explain(errors: BaseExceptionGroup[Exception], code: int) -> int:
     return code
 
 
-def _leave_hung_threads(code: int) -> None:
-    """Ends the process hard if a call to the driver hangs: Python would wait for its thread.
+def _leave_threads(code: int) -> None:
+    """Ends the process hard if a thread is left: Python would wait for it, or take NVML from it.
 
-    Everything else is cleaned up by now. Idle worker threads have been asked to end.
+    Everything else is cleaned up by now. Idle worker threads have been asked to end; one that
+    waits for the driver's events is left to its wait.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(timeout=0.2)
-            if thread.is_alive():
+    threads = [each for each in threading.enumerate() if each is not threading.main_thread()]
+    for each in threads:
+        if not each.daemon:
+            each.join(timeout=0.2)
+            if each.is_alive():
                 log.warning("a call to the driver does not return; ending without it")
-                logging.shutdown()
-                os._exit(code)
+                break
+    if any(each.is_alive() for each in threads):
+        logging.shutdown()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

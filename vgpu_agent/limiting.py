@@ -33,7 +33,7 @@ def make_limits_watch(settings: Settings, driver: GpuDriver, node: Node) -> Limi
         # Which says itself when its own patience is over.
         watch = LimitsWatch(Enforced(settings.state_directory), node, patience=2 * PATIENCE)
     else:
-        watch = LimitsWatch(OwnLook(Paced(make_looker(settings, driver))), node)
+        watch = LimitsWatch(OwnLook(Paced(make_looker(settings, driver))), node, interval=2)
     if settings.device_list.by_cdi:
         from vgpu_agent.gpu.cdi import CdiSpecs  # few nodes need it
 

@@ -499,6 +499,7 @@ def test_a_call_that_hangs_costs_one_thread_and_no_time_of_the_loop(start, fake_
     assert found["threads"] <= 1
     assert child.ask("leave") < 2  # nor does it hold up the end
     fake_nvml.update("GPU-a", hang=0)
+    child.ask("scan")
     assert not child.ask("probe", "GPU-b")["lost"]
 
 

@@ -55,10 +55,10 @@ class NvmlDriver(GpuDriver):
         wait_seconds: float = 60,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._workers = Workers()
+        self._workers, self._waiters = Workers(), Workers(daemon=True)
         self._crew, self._listers = Crew(self._workers), Crew(self._workers)
         self._calls = Lane(self._workers)
-        self._waits = Lane(self._workers)
+        self._waits = Lane(self._waiters)
         self._gpus: dict[int, Lane] = {}
         self._lists: dict[str, Lane] = {}
         self._session = Session(
@@ -69,9 +69,11 @@ class NvmlDriver(GpuDriver):
             monotonic=monotonic,
         )
 
-    async def __aexit__(self, *error: object) -> None:
-        await super().__aexit__(*error)
+    async def __aexit__(self, *_: object) -> None:
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+            await self._calls.run(self._session.leave)
         self._workers.end()
+        self._waiters.end()
 
     async def scan(self, limit: float = CALL_LIMIT, patience: float = math.inf) -> Scan:
         """Opens NVML if need be.

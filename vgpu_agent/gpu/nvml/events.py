@@ -12,12 +12,13 @@ from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.calls import RECOVERY_ACTION_EVENT, XID_EVENT, Beat, EventSet, Handle
 from vgpu_agent.model.facts import GpuEvent, RecoveryActionChanged, XidEvent
 
-# A thread that waits cannot be interrupted, so it waits in slices: a cancelled wait is over, thread
-# and all, within one of them.
-SLICE_SECONDS = 0.15
+# A thread that waits cannot be interrupted, so it waits in slices: NVML can be closed between two.
+# Each costs some 0.15 ms of CPU.
+SLICE_SECONDS = 1.0
 
+WAIT_RETRY_MIN = 0.15
 WAIT_RETRY_MAX = 1.0
-"""Seconds; most that waiting for events is put off: there are none of any GPU meanwhile."""
+"""Seconds that waiting for events is put off: there are none of any GPU meanwhile."""
 
 RETRY_MAX = 60.0
 """Seconds; most that the registration of a GPU is put off."""
@@ -143,7 +144,7 @@ class Events:
 
     def wait_failed(self, why: str) -> None:
         """There are no events of any GPU for now."""
-        self._wait_retry = self._retry(self._wait_retry, why, SLICE_SECONDS, WAIT_RETRY_MAX)
+        self._wait_retry = self._retry(self._wait_retry, why, WAIT_RETRY_MIN, WAIT_RETRY_MAX)
 
     def _retry(self, before: _Retry | None, why: str, first: float, most: float) -> _Retry:
         pause = first if before is None else max(first, min(2 * before.pause, most))

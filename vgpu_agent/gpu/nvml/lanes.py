@@ -19,8 +19,8 @@ PATIENCE = 0.02
 """Seconds that the next lane of a crew waits for a call to end. A healthy GPU takes a few ms for
 all that is asked of it."""
 
-KEPT = 2
-"""Threads that are kept while they have nothing to do: one that waits for events, one that asks."""
+KEPT = 1
+"""Threads that are kept while they have nothing to do."""
 
 
 QUEUED = "its turn"
@@ -61,9 +61,13 @@ class Gate:
 
 
 class Workers:
-    """Threads, made when none is idle, and kept for the next call while few are."""
+    """Threads, made when none is idle, and kept for the next call while few are.
 
-    def __init__(self) -> None:
+    `daemon`: the process may end while they are in a call.
+    """
+
+    def __init__(self, *, daemon: bool = False) -> None:
+        self._daemon = daemon
         self._lock = threading.Lock()
         self._idle: deque[SimpleQueue[tuple[Callable[[], None], Future[None]] | None]] = deque()
         self._kept = KEPT
@@ -76,7 +80,7 @@ class Workers:
             todo = self._idle.pop() if self._idle else None
         if todo is None:
             todo = SimpleQueue()
-            threading.Thread(target=self._serve, args=(todo,), name="driver").start()
+            threading.Thread(target=self._serve, args=(todo,), daemon=self._daemon).start()
         todo.put((work, done))
         return done
 

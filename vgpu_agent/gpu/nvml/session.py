@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 UNKNOWN = "the driver does not know the GPU now"
 
-CLOSE_SECONDS = 1.0
+CLOSE_SECONDS = 2.0
+"""A wait for events is out after a slice."""
+
+LEAVE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,9 +317,17 @@ class Session:
             if found is not None:
                 self.events.register(uuid, found.handle, beat)
 
-    def close(self) -> None:
+    def leave(self) -> None:
+        """Closes NVML where nobody is inside, and ends the wait for events within a slice.
+
+        A wait under which NVML stays open is no harm: the kernel takes back what a process had.
+        """
+        self._found = {}
+        self.close(LEAVE_SECONDS)
+
+    def close(self, patience: float = CLOSE_SECONDS) -> None:
         """Closes NVML; it stays open under a call that hangs."""
-        with self._gate.alone(CLOSE_SECONDS) as alone:
+        with self._gate.alone(patience) as alone:
             if not alone or self._opened_at is None:
                 return  # under a call that hangs it stays open
             self._found = {}
