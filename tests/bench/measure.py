@@ -150,17 +150,12 @@ def rate(kubelet: KubeletPeer, ids: list[str], each: int, callers: int = 16) -> 
 
 
 def at_rest(node: Node, effort: Effort) -> Figures:
-    """Memory, threads, and CPU in a minute, GPUs being probed.
-
-    The fake driver has to look for events, which a real one is woken for: seldom here.
-    """
+    """Memory, threads, and CPU in a minute, GPUs being probed."""
     pid = node.process.pid
-    node.nvml.look_every(1000)
     time.sleep(4)
     before, since = cpu(pid), time.monotonic()
     time.sleep(effort.idle)
     idle = spent(before, cpu(pid)) / (time.monotonic() - since) * 60
-    node.nvml.look_every(1)
     rss, pss = memory(pid)
     return {"idle": ms(idle), "rss": rss, "pss": pss, "threads": len(threads(pid))}
 
@@ -196,12 +191,12 @@ def registrations(node: Node, effort: Effort) -> Figures:
 
 
 def faults(node: Node) -> Figures:
-    """From an XID in the driver to the list at the kubelet; the fake looks every millisecond."""
+    """From an XID in the driver to the list at the kubelet."""
     kubelet, times = node.kubelet, []
     for uuid in node.uuids[: min(4, len(node.uuids))]:
         time.sleep(0.5)
-        count, began = len(kubelet.lists), time.monotonic()
-        node.nvml.xid(uuid, 79)
+        count = len(kubelet.lists)
+        began = node.nvml.xid(uuid, 79)
         kubelet.wait_list(count + 1)
         times.append(kubelet.lists[count].time - began)
     return {"xid": ms(median(times))}

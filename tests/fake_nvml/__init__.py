@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,6 @@ class FakeNvml:
     driver: str = "570.1"
     init_code: int = 0
     wait_code: int = 0
-    wait_pause: int = 1
     """Milliseconds; a driver is not asked at all, but the fake one has to look at its file."""
     system_call: str = ""
     dmem: bool = False
@@ -180,10 +180,10 @@ class FakeNvml:
         ]
         self._write()
 
-    def xid(self, uuid: str | None, xid: int) -> None:
-        """Reports an XID on that GPU, or on one that cannot be told."""
+    def xid(self, uuid: str | None, xid: int) -> float:
+        """Reports an XID on that GPU, or on one that cannot be told; when (monotonic)."""
         self._events.append(f"event {len(self._events) + 1} {uuid or '-'} {xid}")
-        self._write()
+        return self._write()
 
     def action_event(self, uuid: str | None) -> None:
         """Reports that the GPU's recovery action has changed."""
@@ -225,22 +225,16 @@ class FakeNvml:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(b"used %s %d 0 %d\n%s\n" % (uuid.encode(), used, len(path), path))
 
-    def look_every(self, milliseconds: int) -> None:
-        """How often a wait for events looks for one, which costs the waiting process its time."""
-        self.wait_pause = milliseconds
-        self._write()
-
     def system_hang(self, call: str) -> None:
         """Makes that call ("DeviceGetCount_v2") never return; none where empty."""
         self.system_call = call
         self._write()
 
-    def _write(self) -> None:
+    def _write(self) -> float:
         lines = [
             f"driver {self.driver}",
             f"init_error {self.init_code}",
             f"wait_error {self.wait_code}",
-            f"wait_pause {self.wait_pause}",
             f"system_hang {self.system_call}",
             f"limits_backend {'dmem' if self.dmem else 'misc'}",
             *(shared.line() for shared in self.gpus),
@@ -248,7 +242,9 @@ class FakeNvml:
         ]
         new = self.control.with_name("control.new")
         new.write_text("\n".join(lines) + "\n", "utf-8", errors="surrogateescape")
+        now = time.monotonic()
         new.replace(self.control)
+        return now
 
 
 def _word(value: object) -> str:

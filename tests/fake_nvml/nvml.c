@@ -7,7 +7,6 @@
  *   init_error 9                 what nvmlInit answers (0: it works)
  *   system_hang SystemGetDriverVersion
  *                                the call of NVML as a whole that does not return: nvml<Name>
- *   wait_pause 1                 milliseconds between two looks of the wait for events at this file
  *   wait_error 999               what the wait for events answers at once (0: it works)
  *   limits_backend dmem          who keeps memory limits: misc, a map of the driver's own, or dmem,
  *                                the kernel: for cgroups with a file dmem.max
@@ -48,7 +47,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <libgen.h>
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -56,6 +57,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -137,7 +139,7 @@ struct event {
 
 struct control {
     char driver[80];
-    int init_error, wait_error, wait_pause;
+    int init_error, wait_error;
     char system_hang[96];
     bool dmem; /* the kernel keeps memory limits */
     int cards, events;
@@ -394,7 +396,6 @@ static bool refresh(void)
         fail("cannot stat %s", path);
     control_read = true;
     control.cards = control.events = control.init_error = control.wait_error = 0;
-    control.wait_pause = 1;
     control.system_hang[0] = '\0';
     control.dmem = false;
     copy(control.driver, sizeof control.driver, "570.1");
@@ -404,8 +405,6 @@ static bool refresh(void)
             copy(control.driver, sizeof control.driver, line + 7);
         else if (strncmp(line, "init_error ", 11) == 0)
             control.init_error = (int)number(line + 11);
-        else if (strncmp(line, "wait_pause ", 11) == 0)
-            control.wait_pause = (int)number(line + 11);
         else if (strncmp(line, "wait_error ", 11) == 0)
             control.wait_error = (int)number(line + 11);
         else if (strncmp(line, "system_hang ", 12) == 0)
@@ -1144,6 +1143,30 @@ static bool next_event(nvmlEventSet_t set, nvmlEventData_t *data)
     return false;
 }
 
+/* Waits for another control file, as a thread that waits for a real driver is woken by it. */
+static void wait_for_news(double milliseconds)
+{
+    static int news = -1;
+    const char *control = getenv("FAKE_NVML_CONTROL");
+    struct pollfd asked;
+    char names[4096], path[PATH_MAX];
+
+    if (news < 0) {
+        news = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+        if (news < 0 || control == NULL) {
+            sleep_ms(1);
+            return;
+        }
+        copy(path, sizeof path, control);
+        inotify_add_watch(news, dirname(path), IN_MOVED_TO);
+        return; /* what came before this is looked for first */
+    }
+    asked = (struct pollfd){.fd = news, .events = POLLIN};
+    poll(&asked, 1, (int)ceil(fmax(milliseconds, 0)));
+    while (read(news, names, sizeof names) > 0)
+        ;
+}
+
 nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsigned int timeout)
 {
     double end = now_ms() + timeout;
@@ -1165,7 +1188,7 @@ nvmlReturn_t nvmlEventSetWait_v2(nvmlEventSet_t set, nvmlEventData_t *data, unsi
             break;
         if (!over) {
             pthread_mutex_unlock(&mutex);
-            sleep_ms(fmin(control.wait_pause, fmax(end - now_ms(), 0.1)));
+            wait_for_news(end - now_ms());
             pthread_mutex_lock(&mutex);
         }
     }
