@@ -71,7 +71,7 @@ class SessionTiming:
     register_timeout: float = 20.0
     stream_timeout: float = 10.0
     own_socket_poll: float = 2.0
-    kubelet_poll: float = 0.02
+    kubelet_poll: float = 0.015
     kubelet_poll_later: float = 1.0
     eager: float = 10.0
     back_off_max: float = 30.0
