@@ -31,7 +31,9 @@ def parse() -> argparse.Namespace:
         help="another plugin, beside the agent; {directory} is the kubelet's directory of plugins."
         " Its replicas and NVML are its own matter: LD_LIBRARY_PATH leads to the fake one",
     )
-    parser.add_argument("--growth", action="store_true", help="how cost grows with size and pods")
+    parser.add_argument(
+        "--growth", action="store_true", help="how cost grows with a node and what happens there"
+    )
     parser.add_argument(
         "--week", type=float, metavar="SHARE", help="what is left after a week's events, or a share"
     )
@@ -70,12 +72,21 @@ def main() -> int:
     return 0
 
 
+def show(head: str, points: list[tuple[str, growth.Point]], plots: list[str]) -> None:
+    print(growth.markdown(head, points), flush=True)
+    for name in plots:
+        print(growth.plot(head, name, points), flush=True)
+
+
 def grown(options: argparse.Namespace) -> int:
     """1 where a week leaves a MiB or more behind."""
     if options.growth:
         sizes = [(each.name, growth.of_size(each)) for each in growth.SIZES]
-        print(growth.markdown("GPUs x vGPUs", sizes))
-        print(growth.markdown("pods, 16 x 48", [*growth.by_pods()]))
+        plots = ["RSS, MiB", "GetPreferredAllocation, ms", "scrape, ms"]
+        show("GPUs x vGPUs", sizes, plots)
+        show("pods", [*growth.by_pods()], ["scrape, ms", "CPU of a List, ms"])
+        show("scrapes in a second", [*growth.by_scrapes()], ["CPU, % of a core"])
+        show("XIDs in a second", [*growth.by_events()], ["CPU, % of a core"])
     if not options.week:
         return 0
     left = growth.week(options.week)

@@ -81,6 +81,45 @@ def by_pods() -> Iterator[tuple[str, Point]]:
             )
 
 
+def by_scrapes() -> Iterator[tuple[str, Point]]:
+    """How often 16 x 48 vGPUs with 110 pods are scraped: CPU, and how many are answered."""
+    size = Size(16, 48)
+    with running(AGENT, size, **SIMULATED, VGPU_SIMULATED_GPUS=str(size.gpus)) as node:
+        node.kubelet.wait_list(lambda devices: len(devices) == size.gpus * size.replicas)
+        give_to_pods(node, 110)
+        for rate in (1, 5, 10, 20, 40):
+            yield str(rate), paced(node, rate, lambda: text_of(f"{node.url}/metrics"))
+
+
+def by_events() -> Iterator[tuple[str, Point]]:
+    """XIDs in a second that one GPU of 16 x 48 reports, all of applications: CPU."""
+    with running(AGENT, Size(16, 48)) as node:
+        time.sleep(3)
+        for rate in (1, 10, 50, 100, 200):
+            yield str(rate), paced(node, rate, lambda: node.nvml.xid(node.uuids[0], 13))
+
+
+def paced(node: Node, rate: float, call: Callable[[], object], within: float = 5.0) -> Point:
+    """CPU of the agent, and how often it was called, where it was called so often in a second."""
+    before, began, done = cpu(node.process.pid), time.monotonic(), 0
+    while (now := time.monotonic() - began) < within:
+        if now * rate < done:
+            time.sleep(done / rate - now)
+        call()
+        done += 1
+    took = time.monotonic() - began
+    used = spent(before, cpu(node.process.pid))
+    return {"CPU, % of a core": 100 * used / took, "done in a second": done / took}
+
+
+def plot(axis: str, name: str, points: list[tuple[str, Point]]) -> str:
+    """A chart of one figure, as Mermaid draws it."""
+    labels = ", ".join(f'"{label}"' for label, _ in points)
+    values = ", ".join(f"{point[name]:.4g}" for _, point in points)
+    lines = [f'x-axis "{axis}" [{labels}]', f'y-axis "{name}"', f"line [{values}]"]
+    return "\n    ".join(["```mermaid\nxychart-beta", *lines]) + "\n```"
+
+
 def middle(call: Callable[[], object], times: int) -> float:
     return median(seconds(call) for _ in range(times))
 

@@ -1,6 +1,7 @@
 """What is measured: the agent, a floor, or any other device plugin, as a process on a node."""
 
 import os
+import select
 import shlex
 import socket
 import subprocess
