@@ -187,6 +187,12 @@ def test_a_gpu_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node: 
         assert it.ids() == ids
         it.kubelet.wait_list(lambda devices: len(devices) == 30)
         assert "no longer listed" in it.agent.wait_line("no longer listed").string
+        # The driver still counts it.
+        ((index, reason),) = [(each["index"], each["reason"]) for each in it.status()["excluded"]]
+        assert (index, reason) == (3, "lost")
+        assert "vgpu_gpus_counted 4.0\nvgpu_gpus_described 3.0" in "\n".join(
+            line for line in it.get("/metrics").splitlines() if line.startswith("vgpu_gpus_")
+        )
         it.nvml.update(UUIDS[3], lost=False, epoch=2)
         it.wait(c0=10, c1=10, c2=10, c3=10)
         assert it.ids() == ids

@@ -1,5 +1,10 @@
 """What can go wrong, grouped by the edge at which it does."""
 
+import errno
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors of a machine that lacks something for a while."""
+
 
 class VgpuAgentError(Exception):
     """Base of every error that this package raises on purpose."""

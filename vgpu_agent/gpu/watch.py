@@ -239,7 +239,7 @@ class GpuWatch:
         answers = any(each.answered for each in readings.values())
         if problem is not None and not isinstance(problem, DriverHangsError):
             answers = False  # by handles that are void now
-        if scan is not None and not (scan.undescribed or self.node.snapshot.gpus):
+        if scan is not None and not (scan.undescribed or scan.lost or self.node.snapshot.gpus):
             answers = True  # there is none to answer
         if answers or (scan is not None and not rules.health_checks):
             self._useless_since = None

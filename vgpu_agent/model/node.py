@@ -123,7 +123,7 @@ class Node:
             gpus = {**gpus, **{gpu.uuid: gpu for gpu in scan.gpus}}
             there = {each.uuid for each in (*scan.gpus, *(e.gpu for e in scan.undescribed))} - {""}
             changed["present"] = frozenset(there)
-            changed["undescribed"] = scan.undescribed
+            changed["undescribed"] = (*scan.undescribed, *scan.lost)
             changed["first_seen"] = _first_seen(known.first_seen, scan.gpus)
             if self.rules.health.health_checks:
                 away = known.gpus.keys() - there

@@ -92,14 +92,15 @@ class NvmlDriver(GpuDriver):
         scan = self._session.scanned(version, looked, silent)
         if not (scan.gpus or scan.undescribed):
             # NVML lists the GPUs that it saw when it was opened: the next scan opens it again.
-            await self._calls.run(self._session.close)
+            with suppress(TimeoutError):  # the next scan waits for it, and says so
+                await self._calls.run(self._session.close, limit)
         return scan
 
     async def probe(self, uuid: str, limit: float = CALL_LIMIT) -> Reading:
         """See `GpuDriver`."""
         index = self._session.index_of(uuid)
         if index is None:
-            return Reading(lost=True)
+            return self._session.absent(uuid)
         lane = self._lane(index)
         try:
             return await lane.run(partial(self._session.probe, uuid, lane.beat), limit)
