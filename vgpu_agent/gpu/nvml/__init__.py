@@ -22,7 +22,7 @@ from vgpu_agent.errors import DriverError, DriverHangsError
 from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS
-from vgpu_agent.gpu.nvml.lanes import Crew, Lane, Workers
+from vgpu_agent.gpu.nvml.lanes import NO_THREAD, Crew, Lane, Workers
 from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
@@ -76,7 +76,8 @@ class NvmlDriver(GpuDriver):
         try:
             version, count = await self._calls.run(self._session.open, limit)
         except TimeoutError as error:
-            raise DriverHangsError(f"NVML did not answer within {limit:g} s") from error
+            why = f": {NO_THREAD}" if self._calls.doing is NO_THREAD else ""
+            raise DriverHangsError(f"NVML did not answer within {limit:g} s{why}") from error
         looked: dict[int, Looked] = {}
 
         async def look(index: int) -> None:

@@ -13,6 +13,9 @@ from typing import TypeVar
 
 import anyio
 
+from vgpu_agent.errors import lacks_thread
+from vgpu_agent.threads import PAUSE
+
 T = TypeVar("T")
 
 PATIENCE = 0.02
@@ -25,6 +28,22 @@ KEPT = 2
 
 QUEUED = "its turn"
 """What a lane does that waits for others of its crew."""
+
+QUEUE_SECONDS = 10.0
+"""Longest that its turn is waited for, beyond what the call may take: it comes at once, but where
+there are no threads."""
+
+NO_THREAD = "no thread can be started on this node"
+
+
+@contextmanager
+def suppress_lack_of_threads() -> Iterator[None]:
+    """Passes over that no thread can be started now."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lacks_thread(error):
+            raise
 
 
 class Gate:
@@ -121,7 +140,11 @@ class Crew:
             self._waiting.append((work, done))
             idle = self._shift is None
         if idle:
-            self._begin_shift()
+            try:
+                self._begin_shift()
+            except BaseException:
+                self._waiting.pop()
+                raise
         return done
 
     def overtake(self) -> None:
@@ -129,16 +152,17 @@ class Crew:
         with self._lock:
             late = bool(self._waiting) and time.monotonic() - self._since >= PATIENCE
         if late:
-            self._begin_shift()
+            with suppress_lack_of_threads():
+                self._begin_shift()
 
     def _begin_shift(self) -> None:
         shift = object()
         with self._lock:
-            self._shift, self._since = shift, time.monotonic()
+            before, self._shift, self._since = self._shift, shift, time.monotonic()
         try:
             self._workers.do(lambda: self._work(shift))
         except BaseException:
-            self._shift = None  # no thread is to be had now: the next call tries again
+            self._shift = before  # no thread is to be had now: the next call tries again
             raise
 
     def _work(self, shift: object) -> None:
@@ -194,9 +218,20 @@ class Lane:
                     answer.set_exception(error)
 
             self.beat(QUEUED)
-            self._inside = (self._crew or self._workers).do(hold)
+            self._inside = await self._begun(hold, limit)
             await self._free(limit)
             return answer.result(timeout=0)
+
+    async def _begun(self, work: Callable[[], None], limit: float) -> "Future[None]":
+        """Begins the work once there is a thread for it. Raises TimeoutError as `run`."""
+        until = self._beat + limit
+        while True:
+            with suppress_lack_of_threads():
+                return (self._crew or self._workers).do(work)
+            if time.monotonic() >= until:
+                self.doing = NO_THREAD
+                raise TimeoutError
+            await asyncio.sleep(min(PAUSE, limit))
 
     async def _free(self, limit: float) -> None:
         """Waits until no thread is inside. Raises TimeoutError as `run`."""
@@ -204,9 +239,12 @@ class Lane:
             return
         ended = asyncio.wrap_future(self._inside)
         while not ended.done():
-            if self._crew is not None and self.doing is QUEUED:
+            left = self._beat + limit - time.monotonic()
+            if self._crew is not None and self.doing is QUEUED and left > -QUEUE_SECONDS:
                 left = PATIENCE  # which is nobody's fault, and not for long
-            elif (left := self._beat + limit - time.monotonic()) <= 0:
+            elif left <= 0:
+                if self._crew is not None:
+                    self._crew.overtake()
                 raise TimeoutError
             # A thread that was left is not disturbed.
             await asyncio.wait([ended], timeout=None if left == math.inf else left)
