@@ -174,6 +174,20 @@ def test_more_gpus_than_can_be_are_none(monkeypatch, count):
         a_session().open()
 
 
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ((7, 2, 1), (7, 2, 1)),
+        ((7, 2**64 - 1, 2**64 - 1), (7, 0, None)),
+        ((2**64 - 1, 2, 2**64 - 1), (None, 2, None)),
+    ],
+)
+def test_memory_that_is_not_available_is_no_number(monkeypatch, info, expected):
+    answer = SimpleNamespace(**dict(zip(("total", "reserved", "used"), info, strict=True)))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda *_, **__: answer)
+    assert calls.memory(None) == expected
+
+
 def test_what_cannot_be_read_for_want_of_descriptors_is_as_it_was(monkeypatch, tmp_path):
     """Neither is a session given up, nor a NUMA node taken back."""
     (tmp_path / "0000:3b:00.0").mkdir()

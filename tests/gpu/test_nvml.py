@@ -285,11 +285,12 @@ def test_a_gpu_that_shares_the_hosts_memory_has_none_that_is_known(start, fake_n
     assert child.ask("probe", "GPU-a")["error"]
 
 
-def test_a_gpu_without_any_memory_is_no_gpu_yet(start, fake_nvml):
+@pytest.mark.parametrize("memory", [0, 2**30 + 1, 2**44 - 2])
+def test_a_gpu_with_memory_that_cannot_be_is_no_gpu_yet(start, fake_nvml, memory):
     child = start()
-    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, memory=0))
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, memory=memory))
     (silent,) = child.ask("scan")["undescribed"]
-    assert "0 bytes of memory" in silent["detail"]
+    assert f"it has {memory * 2**20} bytes of memory" in silent["detail"]
 
 
 def test_odd_text_and_two_of_one_uuid_cost_no_other_gpu(start, fake_nvml):

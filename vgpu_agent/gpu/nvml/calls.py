@@ -44,6 +44,9 @@ LOST = "lost"
 MAX_GPUS = 256
 """No node has as many."""
 
+MAX_MEMORY = 2**50
+"""No GPU has a PiB."""
+
 _NOT_AVAILABLE = 2**64 - 1
 
 # What a container was given at its creation does not change any more.
@@ -116,8 +119,8 @@ def describe(index: int, uuid: str, gpu: Asked, *, numa_root: Path) -> Gpu:
     if not is_uuid(uuid):
         raise ValueError(f"its UUID is {uuid!r}")
     total, reserved, _ = gpu.must(memory)
-    if total == 0:
-        raise ValueError("it has 0 bytes of memory")
+    if total is not None and not 0 < total <= MAX_MEMORY:
+        raise ValueError(f"it has {total} bytes of memory")
     address = bus_id(gpu.must(pci_address))
     return Gpu(
         uuid=uuid,
@@ -210,8 +213,8 @@ def memory(handle: Handle) -> tuple[int | None, int, int | None]:
             if error.value not in NOT_OFFERED:
                 raise
             continue
-        reserved = 0 if version is None else int(info.reserved)
-        return _known(info.total), reserved, _known(info.used)
+        reserved = None if version is None else _known(info.reserved)
+        return _known(info.total), reserved or 0, _known(info.used)
     return None, 0, None
 
 
