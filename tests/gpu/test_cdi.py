@@ -40,6 +40,13 @@ def test_devices_of_a_kind_are_named_by_specs_in_yaml_and_json(tmp_path):
     assert CdiSpecs("example.com/nic", (tmp_path,)).names() == {"eth"}
 
 
+merging = "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join(9 * [f'*a{n - 1}'])}], k{n}: v}}\n" for n in range(1, 12)
+)
+MERGED = f"kind: nvidia.com/gpu\na0: &a0 {{k: v}}\n{merging}devices: [{{name: x}}]\n"
+"""Its last mapping would have 9**11 keys."""
+
+
 def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, caplog):
     """Whatever lies there: it is not waited for, nor read without a bound."""
     (kubelet_dir / "a.yaml").write_text("{")
@@ -47,16 +54,20 @@ def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, c
     (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu"}')
     (kubelet_dir / "d.yaml").write_bytes(b"\xff\xfe\x00")
     (kubelet_dir / "e.yaml").write_text("[" * 500)
+    (kubelet_dir / "f.yaml").write_text("- " * 100_000)
+    (kubelet_dir / "g.yaml").write_text("{a: " * 1_000_000)
+    (kubelet_dir / "h.json").write_text("[" * 1_000_000)
+    (kubelet_dir / "i.yaml").write_text(MERGED)
     for n, how in enumerate(["pipe", "directory", "socket", "device", "loop"]):
         damage(kubelet_dir / f"{n}.yaml", how)
     specs = CdiSpecs("nvidia.com/gpu", (kubelet_dir,))
     for _ in range(3):  # once for as long as the same is wrong
         assert specs.names() == frozenset()
-        assert caplog.text.count("cannot be read") == 10
+        assert caplog.text.count("cannot be read") == 14
     (kubelet_dir / "b.json").write_text("7")
     (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu", "devices": [{"name": "x"}]}')
     assert specs.names() == {"x"}
-    assert caplog.text.count("cannot be read") == 11
+    assert caplog.text.count("cannot be read") == 15
 
 
 HOOK = {
