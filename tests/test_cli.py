@@ -453,6 +453,9 @@ def test_what_hangs_at_the_end_does_not_keep_the_agent(kubelet_dir):
 @pytest.mark.slow
 def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir, monkeypatch):
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its file could not be opened
+    (kubelet_dir / "device-plugins").mkdir()
+    with socket.socket(socket.AF_UNIX) as stale:  # it is tried again and again
+        stale.bind(str(kubelet_dir / "device-plugins" / "kubelet.sock"))
     with running(kubelet_dir, VGPU_REPLICAS="4") as agent:
         agent.wait_line("no kubelet at")
         pid, (soft, hard) = agent.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
