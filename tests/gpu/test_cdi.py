@@ -2,12 +2,14 @@ import errno
 import json
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.test_store import damage
+from vgpu_agent import store
 from vgpu_agent.gpu.cdi import CdiSpecs
 from vgpu_agent.gpu.simulated import simulated_gpus
 
@@ -186,6 +188,25 @@ def test_where_nothing_can_be_looked_at_now_names_are_as_they_were(tmp_path, mon
         error = OSError(code, "odd")
         monkeypatch.setattr(Path, "glob", lambda *_, error=error: (_ for _ in ()).throw(error))
         assert found.names() == before
+
+
+def test_a_spec_that_cannot_be_read_for_want_of_descriptors_is_read_later(
+    tmp_path, monkeypatch, caplog
+):
+    found, none = (CdiSpecs("nvidia.com/gpu", (tmp_path,)) for _ in range(2))
+    (tmp_path / "nvidia.yaml").write_text(SPEC)
+    before = found.names()
+    assert before
+    for content in (SPEC, f"{SPEC}\n"):
+        (tmp_path / "nvidia.yaml").write_text(content)
+        with monkeypatch.context() as patched:
+            short = Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
+            patched.setattr(store, "open_regular", short)
+            assert found.names() == before
+            assert none.names() == frozenset()
+        assert found.names() == none.names() == before
+        none = CdiSpecs("nvidia.com/gpu", (tmp_path,))
+    assert caplog.text == ""
 
 
 def test_what_the_specs_name_now_counts(tmp_path):

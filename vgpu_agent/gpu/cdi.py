@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vgpu_agent import store
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import StoreError, StoreShortageError
 from vgpu_agent.unixsocket import Identity
 
 try:
@@ -54,6 +54,10 @@ class _Spec:
     identity: Identity
     names: frozenset[str] = frozenset()
     limits_memory: bool = False
+
+
+_UNREAD = Identity(-1, -1, -1)
+"""Of no file."""
 
 
 class CdiSpecs:
@@ -99,6 +103,8 @@ class CdiSpecs:
             return known
         try:
             return _read(path, self._kind, identity)
+        except StoreShortageError:
+            return known or _Spec(_UNREAD)  # the next look reads it
         except _WRONG as error:
             words = f"CDI spec {path} cannot be read: {type(error).__name__}: {error}"
             log.warning("%s", words[:500])
