@@ -476,6 +476,29 @@ def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir, monkeyp
     assert len(agent.lines) < 40
 
 
+SCARCE = """
+import resource
+import vgpu_agent.agent, vgpu_agent.settings_reading
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, ({}, hard))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [4, 5, 8, 10])
+def test_an_agent_that_begins_without_descriptors_waits_for_some(kubelet_dir, monkeypatch, limit):
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    with running(kubelet_dir, changes=SCARCE.format(limit)) as agent:
+        agent.wait_line("Too many open files")
+        time.sleep(1.5)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert agent.get("/healthz")[0] == 200
+        assert agent.end()[0] == 0
+    assert "Traceback" not in agent.text
+    assert sum("Too many open files" in line for line in agent.lines) < 5
+
+
 # The doctor
 
 
