@@ -187,6 +187,12 @@ def test_a_gpu_that_is_lost_for_long_leaves_and_returns_with_the_same_ids(node: 
         assert it.ids() == ids
         it.kubelet.wait_list(lambda devices: len(devices) == 30)
         assert "no longer listed" in it.agent.wait_line("no longer listed").string
+        # The driver still counts it.
+        ((index, reason),) = [(each["index"], each["reason"]) for each in it.status()["excluded"]]
+        assert (index, reason) == (3, "lost")
+        assert "vgpu_gpus_counted 4.0\nvgpu_gpus_described 3.0" in "\n".join(
+            line for line in it.get("/metrics").splitlines() if line.startswith("vgpu_gpus_")
+        )
         it.nvml.update(UUIDS[3], lost=False, epoch=2)
         it.wait(c0=10, c1=10, c2=10, c3=10)
         assert it.ids() == ids
@@ -359,6 +365,39 @@ def test_a_gpu_that_hangs_costs_the_others_nothing(node: Start, call: str) -> No
         it.wait(c0=10, c2=10)
         assert it.agent.end()[0] == 0  # though a thread is inside NVML
         it.nvml.update(UUIDS[1], hang=0)
+
+
+NO_THREADS = """
+import threading
+from pathlib import Path
+start, flag = threading.Thread.start, Path({!r})
+def starts(self):
+    if flag.exists():
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = starts
+"""
+
+
+def test_an_agent_on_a_node_without_threads_waits_for_some(node: Start, tmp_path: Path) -> None:
+    """As where a tenant starts processes without end."""
+    flag = tmp_path / "none"
+    with node(*GPUS, changes=NO_THREADS.format(str(flag)), VGPU_PROCESS_METRICS="on") as it:
+        it.agent.port  # noqa: B018 - its web side is loaded
+        flag.touch()
+        it.nvml.update(UUIDS[1], hang=0.5)
+        it.nvml.xid(UUIDS[2], RESET)
+        it.kubelet.wait_list(lambda devices: UUIDS[2] not in by_gpu(devices))
+        time.sleep(4)
+        assert it.agent.process.poll() is None, it.agent.text
+        it.nvml.update(UUIDS[1], hang=0)
+        it.wait(c0=10, c1=10, c3=10)
+        flag.unlink()
+        assert it.get("/healthz") == "ok\n"
+        it.nvml.update(UUIDS[0], lost=True)
+        it.wait(c1=10, c3=10)
+        assert it.agent.end()[0] == 0
+    assert "Traceback" not in it.agent.text
 
 
 def test_a_gpu_that_shares_the_hosts_memory_is_shared_by_number(node: Start) -> None:

@@ -53,8 +53,11 @@ def test_a_value_comes_from_a_child_or_from_here_if_the_child_fails(trouble, mad
     assert lines == [f"200000 {made_here}", "no child is left"]
 
 
-def test_a_value_is_made_here_where_there_is_no_process_to_spare():
-    refused = "def fork(): raise BlockingIOError(11, 'no process')\nos.fork = fork\n"
+@pytest.mark.parametrize(
+    ("call", "error"), [("fork", (11, "no process")), ("pipe", (24, "no descriptor"))]
+)
+def test_a_value_is_made_here_where_there_is_no_process_or_pipe_to_spare(call, error):
+    refused = f"def refuse(): raise OSError{error}\nos.{call} = refuse\n"
     assert outcome(refused + MAKE.format("pass"))[0] == "200000 True"
 
 

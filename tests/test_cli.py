@@ -453,6 +453,9 @@ def test_what_hangs_at_the_end_does_not_keep_the_agent(kubelet_dir):
 @pytest.mark.slow
 def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir, monkeypatch):
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its file could not be opened
+    (kubelet_dir / "device-plugins").mkdir()
+    with socket.socket(socket.AF_UNIX) as stale:  # it is tried again and again
+        stale.bind(str(kubelet_dir / "device-plugins" / "kubelet.sock"))
     with running(kubelet_dir, VGPU_REPLICAS="4") as agent:
         agent.wait_line("no kubelet at")
         pid, (soft, hard) = agent.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -471,6 +474,29 @@ def test_an_agent_that_is_out_of_descriptors_waits_for_some(kubelet_dir, monkeyp
             assert agent.end()[0] == 0, agent.text
     assert "Traceback" not in agent.text
     assert len(agent.lines) < 40
+
+
+SCARCE = """
+import resource
+import vgpu_agent.agent, vgpu_agent.settings_reading
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, ({}, hard))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [4, 5, 8, 10])
+def test_an_agent_that_begins_without_descriptors_waits_for_some(kubelet_dir, monkeypatch, limit):
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    with running(kubelet_dir, changes=SCARCE.format(limit)) as agent:
+        agent.wait_line("Too many open files")
+        time.sleep(1.5)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert agent.get("/healthz")[0] == 200
+        assert agent.end()[0] == 0
+    assert "Traceback" not in agent.text
+    assert sum("Too many open files" in line for line in agent.lines) < 5
 
 
 # The doctor

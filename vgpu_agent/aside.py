@@ -17,7 +17,10 @@ def begin(make: Callable[[], T]) -> Callable[[], T]:
     here when it is asked for, and what is wrong with it is raised here. Only for a process that has
     no threads yet, and a value that can be pickled.
     """
-    made, sent = os.pipe()
+    try:
+        made, sent = os.pipe()
+    except OSError:
+        return make
     try:
         child = os.fork()
     except OSError:

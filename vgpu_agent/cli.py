@@ -175,6 +175,7 @@ def run() -> None:
     settings_of_helper = begin(load)
     # While the helper reads the settings, the agent is loaded.
     from vgpu_agent import agent
+    from vgpu_agent.running import wait_for_descriptors
 
     settings = settings_of_helper()
     logs.configure(settings.log_level, settings.log_format)
@@ -182,6 +183,7 @@ def run() -> None:
     names = asdict(place) if place.in_pod else {"node": place.node}
     log.info("vgpu-agent starts", extra={"fields": {"version": __version__, **names}})
     _warn_of_unknown_settings()
+    wait_for_descriptors()
     anyio.run(agent.run, settings)
 
 
@@ -189,6 +191,7 @@ def enforce_limits() -> None:
     """`vgpu-agent limits enforce`. Raises SettingsError."""
     settings_of_helper = begin(load)
     from vgpu_agent import limiting
+    from vgpu_agent.running import wait_for_descriptors
 
     settings = settings_of_helper()
     logs.configure(settings.log_level, settings.log_format)
@@ -198,6 +201,7 @@ def enforce_limits() -> None:
             f"VGPU_MEMORY_LIMITS={settings.memory_limits}: `vgpu-agent limits enforce` is for"
             " VGPU_MEMORY_LIMITS=driver only"
         )
+    wait_for_descriptors()
     anyio.run(limiting.enforce, settings)
 
 

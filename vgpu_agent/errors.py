@@ -1,16 +1,23 @@
 """What can go wrong, grouped by the edge at which it does."""
 
+import errno
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Errors of a machine that lacks something for a while."""
+
 
 class VgpuAgentError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether it says what the machine lacks now, and not what is wrong: it is tried again.
+    """Whether it says what the machine lacks now, and not what is wrong: it is tried again."""
+    return isinstance(error, OSError) or lacks_thread(error)
 
-    A thread that cannot be started is a RuntimeError of its own.
-    """
-    return isinstance(error, OSError) or "start new thread" in str(error)
+
+def lacks_thread(error: BaseException) -> bool:
+    """Whether a thread cannot be started, which is a RuntimeError of its own."""
+    return isinstance(error, RuntimeError) and "start new thread" in str(error)
 
 
 class SettingsError(VgpuAgentError):
@@ -23,6 +30,10 @@ class ListenError(VgpuAgentError):
 
 class StoreError(VgpuAgentError):
     """A file of ours cannot be read or written; the message names it and says why."""
+
+
+class StoreShortageError(StoreError):
+    """A file cannot be read now, for want of descriptors or memory; it is not wrong."""
 
 
 class DriverError(VgpuAgentError):

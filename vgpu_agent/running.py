@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import anyio
@@ -14,8 +17,32 @@ from vgpu_agent.observe.logs import Repeats
 
 log = logging.getLogger(__name__)
 
+DESCRIPTORS = 8
+"""Those that a loop has, and some to spare."""
+
 END_SECONDS = 5
 """Whatever hangs at the end, the process is gone then."""
+
+
+def wait_for_descriptors(pause: float = 1.0) -> None:
+    """Waits until there are as many as an event loop and its first files take. Blocks.
+
+    asyncio leaves half a loop where there are fewer, and says so in a trace.
+    """
+    problem = ""
+    while True:
+        with ExitStack() as opened:
+            try:
+                for _ in range(DESCRIPTORS // 2):
+                    for end in os.pipe():
+                        opened.callback(os.close, end)
+            except OSError as error:
+                if not problem:
+                    problem = f"cannot begin: {error.strerror or error}"
+                    log.warning("%s; tried again", problem)
+            else:
+                return
+        time.sleep(pause)
 
 
 async def until_ended(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import SHORTAGES, StoreError, StoreShortageError
 
 T = TypeVar("T")
 
@@ -27,10 +27,17 @@ MAX_INT = 2**256
 
 
 def boot_id(file: Path = BOOT_ID) -> str:
-    """Names this boot of the node; what was noted in another one is void. Empty if unknown."""
+    """Names this boot of the node; what was noted in another one is void. Empty if unknown.
+
+    Raises StoreShortageError where it cannot be read now.
+    """
     try:
         return file.read_text().strip()
-    except (OSError, UnicodeDecodeError):
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise _unread(file, error) from error
+        return ""
+    except UnicodeDecodeError:
         return ""
 
 
@@ -67,10 +74,15 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+        raise _unread(path, error) from error
     if len(content) > limit:
         raise StoreError(f"{path} is larger than {limit / 2**20:g} MiB")
     return content
+
+
+def _unread(path: Path, error: OSError) -> StoreError:
+    kind = StoreShortageError if error.errno in SHORTAGES else StoreError
+    return kind(f"cannot read {path}: {error.strerror or error}")
 
 
 def read(path: Path, limit: int = MAX_BYTES) -> Mapping[str, object] | None:

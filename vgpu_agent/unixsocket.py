@@ -30,11 +30,11 @@ class Identity(NamedTuple):
 
 def refusal(path: Path) -> str | None:
     """None where a process accepts connections there, else why not; a stale socket refuses them."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
             code = probe.connect_ex(str(path))
-        except OSError as error:  # a path too long for an address is no code
-            return str(error)
+    except OSError as error:  # no descriptor, or a path too long for an address, is no code
+        return error.strerror or str(error)
     # EAGAIN: its queue is full; EPROTOTYPE: it is of another kind. Both live.
     return None if code in (0, errno.EAGAIN, errno.EPROTOTYPE) else os.strerror(code)
 
@@ -45,12 +45,12 @@ def listener_pid(path: Path) -> int | None:
     Does not wait: of one whose queue is full it is not seen.
     """
     credentials = struct.Struct("3i")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
             probe.connect(str(path))
             raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-        except OSError:
-            return None
+    except OSError:
+        return None
     pid: int = credentials.unpack(raw)[0]
     return pid or None  # 0: of another PID namespace
 

@@ -2,12 +2,14 @@ import errno
 import json
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.test_store import damage
+from vgpu_agent import store
 from vgpu_agent.gpu.cdi import CdiSpecs
 from vgpu_agent.gpu.simulated import simulated_gpus
 
@@ -40,6 +42,13 @@ def test_devices_of_a_kind_are_named_by_specs_in_yaml_and_json(tmp_path):
     assert CdiSpecs("example.com/nic", (tmp_path,)).names() == {"eth"}
 
 
+merging = "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join(9 * [f'*a{n - 1}'])}], k{n}: v}}\n" for n in range(1, 12)
+)
+MERGED = f"kind: nvidia.com/gpu\na0: &a0 {{k: v}}\n{merging}devices: [{{name: x}}]\n"
+"""Its last mapping would have 9**11 keys."""
+
+
 def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, caplog):
     """Whatever lies there: it is not waited for, nor read without a bound."""
     (kubelet_dir / "a.yaml").write_text("{")
@@ -47,16 +56,20 @@ def test_a_spec_that_cannot_be_read_names_nothing_and_is_reported(kubelet_dir, c
     (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu"}')
     (kubelet_dir / "d.yaml").write_bytes(b"\xff\xfe\x00")
     (kubelet_dir / "e.yaml").write_text("[" * 500)
+    (kubelet_dir / "f.yaml").write_text("- " * 100_000)
+    (kubelet_dir / "g.yaml").write_text("{a: " * 1_000_000)
+    (kubelet_dir / "h.json").write_text("[" * 1_000_000)
+    (kubelet_dir / "i.yaml").write_text(MERGED)
     for n, how in enumerate(["pipe", "directory", "socket", "device", "loop"]):
         damage(kubelet_dir / f"{n}.yaml", how)
     specs = CdiSpecs("nvidia.com/gpu", (kubelet_dir,))
     for _ in range(3):  # once for as long as the same is wrong
         assert specs.names() == frozenset()
-        assert caplog.text.count("cannot be read") == 10
+        assert caplog.text.count("cannot be read") == 14
     (kubelet_dir / "b.json").write_text("7")
     (kubelet_dir / "c.json").write_text('{"kind": "nvidia.com/gpu", "devices": [{"name": "x"}]}')
     assert specs.names() == {"x"}
-    assert caplog.text.count("cannot be read") == 11
+    assert caplog.text.count("cannot be read") == 15
 
 
 HOOK = {
@@ -175,6 +188,25 @@ def test_where_nothing_can_be_looked_at_now_names_are_as_they_were(tmp_path, mon
         error = OSError(code, "odd")
         monkeypatch.setattr(Path, "glob", lambda *_, error=error: (_ for _ in ()).throw(error))
         assert found.names() == before
+
+
+def test_a_spec_that_cannot_be_read_for_want_of_descriptors_is_read_later(
+    tmp_path, monkeypatch, caplog
+):
+    found, none = (CdiSpecs("nvidia.com/gpu", (tmp_path,)) for _ in range(2))
+    (tmp_path / "nvidia.yaml").write_text(SPEC)
+    before = found.names()
+    assert before
+    for content in (SPEC, f"{SPEC}\n"):
+        (tmp_path / "nvidia.yaml").write_text(content)
+        with monkeypatch.context() as patched:
+            short = Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
+            patched.setattr(store, "open_regular", short)
+            assert found.names() == before
+            assert none.names() == frozenset()
+        assert found.names() == none.names() == before
+        none = CdiSpecs("nvidia.com/gpu", (tmp_path,))
+    assert caplog.text == ""
 
 
 def test_what_the_specs_name_now_counts(tmp_path):

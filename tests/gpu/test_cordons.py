@@ -1,15 +1,18 @@
 """What must outlive agent and boot: which GPUs are out of service."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import anyio
 import pytest
 
 from tests.gpu.watched import Watched
 from tests.test_store import NOT_JSON, NOT_REGULAR, damage
+from vgpu_agent import store
 from vgpu_agent.errors import StoreError
 from vgpu_agent.gpu.cordons import MAX_REASON, Cordons, is_reason, load
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
@@ -133,13 +136,18 @@ def test_only_files_of_gpus_are_cordons(directory):
     assert load(directory) == {ONE: CORDON}
 
 
-@pytest.mark.parametrize("what", ["a file", "too many"])
-async def test_a_directory_that_cannot_be_read_changes_nothing_and_is_said(directory, what):
+@pytest.mark.parametrize("what", ["a file", "too many", "no descriptors"])
+async def test_a_directory_that_cannot_be_read_changes_nothing_and_is_said(
+    directory, monkeypatch, what
+):
     async with agent(directory) as (node, cordons):
         await cordons.put(ONE, CORDON)
         if what == "a file":
             directory.rename(directory.with_name("elsewhere"))
             directory.write_text("")
+        elif what == "no descriptors":
+            short = Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
+            monkeypatch.setattr(store, "open_regular", short)
         else:
             for number in range(MAX_UNLISTED):
                 (directory / f"{number}.json").touch()
@@ -151,6 +159,8 @@ async def test_a_directory_that_cannot_be_read_changes_nothing_and_is_said(direc
         if what == "a file":
             directory.unlink()
             directory.with_name("elsewhere").rename(directory)
+        elif what == "no descriptors":
+            monkeypatch.undo()
         else:
             for number in range(MAX_UNLISTED):
                 (directory / f"{number}.json").unlink()

@@ -1,9 +1,10 @@
 """Whatever NVML answers becomes a value that the node takes."""
 
+import errno
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pynvml
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.nodes import new_node
-from vgpu_agent.errors import DriverError
+from vgpu_agent.errors import SHORTAGES, DriverError
 from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.session import Found, Session
 from vgpu_agent.model.devices import Excluded
@@ -30,7 +31,12 @@ CODES = [
     if name.startswith("NVML_ERROR_") and isinstance(value, int)
 ]
 errors = st.sampled_from(CODES).map(pynvml.NVMLError) | st.sampled_from(
-    [ValueError("odd"), UnicodeDecodeError("utf-8", b"\xf8", 0, 1, "odd"), OSError(5, "odd")]
+    [
+        ValueError("odd"),
+        UnicodeDecodeError("utf-8", b"\xf8", 0, 1, "odd"),
+        OSError(5, "odd"),
+        IndexError("a list longer than there is room for"),
+    ]
 )
 nvml_errors = st.sampled_from(CODES).map(pynvml.NVMLError)
 small, wide = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -61,6 +67,12 @@ ANSWERS = {
             value=st.builds(SimpleNamespace, uiVal=small),
         )
     ),
+}
+PROCESSES = st.lists(st.builds(SimpleNamespace, pid=small, usedGpuMemory=st.none() | wide))
+ANSWERS |= {
+    f"nvmlDeviceGet{kind}RunningProcesses_{version}": PROCESSES
+    for kind in ("Compute", "MPSCompute")
+    for version in ("v2", "v3")
 }
 EVENT_ANSWERS = {
     "nvmlEventSetCreate": handles,
@@ -123,6 +135,9 @@ def test_whatever_nvml_answers_becomes_a_value_that_the_node_takes(data, rules):
             node.driver_events(session.events.take())
             inventory = node.snapshot.inventory
             assert len(set(inventory.device_ids)) == sum(each.replicas for each in inventory.gpus)
+            assert all(map(inventory.gpu_of, inventory.device_ids))
+            for gpu in scan.gpus:
+                assert (found := session.processes(gpu.uuid)) is None or isinstance(found, tuple)
             assert all(
                 (share := each.share_bytes(1)) is None or share >= 2**20 for each in inventory.gpus
             )
@@ -152,3 +167,53 @@ def test_opening_raises_what_is_documented_and_nothing_else(nvml_error, error):
             stack.enter_context(patch.object(pynvml, name, side_effect=raised))
             with pytest.raises(DriverError):
                 session.open()
+
+
+@pytest.mark.parametrize("count", [257, 2**32 - 1])
+def test_more_gpus_than_can_be_are_none(monkeypatch, count):
+    for name, answer in (("nvmlInit", None), ("nvmlShutdown", None), ("nvmlDeviceGetCount", count)):
+        monkeypatch.setattr(pynvml, name, lambda answer=answer: answer)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "1")
+    with pytest.raises(DriverError, match=f"it counts {count}; 256 are possible"):
+        a_session().open()
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ((7, 2, 1), (7, 2, 1)),
+        ((7, 2**64 - 1, 2**64 - 1), (7, 0, None)),
+        ((2**64 - 1, 2, 2**64 - 1), (None, 2, None)),
+    ],
+)
+def test_memory_that_is_not_available_is_no_number(monkeypatch, info, expected):
+    answer = SimpleNamespace(**dict(zip(("total", "reserved", "used"), info, strict=True)))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda *_, **__: answer)
+    assert calls.memory(None) == expected
+
+
+def test_what_cannot_be_read_for_want_of_descriptors_is_as_it_was(monkeypatch, tmp_path):
+    """Neither is a session given up, nor a NUMA node taken back."""
+    (tmp_path / "0000:3b:00.0").mkdir()
+    now, opened = [0.0], []
+    session = Session(
+        describe=lambda *_: None, proc_root=tmp_path, reopen_seconds=30, monotonic=lambda: now[0]
+    )
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: opened.append(now[0]))
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "1")
+    for code in (None, errno.EMFILE, errno.ENFILE, None, errno.EACCES):
+        with monkeypatch.context() as patched:
+            if code is not None:
+                fail = Mock(side_effect=OSError(code, "odd"))
+                patched.setattr(Path, "iterdir", fail)
+                patched.setattr(Path, "read_text", fail)
+            session.open()
+            now[0] += 31
+            if code in SHORTAGES:
+                with pytest.raises(OSError, match="odd"):
+                    calls.numa_node(tmp_path)
+            else:
+                assert calls.numa_node(tmp_path) is None
+    assert opened == [0, 124]

@@ -7,7 +7,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from vgpu_agent.gpu.nvml.lanes import KEPT, PATIENCE, Crew, Lane, Workers
+from vgpu_agent.gpu.nvml import lanes as lanes_
+from vgpu_agent.gpu.nvml.lanes import KEPT, NO_THREAD, PATIENCE, QUEUED, Crew, Lane, Workers
 
 
 @pytest.fixture
@@ -121,3 +122,46 @@ async def test_few_idle_threads_are_kept_and_none_after_the_end_until_the_next_c
     await becomes(0)
     assert await lanes[0].run(lambda: 1, 1) == 1
     await becomes(1)
+
+
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+@pytest.mark.parametrize("crew", [True, False])
+async def test_a_call_waits_for_a_thread_as_long_as_it_may_take(workers, monkeypatch, crew):
+    lane = Lane(workers, Crew(workers) if crew else None)
+    monkeypatch.setattr(lanes_, "PAUSE", 0.01)
+    calls = []
+    with monkeypatch.context() as patched:
+        no_threads(patched)
+        with pytest.raises(TimeoutError):
+            await lane.run(lambda: calls.append(1), 0.05)
+        assert lane.doing == NO_THREAD
+    assert await lane.run(lambda: 7, 1) == 7
+    assert calls == []  # nobody waits for it any more
+    with monkeypatch.context() as patched:
+        no_threads(patched)
+        assert await lane.run(lambda: 8, 1) == 8  # by a thread that is kept
+
+
+async def test_without_threads_a_call_that_hangs_holds_up_the_others_of_its_crew_for_a_time(
+    workers, monkeypatch
+):
+    monkeypatch.setattr(lanes_, "QUEUE_SECONDS", 0.1)
+    released, (hanging, healthy) = threading.Event(), crew_of(workers, 2)
+    with pytest.raises(TimeoutError):
+        await hanging.run(released.wait, 0)
+    with monkeypatch.context() as patched:
+        no_threads(patched)
+        with pytest.raises(TimeoutError):
+            await healthy.run(lambda: 7, 0)
+        assert healthy.doing is QUEUED
+        with pytest.raises(TimeoutError):
+            await healthy.run(lambda: 8, 0)
+    assert await healthy.run(lambda: 9, 5) == 9
+    released.set()
+    assert await hanging.run(lambda: 10, 5) == 10

@@ -1,3 +1,4 @@
+import errno
 import json
 import tempfile
 from contextlib import asynccontextmanager, suppress
@@ -272,6 +273,32 @@ async def test_a_damaged_file_is_no_memory_and_is_replaced(machine, caplog, how)
     damage(machine.file, how)
     assert (await recalled(machine)).healthy == [0, 1]
     assert "are unknown" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("unread", ["the boot", "the file"])
+async def test_a_file_that_cannot_be_read_for_want_of_descriptors_is_waited_for(
+    machine, caplog, monkeypatch, unread, code
+):
+    machine.directory.mkdir()
+    machine.file.write_text(json.dumps(WHOLE))
+    left = [3]
+
+    def short(real):
+        def call(*arguments, **named):
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(code, "Too many open files")
+            return real(*arguments, **named)
+
+        return call
+
+    if unread == "the boot":
+        monkeypatch.setattr(Path, "read_text", short(Path.read_text))
+    else:
+        monkeypatch.setattr(store, "open_regular", short(store.open_regular))
+    assert (await recalled(machine)).healthy == [1]
+    assert [each.getMessage().count("tried again") for each in caplog.records] == [1]
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,9 @@ def test_a_driver_that_is_not_loaded_can_be_loaded_later(start, fake_nvml):
 
 def test_no_gpus_then_gpus(start, fake_nvml):
     child = start()
-    scan = {"driver_version": "570.1", "gpus": [], "undescribed": [], "silent": {}, "returned": []}
-    assert child.ask("scan") == scan
+    scan = child.ask("scan")
+    assert scan.pop("driver_version") == "570.1"
+    assert not any(scan.values())
     fake_nvml.set_gpus(L4)
     assert uuids(child.ask("scan")) == ["GPU-a"]
 
@@ -284,11 +285,12 @@ def test_a_gpu_that_shares_the_hosts_memory_has_none_that_is_known(start, fake_n
     assert child.ask("probe", "GPU-a")["error"]
 
 
-def test_a_gpu_without_any_memory_is_no_gpu_yet(start, fake_nvml):
+@pytest.mark.parametrize("memory", [0, 2**30 + 1, 2**44 - 2])
+def test_a_gpu_with_memory_that_cannot_be_is_no_gpu_yet(start, fake_nvml, memory):
     child = start()
-    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, memory=0))
+    fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, memory=memory))
     (silent,) = child.ask("scan")["undescribed"]
-    assert "0 bytes of memory" in silent["detail"]
+    assert f"it has {memory * 2**20} bytes of memory" in silent["detail"]
 
 
 def test_odd_text_and_two_of_one_uuid_cost_no_other_gpu(start, fake_nvml):
@@ -298,12 +300,26 @@ def test_odd_text_and_two_of_one_uuid_cost_no_other_gpu(start, fake_nvml):
         FakeGpu("GPU-d", name="x" * 95),
         FakeGpu("GPU-e"),
         FakeGpu("GPU-e"),
+        FakeGpu(""),
+        FakeGpu("N/A"),
+        FakeGpu("GPU-\udcff"),
+        FakeGpu("x" * 58),  # its vGPUs could not be named
+        FakeGpu("x" * 57),
     ]
     fake_nvml.set_gpus(L4, *gpus)
-    scan = start().ask("scan")
-    assert uuids(scan) == ["GPU-a", "GPU-b", "GPU-d"]
+    child = start()
+    scan = child.ask("scan")
+    assert uuids(scan) == ["GPU-a", "GPU-b", "GPU-d", "x" * 57]
     assert scan["gpus"][1]["model"] == "NVIDIA " + "\ufffd" * 4
-    assert [each["reason"] for each in scan["undescribed"]] == ["duplicate"] * 2
+    assert sorted(each["reason"] for each in scan["undescribed"]) == [
+        *["duplicate"] * 2,
+        *["error"] * 4,
+    ]
+    # Of one that is known already it is a fault.
+    fake_nvml.set_gpus(L4, FakeGpu("GPU-a"))
+    child.ask("release")
+    assert uuids(child.ask("scan")) == []
+    assert child.ask("probe", "GPU-a")["error"] == "several GPUs have this UUID"
 
 
 @pytest.mark.parametrize(
@@ -393,11 +409,38 @@ def test_a_lost_gpu_is_lost_to_probe_and_scan_until_it_is_back(start, fake_nvml)
     fake_nvml.update("GPU-a", lost=True)
     assert child.ask("probe", "GPU-a")["lost"]
     assert not child.ask("probe", "GPU-b")["lost"]
-    assert uuids(child.ask("scan")) == ["GPU-b"]
+    scan = child.ask("scan")
+    assert uuids(scan) == ["GPU-b"]
+    assert [(each["gpu"]["uuid"], each["detail"][:15]) for each in scan["lost"]] == [
+        ("GPU-a", "index 0 is lost")
+    ]
     fake_nvml.update("GPU-b", lost=True)
     assert uuids(child.ask("scan")) == []
     fake_nvml.update("GPU-a", lost=False)
-    assert uuids(child.ask("scan")) == ["GPU-a"]
+    scan = child.ask("scan")
+    assert (uuids(scan), [each["gpu"]["index"] for each in scan["lost"]]) == (["GPU-a"], [1])
+
+
+def test_a_gpu_that_is_lost_where_another_one_was_is_not_taken_for_that(start, fake_nvml):
+    third = FakeGpu("GPU-c", bus="00000000:C0:00.0")
+    child = start(L4, SECOND, third)
+    fake_nvml.set_gpus(SECOND, third, dataclasses.replace(L4, uuid="GPU-d", lost=True))
+    child.ask("release")
+    scan = child.ask("scan")
+    assert (uuids(scan), scan["lost"]) == (["GPU-b", "GPU-c"], [])
+    (lost,) = scan["undescribed"]
+    assert (lost["gpu"]["uuid"], lost["gpu"]["index"], lost["reason"]) == ("", 2, "error")
+
+
+def test_where_all_are_lost_and_nvml_cannot_be_closed_that_is_said(start, fake_nvml):
+    child = start(L4)
+    fake_nvml.update("GPU-a", lost=True)
+    fake_nvml.system_hang("Shutdown")
+    assert [each["gpu"]["uuid"] for each in child.ask("scan", 0.1)["lost"]] == ["GPU-a"]
+    assert "did not answer within 0.1 s" in child.ask("scan", 0.1)["error"]
+    fake_nvml.update("GPU-a", lost=False)
+    fake_nvml.system_hang("")
+    eventually(lambda: uuids(child.ask("scan")) == ["GPU-a"])
 
 
 def test_a_reset_gpu_is_lost_to_its_old_handle_and_found_by_the_next_scan(start, fake_nvml):

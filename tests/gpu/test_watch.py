@@ -39,6 +39,7 @@ class Moody(SimulatedDriver):
     scan_hangs = False
     returned: frozenset[str] = frozenset()
     undescribed: tuple[Excluded, ...] = ()
+    lost: tuple[Excluded, ...] = ()
     scans = waits = 0
 
     async def scan(self, limit: float = 3, patience: float = inf) -> Scan:
@@ -47,7 +48,14 @@ class Moody(SimulatedDriver):
             await self.release()  # the session is being opened again
             raise DriverHangsError(f"NVML did not answer within {limit:g} s")
         found = await super().scan(limit, patience)
-        return replace(found, returned=self.returned, undescribed=self.undescribed)
+        lost = [each.gpu.uuid for each in self.lost]
+        return replace(
+            found,
+            gpus=tuple(gpu for gpu in found.gpus if gpu.uuid not in lost),
+            returned=self.returned,
+            undescribed=self.undescribed,
+            lost=self.lost,
+        )
 
     async def next_events(self) -> Sequence[GpuEvent]:
         self.waits += 1
@@ -484,6 +492,26 @@ async def test_a_node_without_gpus_is_no_reason_to_end():
     node = Watched(SimulatedDriver(()), health=HealthRules(driver_wait=90))
     for _ in range(4):
         await node.look(after=60)
+
+
+async def test_a_gpu_that_is_lost_for_longer_than_it_is_listed_is_one_that_does_not_answer(driver):
+    node = Watched(driver, health=HealthRules(driver_wait=90, lost_card_seconds=20))
+    await node.look()
+    known = node.snapshot.gpus.values()
+    driver.lost = tuple(Excluded(gpu, "lost", f"index {gpu.index} is lost") for gpu in known)
+    for uuid in (ONE, TWO):
+        driver.show(uuid, Reading(lost=True))
+    await node.look(after=5)
+    assert ([len(node.snapshot.gpus)], node.snapshot.excluded) == ([2], ())
+    for _ in range(4):
+        await node.look(after=21)
+    assert not node.snapshot.gpus
+    assert [each.detail for each in node.snapshot.excluded] == [
+        "index 0 is lost",
+        "index 1 is lost",
+    ]
+    with pytest.raises(DriverError, match="no GPU has answered for 90 s"):
+        await node.look(after=21)
 
 
 async def test_what_is_late_at_the_start_is_looked_at_at_once_and_then_no_more_often(driver):

@@ -228,8 +228,11 @@ BAD_PEERS: dict[str, Serve] = {
     ),
     "reset": over_http2(lambda http, stream: http.reset_stream(stream, 8)),
     "going away": over_http2(lambda http, _: http.close_connection()),
-    # An event that grpclib does not know.
+    # Events that grpclib does not know.
     "informational": replying((":status", "103"), end=False),
+    "pushing": over_http2(
+        lambda http, stream: http.push_stream(stream, 2, [(":method", "GET"), (":path", "/")])
+    ),
     "without end": WITHOUT_END,
     "twice": answering(bytes(10), status="0"),
     "only an end": replying(
@@ -245,4 +248,10 @@ BAD_PEERS: dict[str, Serve] = {
     "TLS": saying(bytes.fromhex("15030300020246")),
     "HTTP/1.1": saying(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
     "noise": saying(bytes(range(256)) * 300),
+    "no end of words": replying(
+        (":status", "200"),
+        ("content-type", "application/grpc"),
+        ("grpc-status", "2"),
+        ("grpc-message", "x" * 60_000),
+    ),
 }

@@ -5,14 +5,18 @@ import socket
 from contextlib import suppress
 
 import grpc
+import h2.config
+import h2.events
 import pytest
 
 from tests.kubelet import fuzz
 from tests.kubelet.fuzz import PREFACE, frame, streams_in_memory
-from tests.kubelet.peers import wait_for
+from tests.kubelet.peers import Http, listening, wait_for
 from tests.kubelet.rig import QUICK, channel_to, next_message, registered
 from tests.kubelet.test_plugin import allocation
 from tests.kubelet_peer import LIST_AND_WATCH, off_loop
+from vgpu_agent.kubelet._proto.v1beta1 import RegisterRequest, RegistrationStub
+from vgpu_agent.kubelet.grpc import call
 
 pytestmark = pytest.mark.slow
 
@@ -120,9 +124,12 @@ async def test_a_call_that_is_reset_as_it_comes_is_released(kubelet_dir):
             await wait_for(lambda: streams_in_memory() <= before + 10, "end of the calls")
 
 
-@pytest.mark.parametrize(
+NOTHING = pytest.mark.parametrize(
     "between", [frame(0, 0, 1, b""), frame(0xFA, 3, 0, b"new")], ids=["empty data", "unknown"]
 )
+
+
+@NOTHING
 async def test_frames_that_say_nothing_are_passed_over(kubelet_dir, between):
     async with registered(kubelet_dir) as (_, rig):
         message = allocation(rig.ids(0, 1))
@@ -131,6 +138,32 @@ async def test_frames_that_say_nothing_are_passed_over(kubelet_dir, between):
         parts = frame(0, 0, 1, data[:9]), between * 1000, frame(0, 1, 1, data[9:])
         with raw(rig, frame(4, 0, 0, b""), call, *parts) as peer:
             await off_loop(read_until, peer, b"NVIDIA_VISIBLE_DEVICES")
+
+
+@NOTHING
+async def test_frames_that_say_nothing_are_passed_over_in_answers(kubelet_dir, between):
+    path = kubelet_dir / "kubelet.sock"
+
+    def kubelet(connection: socket.socket) -> None:
+        http = Http(h2.config.H2Configuration(client_side=False))
+        http.initiate_connection()
+        connection.sendall(http.data_to_send())
+        while data := connection.recv(65536):
+            if any(isinstance(each, h2.events.StreamEnded) for each in http.receive_data(data)):
+                http.send_headers(1, [(":status", "200"), ("content-type", "application/grpc")])
+                connection.sendall(http.data_to_send() + between * 1000)
+                http.send_data(1, b"\0\0\0\0\2ok")
+                http.send_headers(1, [("grpc-status", "0")], end_stream=True)
+            connection.sendall(http.data_to_send())
+
+    async with listening(path, kubelet):
+        answer = await call(
+            path,
+            "Register",
+            lambda channel: RegistrationStub(channel).register(RegisterRequest()),
+            within=5,
+        )
+    assert answer == b"ok"
 
 
 async def test_a_peer_that_reads_no_answer_is_cut(kubelet_dir):

@@ -546,6 +546,28 @@ async def test_a_directory_that_takes_no_socket_is_named_and_tried_again(
         assert len(kubelet.registrations) == 1
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+async def test_a_socket_that_cannot_be_removed_ends_nothing(
+    kubelet_dir, monkeypatch, kubelet, number
+):
+    good = Path.unlink
+
+    def failing(self, **options):
+        if self.name == ENDPOINT:
+            raise OSError(number, os.strerror(number))
+        good(self, **options)
+
+    async with agent(kubelet_dir, timing=QUICK) as rig:
+        await rig.registered()
+        monkeypatch.setattr(Path, "unlink", failing)
+        await off_loop(kubelet.drop_stream)
+        await rig.until(lambda _: rig.registrations("endpoint") == 2)
+        assert f"cannot bind {rig.path}" in rig.node.snapshot.kubelet.error
+        monkeypatch.setattr(Path, "unlink", good)
+        await rig.registered()
+        monkeypatch.setattr(Path, "unlink", failing)
+
+
 async def test_a_socket_left_by_an_agent_that_was_killed_is_replaced(kubelet_dir, caplog, kubelet):
     stale(kubelet.directory / ENDPOINT)
     async with agent(kubelet_dir) as rig:

@@ -17,7 +17,7 @@ SOURCES = {
     if "_proto" not in source.parts
 }
 
-LEAVES = ("address", "errors", "pace", "store", "unixsocket")
+LEAVES = ("address", "errors", "pace", "store", "threads", "unixsocket")
 """Small modules beside the rooms, which import nothing of ours but each other."""
 
 ROOMS = {

@@ -196,6 +196,20 @@ def test_without_health_checks_a_gpu_that_is_gone_is_no_fault():
     assert node.healthy == ["gpu-0"]
 
 
+def test_a_gpu_that_did_not_say_its_memory_when_it_was_first_seen_is_divided_when_it_does():
+    node = Clocked(mps=True)
+    silent = replace(ONE, memory_bytes=None)
+    node.looked(silent)
+    assert node.listed == []
+    seen = node.snapshot.first_seen
+    node.looked(silent)
+    assert node.snapshot.first_seen is seen
+    for gpu in (ONE, silent, ONE):  # from now on it is what it said
+        node.looked(gpu)
+        assert node.listed == ["gpu-0"]
+        assert node.snapshot.first_seen[ONE.uuid].memory_bytes == ONE.memory_bytes
+
+
 def test_a_release_says_until_when_and_keeps_what_is_known(node):
     node.xid((ONE.uuid, RESET))
     node.driver_released(1060.0)

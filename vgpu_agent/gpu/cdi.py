@@ -4,22 +4,32 @@ What they do not name a container cannot be given. Specs are YAML or JSON files 
 of the host (Container Device Interface specification); JSON is YAML too.
 """
 
+import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from vgpu_agent import store
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import StoreError, StoreShortageError
 from vgpu_agent.unixsocket import Identity
+
+try:
+    from yaml import CSafeLoader as SafeLoader  # ten times as fast
+except ImportError:
+    from yaml import SafeLoader
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**22
 """A node with many GPUs and MIG devices has a spec of some hundred KiB."""
+
+MAX_DEPTH = 64
+"""Lists and mappings inside each other; a spec has some eight."""
 
 HOOK = "apply-cuda-memory-limits"
 """The container toolkit's hook (1.20.1), an argument of its program, which sets memory limits."""
@@ -44,6 +54,10 @@ class _Spec:
     identity: Identity
     names: frozenset[str] = frozenset()
     limits_memory: bool = False
+
+
+_UNREAD = Identity(-1, -1, -1)
+"""Of no file."""
 
 
 class CdiSpecs:
@@ -89,6 +103,8 @@ class CdiSpecs:
             return known
         try:
             return _read(path, self._kind, identity)
+        except StoreShortageError:
+            return known or _Spec(_UNREAD)  # the next look reads it
         except _WRONG as error:
             words = f"CDI spec {path} cannot be read: {type(error).__name__}: {error}"
             log.warning("%s", words[:500])
@@ -109,7 +125,7 @@ _WRONG = (
 
 def _read(path: Path, kind: str, identity: Identity) -> _Spec:
     """Raises one of `_WRONG`."""
-    spec = yaml.safe_load(store.read_bytes(path, MAX_BYTES) or b"")
+    spec = _parsed(store.read_bytes(path, MAX_BYTES) or b"")
     if spec["kind"] != kind:
         return _Spec(identity, limits_memory=True)
     names = [device["name"] for device in spec["devices"]]
@@ -117,6 +133,26 @@ def _read(path: Path, kind: str, identity: Identity) -> _Spec:
         raise TypeError("a device has a name that is no text")  # YAML can nest without end
     limited = _has_hook(spec) or all(map(_has_hook, spec["devices"]))
     return _Spec(identity, frozenset(map(str, names)), limited)
+
+
+class _Loader(SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Without merge keys (`<<`), by which a few lines can make keys without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leaves them as they are, which is an error."""
+
+
+def _parsed(content: bytes) -> Any:
+    """What JSON or YAML says. Probes wait for it, so it is to be quick. Raises one of `_WRONG`."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(content)
+    depth = 0
+    for event in yaml.parse(content, Loader=_Loader):  # what loads it is not safe from depth
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return yaml.load(content, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
 
 
 def _has_hook(edited: dict[str, object]) -> bool:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Never
 
 import anyio
-from anyio import to_thread
 from anyio.abc import TaskStatus
 
 from vgpu_agent import store
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import StoreError, StoreShortageError
 from vgpu_agent.gpu.memory import LATEST
 from vgpu_agent.model.facts import Cordon
 from vgpu_agent.model.node import MAX_UNLISTED, Node
+from vgpu_agent.threads import in_thread
 
 MAX_REASON = 200
 """Letters of a reason."""
@@ -50,9 +50,14 @@ def _path(directory: Path, uuid: str) -> Path:
 
 
 def _load(path: Path) -> Cordon | None:
-    """What a file says; of one that cannot be understood, that. None where it has gone."""
+    """What a file says; of one that cannot be understood, that. None where it has gone.
+
+    Raises StoreShortageError.
+    """
     try:
         cordon = store.read_as(Cordon, path)
+    except StoreShortageError:
+        raise
     except StoreError as error:
         why = str(error)
     else:
@@ -84,7 +89,7 @@ class Cordons:
         while True:
             async with self._alone:
                 try:
-                    self.node.set_cordons(await to_thread.run_sync(load, self.directory))
+                    self.node.set_cordons(await in_thread(load, self.directory))
                 except StoreError as error:
                     self.node.cordons_failed(str(error))
             task_status.started()
@@ -96,12 +101,12 @@ class Cordons:
         if not _FILE.fullmatch(f"{uuid}.json"):
             raise StoreError(f"{uuid!r} cannot be the name of a file")
         async with self._alone:
-            await to_thread.run_sync(store.write, _path(self.directory, uuid), asdict(cordon))
+            await in_thread(store.write, _path(self.directory, uuid), asdict(cordon))
             self.node.set_cordons({**self.node.snapshot.cordons, uuid: cordon})
 
     async def remove(self, uuid: str) -> None:
         """Takes a cordon back. Raises StoreError, and nothing changed then."""
         async with self._alone:
-            await to_thread.run_sync(store.remove, _path(self.directory, uuid))
+            await in_thread(store.remove, _path(self.directory, uuid))
             left = {u: each for u, each in self.node.snapshot.cordons.items() if u != uuid}
             self.node.set_cordons(left)

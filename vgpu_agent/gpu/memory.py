@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Never
 
 import anyio
-from anyio import to_thread
 
 from vgpu_agent import store
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import StoreError, StoreShortageError
 from vgpu_agent.model.devices import Fault
 from vgpu_agent.model.health import ActiveFault, Counters, GpuHealth
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import FirstSeen, Snapshot
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -83,34 +83,50 @@ def load(directory: Path, boot_id: str) -> Kept | None:
 
 @dataclass
 class Keeper:
-    """Keeps the file as the node is. What could not be written is tried again until it is."""
+    """Keeps the file as the node is, from `recall` on.
+
+    What could not be written is tried again until it is.
+    """
 
     directory: Path
     node: Node
     boot_id_file: Path = store.BOOT_ID
     retries: tuple[float, ...] = RETRIES
     _written: Kept | None = None
+    _boot_id: str = ""
 
     async def recall(self) -> None:
-        """Gives the node what the agent before this one kept. A damaged file is no memory."""
-        boot_id = store.boot_id(self.boot_id_file)
-        try:
-            self._written = await to_thread.run_sync(load, self.directory, boot_id)
-        except StoreError as error:
-            log.warning("%s; GPUs that wait for a reset since before are unknown", error)
+        """Gives the node what the agent before this one kept. A damaged file is no memory.
+
+        One that cannot be read for want of descriptors is waited for: it would be overwritten.
+        """
+        problem = ""
+        while True:
+            try:
+                self._boot_id = await in_thread(store.boot_id, self.boot_id_file)
+                self._written = await in_thread(load, self.directory, self._boot_id)
+            except StoreShortageError as error:
+                if not problem:
+                    log.warning("%s; tried again", error)
+                problem = str(error)
+                await anyio.sleep(self.retries[0])
+                continue
+            except StoreError as error:
+                log.warning("%s; GPUs that wait for a reset since before are unknown", error)
+            break
         if self._written is not None:
             self.node.recalled(self._written.first_seen, self._written.health)
 
     async def run(self) -> Never:
         """Runs until cancelled."""
-        boot_id, path = store.boot_id(self.boot_id_file), self.directory / FILE
+        boot_id, path = self._boot_id, self.directory / FILE
         failures = 0
         version = -1
         while True:
             version = await self.node.latest.newer_than(version) or 0
             while not (now := kept(self.node.snapshot, boot_id)).same_as(self._written):
                 try:
-                    await to_thread.run_sync(store.write, path, asdict(now))
+                    await in_thread(store.write, path, asdict(now))
                 except StoreError as error:
                     self.node.set_store_error(str(error))
                     await anyio.sleep(self.retries[min(failures, len(self.retries) - 1)])

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskStatus
 
 from vgpu_agent.errors import DriverError, DriverHangsError
@@ -21,6 +20,7 @@ from vgpu_agent.model.health import HealthEvent, Probed, ResetDone
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.policy import XID_RECOVERY_ACTION_CHANGED, judge_xid
 from vgpu_agent.model.snapshot import Driver
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class GpuWatch:
                 undescribed=(*scan.undescribed, *map(_late, late)),
             )
         if self.cdi_names is not None:
-            names = await anyio.to_thread.run_sync(self.cdi_names)
+            names = await in_thread(self.cdi_names)
         self.node.driver_looked(
             self._driver(scan, problem, readings),
             scan,
@@ -228,7 +228,7 @@ class GpuWatch:
         answers = any(each.answered for each in readings.values())
         if problem is not None and not isinstance(problem, DriverHangsError):
             answers = False  # by handles that are void now
-        if scan is not None and not (scan.undescribed or self.node.snapshot.gpus):
+        if scan is not None and not (scan.undescribed or scan.lost or self.node.snapshot.gpus):
             answers = True  # there is none to answer
         if answers or (scan is not None and not rules.health_checks):
             self._useless_since = None

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import anyio.to_thread
 from betterproto import Message
 from grpclib import GRPCError, Status
 from grpclib.encoding.proto import ProtoCodec
@@ -24,6 +23,7 @@ from vgpu_agent.kubelet._proto.v1beta1 import (
 )
 from vgpu_agent.kubelet.wire import Fields
 from vgpu_agent.model.devices import Inventory, device_id
+from vgpu_agent.threads import in_thread
 
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
@@ -168,7 +168,7 @@ class ListEncoder:
         wanted = [(each.gpu.uuid, each.replicas, each.gpu.numa_node) for each in inventory.gpus]
         missing = [key for key in wanted if key not in self._encoded]
         if missing:
-            fresh = await anyio.to_thread.run_sync(_encode, missing)
+            fresh = await in_thread(_encode, missing)
             known = self._encoded | fresh
             self._encoded = {key: known[key] for key in wanted}
         gpus = zip(wanted, inventory.gpus, strict=True)

@@ -28,29 +28,35 @@ MAX_UNREAD = 2**20
 H2Connection.MAX_CLOSED_STREAMS = 256
 """How a stream ended matters for frames that cross its end. By itself h2 remembers 65,536 of them:
 4 MiB for a kubelet whose connection lasts for months."""
+MAX_WORDS = 500
+"""Most letters of what the kubelet says that are passed on."""
 PREFIX = 5
 """Bytes before a message."""
 
 
 class _Processor(EventsProcessor):
-    """grpclib's, less its leaks and with a bound."""
+    """grpclib's, for either side."""
 
     def process(self, event: Any) -> None:
         """Passes over what it does not know, as HTTP/2 wants of frames of unknown types."""
         with suppress(NotImplementedError):
             super().process(event)
 
+    def process_data_received(self, event: Any) -> None:
+        """Passes over what is empty: grpclib keeps it without bound, and takes it for the end."""
+        if event.flow_controlled_length:
+            super().process_data_received(event)
+
+
+class _ServedProcessor(_Processor):
+    """That of a server, less grpclib's leaks and with a bound."""
+
     def process_stream_reset(self, event: Any) -> None:
         """Later, when the task of the call has begun: what never began would never be released."""
         asyncio.get_running_loop().call_soon(super().process_stream_reset, event)
 
     def process_data_received(self, event: Any) -> None:
-        """Ends the call that is one byte too much.
-
-        Passes over what is empty: grpclib keeps it without bound, and takes it for the end.
-        """
-        if not event.flow_controlled_length:
-            return
+        """Ends the call that is one byte too much."""
         super().process_data_received(event)
         stream = self.streams.get(event.stream_id)
         received = sum(each.data_received for each in self.streams.values())
@@ -78,13 +84,14 @@ class Connection(H2Protocol):
         """Called by asyncio."""
         self.transport = cast("asyncio.Transport", transport)
         super().connection_made(transport)
+        self.processor = _Processor(self.handler, self.connection)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
         try:
             super().data_received(data)
         except Exception as error:  # noqa: BLE001 - grpclib and h2 stumble in many ways
-            self.give_up(f"the kubelet's answer is no gRPC: {error!r}")
+            self.give_up(f"the kubelet's answer is no gRPC: {error!r:.{MAX_WORDS}}")
         if self.transport is not None and (
             self.transport.is_closing() or self.transport.get_write_buffer_size() > MAX_UNREAD
         ):
@@ -113,7 +120,7 @@ class ServedConnection(Connection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
         super().connection_made(transport)
-        self.processor = _Processor(self.handler, self.connection)
+        self.processor = _ServedProcessor(self.handler, self.connection)
 
 
 class _Bounded(Connection):
@@ -230,10 +237,11 @@ def _explained(
         case GRPCError(status=Status.UNIMPLEMENTED):
             return KubeletError(f"the kubelet does not serve {what}")
         case GRPCError():
-            return KubeletError(f"the kubelet refused with {error.status.name}: {error.message}")
+            words = f"{error.message!s:.{MAX_WORDS}}"
+            return KubeletError(f"the kubelet refused with {error.status.name}: {words}")
         case StreamTerminatedError():
             return _ended()
         case _ if connection is not None and connection.ended:
             return _ended()
         case _:
-            return KubeletAwayError(f"the kubelet's answer cannot be read: {error!r}")
+            return KubeletAwayError(f"the kubelet's answer cannot be read: {error!r:.{MAX_WORDS}}")

@@ -43,6 +43,7 @@ from vgpu_agent.model.container import Grant, check_start, grant
 from vgpu_agent.model.latest import Latest
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.placement import prefer
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class DevicePlugin(DevicePluginBase):
                 self._node.rules.sharing.placement,
             )
             large = len(request.available_device_i_ds) > LARGE
-            preference = await anyio.to_thread.run_sync(ask) if large else ask()
+            preference = await in_thread(ask) if large else ask()
             if preference.passed_over:
                 log.info(
                     "GetPreferredAllocation: passed over as unknown or unhealthy: %s",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Never
 
 import anyio
-import anyio.to_thread
 from anyio import CapacityLimiter
 
 from vgpu_agent.errors import KubeletError
@@ -24,6 +23,7 @@ from vgpu_agent.kubelet.wire import Fields
 from vgpu_agent.model.holders import Assignment, Checked, Holder, Pod, cross_check
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import RegistrationResult, Snapshot
+from vgpu_agent.threads import in_thread
 
 SOCKET = Path("pod-resources", "kubelet.sock")
 """In the kubelet's directory."""
@@ -138,9 +138,7 @@ class PodResourcesWatch:
             read_answer, answer, self.checkpoint, self.resource_name, self._named, self.max_bytes
         )
         with anyio.move_on_after(within):
-            return await anyio.to_thread.run_sync(
-                read, limiter=self._decoding, abandon_on_cancel=True
-            )
+            return await in_thread(read, limiter=self._decoding, abandon_on_cancel=True)
         raise KubeletError(f"the kubelet's checkpoint could not be read within {within:g} s")
 
     # What becomes of it

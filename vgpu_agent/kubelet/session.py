@@ -6,12 +6,13 @@ polled. What a kubelet does is in the device plugin API (KEP-3573) and the kubel
 """
 
 import asyncio
+import errno
 import os
 import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
@@ -153,6 +154,7 @@ class KubeletSession:
         """Returns when something listens on the kubelet's socket."""
         away_since = self.clock()
         tried: Identity | None = None
+        refused = ""
         tried_at = -self.timing.kubelet_poll_later
         while True:
             identity = self._identity(self.kubelet_path)
@@ -160,10 +162,13 @@ class KubeletSession:
             if identity is not None and (
                 identity != tried or self.clock() - tried_at >= self.timing.kubelet_poll_later
             ):
-                if unixsocket.refusal(self.kubelet_path) is None:
+                why = unixsocket.refusal(self.kubelet_path)
+                if why is None:
                     return
+                nobody = why == os.strerror(errno.ECONNREFUSED)
+                refused = "nobody listens on it" if nobody else why
                 tried, tried_at = identity, self.clock()
-            problem = "there is no such socket" if identity is None else "nobody listens on it"
+            problem = "there is no such socket" if identity is None else refused
             self.node.registration_ended(f"no kubelet at {self.kubelet_path}: {problem}", away=True)
             await next_turn(self._poll_interval(away_since))
 
@@ -270,9 +275,10 @@ class KubeletSession:
         self._remove(own)
 
     def _remove(self, own: Identity | None) -> None:
-        """Removes our socket, and nobody else's."""
+        """Removes our socket, and nobody else's. A read-only directory keeps it, as a stale one."""
         if own is not None and self._identity(self.socket_path) == own:
-            self.socket_path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.socket_path.unlink()
 
     def _bound(self) -> socket.socket:
         """Our socket, bound where a stale one or none was. Raises EndpointError."""

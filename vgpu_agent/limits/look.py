@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.limits.cgroups import Hierarchy
@@ -26,6 +25,7 @@ from vgpu_agent.model.limits import (
     in_effect,
     wanted,
 )
+from vgpu_agent.threads import in_thread
 from vgpu_agent.usage.containers import LINKS
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Looker:
         Without `enforce` it is not told of single containers where none can have a limit.
         """
         find = partial(self.finder.find, afresh=afresh or self.pending)
-        tree = await anyio.to_thread.run_sync(find, limiter=self._limiter)
+        tree = await in_thread(find, limiter=self._limiter)
         if tree.problem is not None:
             self._wrong.clear()
             self._silent.clear()
@@ -121,7 +121,7 @@ class Looker:
         self.unsure = alike == {_NO_ANSWER}
         found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
         wrong = [held.leaf for held, each in found if each.problem is not None]
-        ended = await anyio.to_thread.run_sync(self.finder.ended, wrong, limiter=self._limiter)
+        ended = await in_thread(self.finder.ended, wrong, limiter=self._limiter)
         containers = [each for held, each in found if held.leaf.path not in ended]
         self._forget(tree, shares)
         late = any(each.problem is not None and each.limits for each in containers)
@@ -155,9 +155,7 @@ class Looker:
         if not self._kept:
             return
         leaves = [held.leaf for held in self._kept.values()]
-        for path in await anyio.to_thread.run_sync(
-            self.finder.ended, leaves, limiter=self._limiter
-        ):
+        for path in await in_thread(self.finder.ended, leaves, limiter=self._limiter):
             held = self._kept.pop(path)
             for uuid in {each.partition("::")[0] for each in held.recorded.device_ids}:
                 word = await self._end_guarantee(uuid, path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Never, Protocol
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskStatus
 
 from vgpu_agent import store
@@ -21,6 +20,7 @@ from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
 from vgpu_agent.pace import next_turn, since_boot
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Enforced:
         """See `Source`."""
         found = {uuid: tuple(each) for uuid, each in shares(snapshot.inventory.gpus).items()}
         wanted = Wanted(found, snapshot.driver.released_until or 0.0)
-        return await anyio.to_thread.run_sync(self._look, wanted)
+        return await in_thread(self._look, wanted)
 
     def _look(self, wanted: Wanted) -> LimitsLook | None:
         why = _AWAY
@@ -176,7 +176,7 @@ class LimitsWatch:
         """Whether there is news."""
         found = await self.source.look(self.node.snapshot)
         if found is not None and self.certain is not None:
-            certain = await anyio.to_thread.run_sync(self.certain)
+            certain = await in_thread(self.certain)
             found = replace(found, certain=certain)
         if found is not None:
             self.node.set_limits(found)
@@ -213,7 +213,7 @@ class Enforcer:
                 wait = self.poll
                 try:
                     if wanted.is_new:
-                        await anyio.to_thread.run_sync(wanted.read)
+                        await in_thread(wanted.read)
                     look = await self._look(paced, wanted.last)
                 except (StoreError, DriverError) as error:
                     look = LimitsLook(error=str(error), enforced=True)
@@ -252,7 +252,7 @@ class Enforcer:
         beat = since_boot()
         write = partial(files.write, self.directory, Seen(beat, look))
         try:
-            await anyio.to_thread.run_sync(write)
+            await in_thread(write)
         except StoreError as error:
             if str(error) != self._problem:
                 log.warning("%s: the agent takes this container for gone", error)

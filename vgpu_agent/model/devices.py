@@ -4,14 +4,17 @@ All values are frozen. A vGPU is not an object of its own anywhere: it is the pa
 its number, and its ID says which.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vgpu_agent.model.rules import MPS_CONTEXTS
+from vgpu_agent.model.rules import MAX_REPLICAS, MPS_CONTEXTS
 
 MAX_DEVICE_ID = 63
 """Longest device ID that the kubelet takes (device plugin API, `Device.ID`)."""
+
+_UUID = re.compile(rf"[A-Za-z0-9-]{{1,{MAX_DEVICE_ID - len(f'::{MAX_REPLICAS - 1}')}}}")
 
 
 class Reason(StrEnum):
@@ -144,6 +147,11 @@ class SharedGpu:
         if self.vgpu_bytes is not None:
             return self.vgpu_bytes * vgpus
         return None if self.usable_bytes is None else self.usable_bytes * vgpus // self.replicas
+
+
+def is_uuid(text: str) -> bool:
+    """Whether it can be the UUID of a GPU: vGPUs, files and environments are named by it."""
+    return _UUID.fullmatch(text) is not None
 
 
 def pci_order(bus_id: str) -> tuple[int, ...]:

@@ -38,11 +38,12 @@ class ComputeMode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """All GPUs that the driver sees now. A GPU that is lost is not among them.
+    """All GPUs that the driver sees now. A GPU that is lost is not among `gpus`.
 
     `undescribed`: GPUs that are there and do not say what they are, with the reason. `silent`: what
     known GPUs, by UUID, did not answer in time; they are among `gpus` as they were. `returned`:
-    GPUs whose handle of the scan before was lost, and which were initialized since.
+    GPUs whose handle of the scan before was lost, and which were initialized since. `lost`: GPUs
+    that the driver counts, that said what they are before, and that are lost.
     """
 
     driver_version: str
@@ -50,6 +51,7 @@ class Scan:
     undescribed: tuple[Excluded, ...] = ()
     silent: Mapping[str, str] = field(default_factory=dict)
     returned: frozenset[str] = frozenset()
+    lost: tuple[Excluded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class Node:
             gpus = {**gpus, **{gpu.uuid: gpu for gpu in scan.gpus}}
             there = {each.uuid for each in (*scan.gpus, *(e.gpu for e in scan.undescribed))} - {""}
             changed["present"] = frozenset(there)
-            changed["undescribed"] = scan.undescribed
+            changed["undescribed"] = (*scan.undescribed, *scan.lost)
             changed["first_seen"] = _first_seen(known.first_seen, scan.gpus)
             if self.rules.health.health_checks:
                 away = known.gpus.keys() - there
@@ -312,14 +312,22 @@ def counted(counts: Mapping[K, int], key: K) -> Mapping[K, int]:
     return MappingProxyType({**counts, key: counts.get(key, 0) + 1})
 
 
-def _first_seen(known: Mapping[str, FirstSeen], gpus: Iterable[Gpu]) -> Mapping[str, FirstSeen]:
+def _first_seen(known: Mapping[str, FirstSeen], gpus: Collection[Gpu]) -> Mapping[str, FirstSeen]:
     new = [gpu for gpu in gpus if gpu.uuid not in known]
-    if not new:
+    late = {  # which did not say their memory then
+        gpu.uuid: FirstSeen(first.index, gpu.memory_bytes, gpu.reserved_bytes)
+        for gpu in gpus
+        if (first := known.get(gpu.uuid)) is not None
+        and first.memory_bytes is None
+        and gpu.memory_bytes is not None
+    }
+    if not (new or late):
         return known
     taken = {each.index for each in known.values()}
     return MappingProxyType(
         {
             **known,
+            **late,
             **{
                 gpu.uuid: FirstSeen(
                     None if gpu.index in taken else gpu.index, gpu.memory_bytes, gpu.reserved_bytes

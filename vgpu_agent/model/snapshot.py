@@ -245,13 +245,15 @@ def compose(inputs: Inputs, rules: Rules, last: Snapshot | None = None) -> Snaps
     if last is not None and all(getattr(inputs, n) is getattr(last, n) for n in _ADVERTISED):
         return replace(last, **vars(inputs))
     gpus: list[SharedGpu] = []
-    excluded = [each for each in inputs.undescribed if each.gpu.uuid not in inputs.gpus]
+    excluded: list[Excluded] = []
     for gpu in inputs.gpus.values():
         divided = _divided(gpu, inputs, rules.sharing)
         if isinstance(divided, Divided):
             gpus.append(_shared_gpu(gpu, divided, inputs, rules))
         elif gpu.uuid in inputs.present:
             excluded.append(divided)
+    known = {each.gpu.uuid for each in gpus} | {each.gpu.uuid for each in excluded}
+    excluded[:0] = [each for each in inputs.undescribed if each.gpu.uuid not in known]
     gpus.sort(key=lambda shared: (shared.gpu.index, shared.gpu.uuid))
     shown = Inventory(tuple(gpus))
     mps = _mps(inputs, shown, rules.sharing) if rules.sharing.mps else None

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskStatus
 
 from vgpu_agent import store
@@ -21,6 +20,7 @@ from vgpu_agent.mps import state
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.state import State
 from vgpu_agent.pace import since_boot
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class RealDaemons:
 
     async def look(self) -> MpsLook:
         """See `Daemons`."""
-        return await anyio.to_thread.run_sync(self._look)
+        return await in_thread(self._look)
 
     def _look(self) -> MpsLook:
         try:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import anyio
-import anyio.to_thread
 
 from vgpu_agent.errors import (
     DriverError,
@@ -28,6 +27,7 @@ from vgpu_agent.mps.log import read_on
 from vgpu_agent.mps.programs import CONTROL
 from vgpu_agent.mps.state import Watched, generation_of
 from vgpu_agent.pace import since_boot
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Watcher:
     async def _read_log(self) -> bool:
         """Passes on what the daemon said that people need, but for a flood; whether it did."""
         directories = self._control.directories
-        seen, lines = await anyio.to_thread.run_sync(
+        seen, lines = await in_thread(
             read_on, directories.control_log, self._watched.log, since_boot()
         )
         self._watched = replace(self._watched, log=seen)
@@ -343,7 +343,7 @@ class Watcher:
         if self._measure is not None and servers and None in sizes.values():
             for uuid in sizes:
                 try:
-                    used = await anyio.to_thread.run_sync(self._measure, uuid)
+                    used = await in_thread(self._measure, uuid)
                 except DriverError as error:
                     log.info("the memory of the MPS server is unknown: %s", error)
                     break

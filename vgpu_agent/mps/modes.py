@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
-
 from vgpu_agent import store
 from vgpu_agent.errors import DriverError, MpsSetupError, StoreError
 from vgpu_agent.gpu.driver import GpuDriver
@@ -17,6 +15,7 @@ from vgpu_agent.model.devices import Excluded
 from vgpu_agent.model.facts import ComputeMode
 from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.model.share import divide
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class ComputeModes:
 
     async def _set(self, uuid: str, mode: ComputeMode) -> bool:
         try:
-            return await to_thread.run_sync(self._set_mode, uuid, mode)
+            return await in_thread(self._set_mode, uuid, mode)
         except DriverError as error:
             raise MpsSetupError(
                 f"{error}; or set VGPU_MPS_COMPUTE_MODE=keep to leave compute modes alone"

@@ -115,11 +115,11 @@ def _write(directories: DaemonDirectories, process: Process | None) -> None:
 def daemon_process(directories: DaemonDirectories) -> Process | None:
     """The process of the daemon that was started last, whether it lives or not."""
     try:
-        found = store.read_as(_Written, directories.process)
+        found, boot_id = store.read_as(_Written, directories.process), store.boot_id()
     except StoreError as error:
         log.warning("%s: servers of a daemon before are not known", error)
         return None
-    if found is None or found.boot_id != store.boot_id():
+    if found is None or found.boot_id != boot_id:
         return None
     return Process(found.pid, found.started)
 

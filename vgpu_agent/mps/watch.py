@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
 from vgpu_agent.errors import StoreError
 from vgpu_agent.mps import state
@@ -22,6 +21,7 @@ from vgpu_agent.mps.look import Measure, Watcher
 from vgpu_agent.mps.programs import CONTROL, hold
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.pace import since_boot
+from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ async def _divide(
     while True:
         await anyio.sleep(seconds)
         try:
-            plan = await anyio.to_thread.run_sync(divided)
+            plan = await in_thread(divided)
         except StoreError as error:
             if str(error) != problem:
                 log.warning("%s: GPUs stay divided as they are", error)
@@ -120,7 +120,7 @@ class _Report:
             return
         found = replace(self._plan, beat=now, daemons=daemons)
         try:
-            await anyio.to_thread.run_sync(state.write, self._path, found)
+            await in_thread(state.write, self._path, found)
         except StoreError as error:
             if str(error) != self._problem:
                 log.warning("%s: mount its directory writable, and run this as root", error)

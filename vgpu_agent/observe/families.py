@@ -84,7 +84,7 @@ def _gpus(of: Source, s: Snapshot) -> Iterator[Metric]:
         ),
         0,
     )
-    described = len(s.gpus.keys() & s.present)
+    described = len((s.gpus.keys() & s.present) - {each.gpu.uuid for each in s.undescribed})
     for name, what, count in (
         ("vgpu_gpus_counted", "How many GPUs the driver counts.", described + len(s.undescribed)),
         ("vgpu_gpus_described", "How many GPUs of those say what they are.", described),

@@ -227,7 +227,7 @@ def _excluded(gpu: ExcludedReport, place: Place) -> Check:
     name = f"GPU {gpu.index}"
     detail = f"{gpu.model} {gpu.uuid} is excluded ({gpu.reason}): {gpu.detail}"
     # The detail says what to do; of a GPU that says nothing it is not known what it would be.
-    if gpu.reason in ("error", "timeout"):
+    if gpu.reason in ("error", "timeout", "lost"):
         return _check(name, FAIL, detail, advice.silent_gpu(place), gpu.uuid)
     verdict = OK if gpu.reason == "replicas" else WARN
     return _check(name, verdict, detail, advice.EXCLUDED, gpu.uuid)

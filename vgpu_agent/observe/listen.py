@@ -8,12 +8,9 @@ from contextlib import ExitStack
 import anyio
 
 from vgpu_agent.address import Address
-from vgpu_agent.errors import ListenError
+from vgpu_agent.errors import SHORTAGES, ListenError
 
 log = logging.getLogger(__name__)
-
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Errors that pass."""
 
 NO_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL})
 """Errors of a machine without IPv6, of whatever part it lacks."""

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import h11
 import uvicorn
+import uvicorn.lifespan.off  # which uvicorn loads when it begins
 from anyio import CancelScope
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.model.holders import GpuProcess, Holder, Usage, attribute
 from vgpu_agent.model.node import Node
+from vgpu_agent.threads import in_thread
 from vgpu_agent.usage.containers import LINKS, container_id, holders_by_id
 
 
@@ -58,7 +58,7 @@ class UsageWatch:
             return
         processes = await self._processes()
         pids = {process.pid for running in processes.values() for process in running}
-        containers, problem, alone = await anyio.to_thread.run_sync(
+        containers, problem, alone = await in_thread(
             _find, pids, self.proc, self.links, abandon_on_cancel=True, limiter=self._limiter
         )
         if processes and (pids or alone):  # else there is nothing to judge by

@@ -22,7 +22,7 @@ from vgpu_agent.errors import DriverError, DriverHangsError
 from vgpu_agent.gpu.driver import CALL_LIMIT, GpuDriver
 from vgpu_agent.gpu.nvml import calls
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS
-from vgpu_agent.gpu.nvml.lanes import Crew, Lane, Workers, run_all
+from vgpu_agent.gpu.nvml.lanes import NO_THREAD, Crew, Lane, Workers, run_all
 from vgpu_agent.gpu.nvml.session import CLOSE_SECONDS, Looked, Session
 from vgpu_agent.model.facts import ComputeMode, GpuEvent, Reading, Scan
 from vgpu_agent.model.holders import GpuProcess
@@ -83,10 +83,12 @@ class NvmlDriver(GpuDriver):
         try:
             version, count = await self._calls.run(self._session.open, limit)
         except TimeoutError as error:
-            raise DriverHangsError(f"NVML did not answer within {limit:g} s") from error
+            why = f": {NO_THREAD}" if self._calls.doing is NO_THREAD else ""
+            raise DriverHangsError(f"NVML did not answer within {limit:g} s{why}") from error
         lanes = {index: self._lane(index) for index in range(count)}
-        look = self._session.look
-        asked = {lane: partial(look, index, lane.beat) for index, lane in lanes.items()}
+        asked = {
+            lane: partial(self._session.look, index, lane.beat) for index, lane in lanes.items()
+        }
         found = await run_all(asked, limit, patience)
         looked: dict[int, Looked] = {}
         silent: dict[int, str] = {}
@@ -98,7 +100,8 @@ class NvmlDriver(GpuDriver):
         scan = self._session.scanned(version, looked, silent)
         if not (scan.gpus or scan.undescribed):
             # NVML lists the GPUs that it saw when it was opened: the next scan opens it again.
-            await self._calls.run(self._session.close)
+            with suppress(TimeoutError):  # the next scan waits for it, and says so
+                await self._calls.run(self._session.close, limit)
         return scan
 
     async def probe(
@@ -110,7 +113,7 @@ class NvmlDriver(GpuDriver):
         probe = self._session.probe
         asked = {lane: partial(probe, uuid, lane.beat) for uuid, lane in lanes.items()}
         found = await run_all(asked, limit, patience)
-        readings = {uuid: Reading(lost=True) for uuid in indices.keys() - lanes.keys()}
+        readings = {uuid: self._session.absent(uuid) for uuid in indices.keys() - lanes.keys()}
         for uuid, lane in lanes.items():
             if lane in found:
                 each = found[lane]

@@ -7,9 +7,9 @@ from typing import NewType, TypeVar
 
 import pynvml
 
-from vgpu_agent.errors import DriverError, DriverLibraryError
+from vgpu_agent.errors import SHORTAGES, DriverError, DriverLibraryError
 from vgpu_agent.model.advice import NVIDIA_RUNTIME
-from vgpu_agent.model.devices import Excluded, Gpu
+from vgpu_agent.model.devices import Excluded, Gpu, is_uuid
 from vgpu_agent.model.facts import ComputeMode
 from vgpu_agent.model.rules import MPS_CONTEXTS, MPS_MAX_CLIENTS
 
@@ -37,6 +37,15 @@ NOT_OFFERED = frozenset(
         pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
     }
 )
+
+LOST = "lost"
+"""Why a GPU is excluded that was described before."""
+
+MAX_GPUS = 256
+"""No node has as many."""
+
+MAX_MEMORY = 2**50
+"""No GPU has a PiB."""
 
 _NOT_AVAILABLE = 2**64 - 1
 
@@ -107,9 +116,11 @@ def describe(index: int, uuid: str, gpu: Asked, *, numa_root: Path) -> Gpu:
 
     Raises NVMLError, and ValueError for what cannot be.
     """
+    if not is_uuid(uuid):
+        raise ValueError(f"its UUID is {uuid!r}")
     total, reserved, _ = gpu.must(memory)
-    if total == 0:
-        raise ValueError("it has 0 bytes of memory")
+    if total is not None and not 0 < total <= MAX_MEMORY:
+        raise ValueError(f"it has {total} bytes of memory")
     address = bus_id(gpu.must(pci_address))
     return Gpu(
         uuid=uuid,
@@ -127,9 +138,20 @@ def describe(index: int, uuid: str, gpu: Asked, *, numa_root: Path) -> Gpu:
 
 def unreadable(index: int, uuid: str, error: Exception) -> Excluded:
     """A GPU that has never said what it is; without a UUID it has not even said which it is."""
-    which = "the GPU" if uuid else f"index {index}"
+    which = "the GPU" if is_uuid(uuid) else f"index {index}"
     detail = f"{which} is not described by NVML ({error}): see nvidia-smi and the node's kernel log"
     return Excluded(_unknown(index, uuid), "error", detail)
+
+
+def nameless(index: int, detail: str) -> Excluded:
+    """A GPU that does not say which it is."""
+    return Excluded(_unknown(index, ""), "error", detail)
+
+
+def lost(gpu: Gpu, error: Exception) -> Excluded:
+    """A GPU that the driver counts, that said what it is, and that is lost now."""
+    detail = f"index {gpu.index} is lost ({error}): see nvidia-smi and the node's kernel log"
+    return Excluded(gpu, LOST, detail)
 
 
 def silent(index: int, doing: str) -> Excluded:
@@ -154,6 +176,14 @@ def _text(ask: Callable[[], str | bytes]) -> str:
 def driver_version() -> str:
     """The version of the driver."""
     return _text(pynvml.nvmlSystemGetDriverVersion)
+
+
+def count() -> int:
+    """How many GPUs there are. Raises ValueError for a number that no node has."""
+    found = int(pynvml.nvmlDeviceGetCount())
+    if found > MAX_GPUS:
+        raise ValueError(f"it counts {found}; {MAX_GPUS} are possible")
+    return found
 
 
 def uuid(handle: Handle) -> str:
@@ -183,8 +213,8 @@ def memory(handle: Handle) -> tuple[int | None, int, int | None]:
             if error.value not in NOT_OFFERED:
                 raise
             continue
-        reserved = 0 if version is None else int(info.reserved)
-        return _known(info.total), reserved, _known(info.used)
+        reserved = None if version is None else _known(info.reserved)
+        return _known(info.total), reserved or 0, _known(info.used)
     return None, 0, None
 
 
@@ -288,9 +318,13 @@ def bus_id(written: str) -> str:
 
 
 def numa_node(path: Path) -> int | None:
-    """The node in a sysfs file; -1 there means none."""
+    """The node in a sysfs file; -1 there means none. Raises OSError of SHORTAGES."""
     try:
         node = int(path.read_text())
-    except (OSError, ValueError):
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+        return None
+    except ValueError:
         return None
     return node if node >= 0 else None

@@ -13,6 +13,9 @@ from typing import TypeVar
 
 import anyio
 
+from vgpu_agent.errors import lacks_thread
+from vgpu_agent.threads import PAUSE
+
 T = TypeVar("T")
 
 PATIENCE = 0.02
@@ -25,6 +28,22 @@ KEPT = 1
 
 QUEUED = "its turn"
 """What a lane does that waits for others of its crew."""
+
+QUEUE_SECONDS = 10.0
+"""Longest that its turn is waited for, beyond what the call may take: it comes at once, but where
+there are no threads."""
+
+NO_THREAD = "no thread can be started on this node"
+
+
+@contextmanager
+def suppress_lack_of_threads() -> Iterator[None]:
+    """Passes over that no thread can be started now."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lacks_thread(error):
+            raise
 
 
 class Gate:
@@ -125,7 +144,11 @@ class Crew:
             self._waiting.append((work, done))
             idle = self._shift is None
         if idle:
-            self._begin_shift()
+            try:
+                self._begin_shift()
+            except BaseException:
+                self._waiting.pop()
+                raise
         return done
 
     def overtake(self) -> None:
@@ -133,16 +156,17 @@ class Crew:
         with self._lock:
             late = bool(self._waiting) and time.monotonic() - self._since >= PATIENCE
         if late:
-            self._begin_shift()
+            with suppress_lack_of_threads():
+                self._begin_shift()
 
     def _begin_shift(self) -> None:
         shift = object()
         with self._lock:
-            self._shift, self._since = shift, time.monotonic()
+            before, self._shift, self._since = self._shift, shift, time.monotonic()
         try:
             self._workers.do(lambda: self._work(shift))
         except BaseException:
-            self._shift = None  # no thread is to be had now: the next call tries again
+            self._shift = before  # no thread is to be had now: the next call tries again
             raise
 
     def _work(self, shift: object) -> None:
@@ -188,17 +212,32 @@ class Lane:
     async def run(self, call: Callable[[], T], limit: float = math.inf) -> T:
         """The answer of the call, or what it raises.
 
-        Raises TimeoutError where a call inside takes longer than `limit` seconds: many that are
-        slow are none that hangs.
+        Raises TimeoutError where a call inside takes longer than `limit` seconds, many that are
+        slow being none that hangs, and where there is no thread for it in that time.
         """
-        while self.busy:
-            await self.end(limit)
-        answer = self.begin(call)
+        answer = await self.turn(call, limit)
         await self.end(limit)
         return answer.result(timeout=0)
 
+    async def turn(self, call: Callable[[], T], limit: float) -> "Future[T]":
+        """Begins when the lane is free, and there is a thread. Raises TimeoutError as `run`."""
+        until = None
+        while True:
+            while self.busy:
+                await self.end(limit)
+            with suppress_lack_of_threads():
+                return self.begin(call)
+            until = until or time.monotonic() + limit
+            if time.monotonic() >= until:
+                self.doing = NO_THREAD
+                raise TimeoutError
+            await asyncio.sleep(min(PAUSE, limit))
+
     def begin(self, call: Callable[[], T]) -> "Future[T]":
-        """Its answer, which is there when the lane is no longer busy. Must not be busy now."""
+        """Its answer, which is there when the lane is no longer busy. Must not be busy now.
+
+        Raises RuntimeError where there is no thread for it.
+        """
         answer = Future[T]()
 
         def hold() -> None:
@@ -217,9 +256,11 @@ class Lane:
         inside = self._inside
         while not inside.done():
             left = self._beat + limit - time.monotonic()
-            if self._crew is not None and self.doing is QUEUED:
+            if self._crew is not None and self.doing is QUEUED and left > -QUEUE_SECONDS:
                 left = PATIENCE  # which is nobody's fault, and not for long
             elif left <= 0:
+                if self._crew is not None:
+                    self._crew.overtake()
                 raise TimeoutError
             await self.ended(left)
 
@@ -239,15 +280,17 @@ async def run_all(
 
     Where all answer at once, the loop hears of it once.
     """
-    hung = dict[Lane, TimeoutError]()
-    answers = {lane: lane.begin(call) for lane, call in calls.items() if not lane.busy}
+    answers: dict[Lane, Future[T]] = {}
+    hung: dict[Lane, TimeoutError] = {}
+    with suppress_lack_of_threads():
+        for lane, call in calls.items():
+            if not lane.busy:
+                answers[lane] = lane.begin(call)
 
     async def answer(lane: Lane) -> None:
         try:
-            while lane not in answers:
-                await lane.end(limit)
-                if not lane.busy:
-                    answers[lane] = lane.begin(calls[lane])
+            if lane not in answers:
+                answers[lane] = await lane.turn(calls[lane], limit)
             if not answers[lane].done():
                 await lane.end(limit)
         except TimeoutError as error:

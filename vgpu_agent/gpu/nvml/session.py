@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pynvml
 
-from vgpu_agent.errors import DriverError
+from vgpu_agent.errors import SHORTAGES, DriverError
 from vgpu_agent.gpu.nvml import calls, limits
 from vgpu_agent.gpu.nvml.calls import GONE, Asked, Beat, Handle
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS, Events
@@ -23,6 +23,7 @@ from vgpu_agent.model.limits import MemoryLimit
 T = TypeVar("T")
 
 UNKNOWN = "the driver does not know the GPU now"
+DOUBLED = "several GPUs have this UUID"
 
 CLOSE_SECONDS = 2.0
 """A wait for events is out after a slice."""
@@ -59,7 +60,7 @@ def _is_lost(gpu: Asked) -> bool:
     return False
 
 
-Looked = Found | Excluded | None
+Looked = Found | Excluded
 
 
 class Session:
@@ -88,9 +89,10 @@ class Session:
         self._monotonic = monotonic
         self._gate = Gate()
         self._opened_at: float | None = None
-        self._listed_when_opened = 0
+        self._listed_when_opened: int | None = None
         self._found: dict[str, Found] = {}
         self._known: dict[str, Gpu] = {}
+        self._doubled: frozenset[str] = frozenset()
         self.events = Events(monotonic)
 
     @property
@@ -112,7 +114,7 @@ class Session:
             self._opened_at = self._monotonic()
             self._listed_when_opened = self._listed()
         try:
-            return calls.driver_version(), int(pynvml.nvmlDeviceGetCount())
+            return calls.driver_version(), calls.count()
         except Exception as error:
             self.close()
             raise DriverError(f"NVML does not list its GPUs: {error}") from error
@@ -121,17 +123,23 @@ class Session:
         """Whether GPUs came or went since NVML was opened; one that is lost stays in the list."""
         if self._monotonic() - opened_at < self._reopen_seconds:
             return False
-        return self._listed() != self._listed_when_opened
+        listed = self._listed()
+        if self._listed_when_opened is None:
+            self._listed_when_opened = listed
+        return listed is not None and listed != self._listed_when_opened
 
-    def _listed(self) -> int:
-        """How many GPUs the driver's own list has; not every platform has that list."""
+    def _listed(self) -> int | None:
+        """How many GPUs the driver's own list has; not every platform has that list.
+
+        None where it cannot be read now, as by a process that is out of descriptors.
+        """
         try:
             return len(list(self._proc_root.iterdir()))
-        except OSError:
-            return 0
+        except OSError as error:
+            return None if error.errno in SHORTAGES else 0
 
     def look(self, index: int, beat: Beat) -> Looked:
-        """The GPU of that index, or why nothing is known of it; None where a known one is lost."""
+        """The GPU of that index, or why nothing is known of it, or that a known one is lost."""
         with self._gate.shared():
             return self._look(index, beat)
 
@@ -144,16 +152,18 @@ class Session:
             handle = Handle(pynvml.nvmlDeviceGetHandleByIndex(index))
             uuid = Asked(handle, beat).must(calls.uuid)
         except Exception as error:  # noqa: BLE001 - whatever one GPU answers concerns no other
-            if not any(gpu.index == index for gpu in self._known.values()):
+            known = [gpu for gpu in self._known.values() if gpu.index == index]
+            if not known:
                 return calls.unreadable(index, "", error)
             # An odd error is not a GPU that went away: what was known of the place stays.
-            return None if _is_gone(error) else before
+            stays = before is not None and not _is_gone(error)
+            return before if before is not None and stays else calls.lost(known[-1], error)
         try:
             gpu = self._describe(index, uuid, Asked(handle, beat))
             return Found(handle, gpu, returned=returned)
         except Exception as error:  # noqa: BLE001 - whatever one GPU answers concerns no other
             if _is_gone(error) and uuid in self._known:
-                return None
+                return calls.lost(self._known[uuid], error)
             # One failing call makes no GPU vanish that was known: its probe says what is wrong.
             if uuid in self._known:
                 return Found(handle, self._known[uuid], returned=returned)
@@ -176,8 +186,14 @@ class Session:
         `hung` says of an index what it did not answer: a GPU that is known there stays.
         """
         found = [each for each in looked.values() if isinstance(each, Found)]
-        problems = [each for each in looked.values() if isinstance(each, Excluded)]
-        silent = {}
+        uuids = {each.gpu.uuid for each in found}
+        problems, lost, silent = list[Excluded](), list[Excluded](), dict[str, str]()
+        for index, each in looked.items():
+            if isinstance(each, Excluded) and each.reason == calls.LOST and each.gpu.uuid in uuids:
+                # It has another index now: which one is lost here is not known.
+                problems.append(calls.nameless(index, each.detail))
+            elif isinstance(each, Excluded):
+                (lost if each.reason == calls.LOST else problems).append(each)
         for index, doing in hung.items():
             place = self._place(index)
             if place is not None:
@@ -188,16 +204,23 @@ class Session:
         found.sort(key=lambda each: each.gpu.index)
         often = Counter(each.gpu.uuid for each in found)
         self._found = {each.gpu.uuid: each for each in found if often[each.gpu.uuid] == 1}
+        self._doubled = frozenset(uuid for uuid, times in often.items() if times > 1)
         problems += [each.problem for each in self._found.values() if each.problem is not None]
         problems += [
-            Excluded(each.gpu, "duplicate", f"{often[each.gpu.uuid]} GPUs have this UUID")
+            Excluded(each.gpu, "duplicate", DOUBLED)
             for each in found
-            if often[each.gpu.uuid] > 1
+            if each.gpu.uuid in self._doubled
         ]
-        self._known |= {uuid: each.gpu for uuid, each in self._found.items() if not each.problem}
+        described = {uuid: each.gpu for uuid, each in self._found.items() if not each.problem}
+        before = {uuid: gpu for uuid, gpu in self._known.items() if uuid not in described}
+        self._known = before | described  # the newest comes last
         gpus = tuple(each.gpu for each in self._found.values() if each.problem is None)
         returned = frozenset(each.gpu.uuid for each in self._found.values() if each.returned)
-        return Scan(version, gpus, tuple(problems), silent, returned)
+        return Scan(version, gpus, tuple(problems), silent, returned, tuple(lost))
+
+    def absent(self, uuid: str) -> Reading:
+        """Of a GPU that the last scan did not find as one of its own."""
+        return Reading(error=DOUBLED) if uuid in self._doubled else Reading(lost=True)
 
     def probe(self, uuid: str, beat: Beat = lambda _: None) -> Reading:
         """Asks a GPU of the last scan how it is; another one is lost."""
@@ -255,7 +278,7 @@ class Session:
                 return None
             try:
                 listed = calls.running(found.handle, "Compute") + calls.mps_clients(found.handle)
-            except pynvml.NVMLError:
+            except Exception:  # noqa: BLE001 - whatever one GPU answers concerns no other
                 return None  # half of the truth would look like all of it
         memory: dict[int, int | None] = {}
         for pid, used in listed:
