@@ -1,5 +1,7 @@
 """What can go wrong, grouped by the edge at which it does."""
 
+import logging
+
 
 class VgpuAgentError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -11,6 +13,20 @@ def is_shortage(error: BaseException) -> bool:
     A thread that cannot be started is a RuntimeError of its own.
     """
     return isinstance(error, OSError) or "start new thread" in str(error)
+
+
+class Once:
+    """Warns of trouble when it begins or is another one, and not for as long as it goes on."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._last: str | None = None
+
+    def warn(self, text: str | None = None) -> None:
+        """What is wrong now; nothing where all is well again."""
+        if text and text != self._last:
+            self._logger.warning("%s", text)
+        self._last = text
 
 
 class SettingsError(VgpuAgentError):

@@ -1,6 +1,6 @@
 """The one way to keep a small JSON file, and to read one that others may have damaged.
 
-Both functions block: call them in a worker thread.
+Everything here blocks: call it in a worker thread.
 """
 
 import json
@@ -12,9 +12,10 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from vgpu_agent.errors import StoreError
+from vgpu_agent.pace import since_boot
 
 T = TypeVar("T")
 
@@ -179,3 +180,40 @@ def _sync(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class Said(Generic[T]):
+    """A file by which one process says something to another; each has one for its side of it."""
+
+    def __init__(self, path: Path, read: Callable[[Path], T | None]) -> None:
+        self._path = path
+        self._reader = read
+        self._read: tuple[object, T | None] = None, None
+        self._said: tuple[object, object, float] = None, None, 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether another file is there than was read last."""
+        return identity(self._path) != self._read[0]
+
+    @property
+    def last(self) -> T | None:
+        """What was read last."""
+        return self._read[1]
+
+    def read(self) -> T | None:
+        """What it says, read where it is new; None where there is none. Raises StoreError."""
+        which = identity(self._path)
+        if which != self._read[0]:
+            self._read = which, self._reader(self._path)
+        return self._read[1]
+
+    def is_due(self, known: object, seconds: float = float("inf")) -> bool:
+        """Whether `known` is not what was said, or somebody changed it, or it is so many s old."""
+        said, which, at = self._said
+        return known != said or which != identity(self._path) or since_boot() - at >= seconds
+
+    def say(self, data: Mapping[str, object], known: object) -> None:
+        """Replaces the file; `known` stands for what it says in `is_due`. Raises StoreError."""
+        write(self._path, data)
+        self._said = known, identity(self._path), since_boot()

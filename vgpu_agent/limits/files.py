@@ -1,13 +1,12 @@
 """The two files between the agent and the container that enforces limits.
 
-Each is written by one of them and read by the other, in VGPU_STATE_DIRECTORY. Everything here
-blocks.
+Each is written by one of them and read by the other, in VGPU_STATE_DIRECTORY.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from vgpu_agent import store
 from vgpu_agent.errors import StoreError
@@ -43,40 +42,13 @@ class Seen:
 T = TypeVar("T", Wanted, Seen)
 
 
-class Said(Generic[T]):
-    """One of the files, read when it is another one."""
+def said(kind: type[T], directory: Path) -> store.Said[T]:
+    """One of the files."""
 
-    def __init__(self, kind: type[T], directory: Path) -> None:
-        self._kind: type[T] = kind
-        self.path = path_of(kind, directory)
-        self._read: tuple[object, T | None] = None, None
+    def read(path: Path) -> T | None:
+        found = store.read_as(kind, path, MAX_BYTES)
+        if found is not None and found.format != FORMAT:
+            raise StoreError(f"{path} is of another version of the agent")
+        return found
 
-    @property
-    def is_new(self) -> bool:
-        """Whether another one is there than was read last."""
-        return store.identity(self.path) != self._read[0]
-
-    @property
-    def last(self) -> T | None:
-        """What was read last."""
-        return self._read[1]
-
-    def read(self) -> T | None:
-        """What it says; None where there is none. Raises StoreError."""
-        which = store.identity(self.path)
-        if which != self._read[0]:
-            found = store.read_as(self._kind, self.path, MAX_BYTES)
-            if found is not None and found.format != FORMAT:
-                raise StoreError(f"{self.path} is of another version of the agent")
-            self._read = which, found
-        return self._read[1]
-
-
-def path_of(kind: type[Wanted | Seen], directory: Path) -> Path:
-    """Where it is."""
-    return directory / f"limits-{kind.__name__.lower()}"
-
-
-def write(directory: Path, said: Wanted | Seen) -> None:
-    """Replaces the file. Raises StoreError."""
-    store.write(path_of(type(said), directory), asdict(said))
+    return store.Said(directory / f"limits-{kind.__name__.lower()}", read)

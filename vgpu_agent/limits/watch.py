@@ -3,8 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Never, Protocol
 
@@ -12,10 +11,8 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskStatus
 
-from vgpu_agent import store
-from vgpu_agent.errors import DriverError, StoreError
-from vgpu_agent.limits import files
-from vgpu_agent.limits.files import Said, Seen, Wanted
+from vgpu_agent.errors import DriverError, Once, StoreError
+from vgpu_agent.limits.files import Seen, Wanted, said
 from vgpu_agent.limits.look import Looker
 from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
@@ -109,10 +106,8 @@ class Enforced:
     """
 
     def __init__(self, directory: Path, patience: float = PATIENCE) -> None:
-        self._directory = directory
         self._patient_until = since_boot() + patience
-        self._seen = Said(Seen, directory)
-        self._said: tuple[Wanted, object] | None = None
+        self._seen, self._wanted = said(Seen, directory), said(Wanted, directory)
 
     async def look(self, snapshot: Snapshot) -> LimitsLook | None:
         """See `Source`."""
@@ -123,7 +118,8 @@ class Enforced:
     def _look(self, wanted: Wanted) -> LimitsLook | None:
         why = _AWAY
         try:
-            self._say(wanted)
+            if self._wanted.is_due(wanted):
+                self._wanted.say(asdict(wanted), wanted)
             seen = self._seen.read()
             # What an earlier boot left there has a time that has not come yet.
             if seen is not None and 0 <= since_boot() - seen.beat <= STALE:
@@ -133,13 +129,6 @@ class Enforced:
         if since_boot() < self._patient_until:
             return None
         return LimitsLook(error=why, enforced=True)
-
-    def _say(self, wanted: Wanted) -> None:
-        """Writes it, again where somebody else has since. Raises StoreError."""
-        path = files.path_of(Wanted, self._directory)
-        if (wanted, store.identity(path)) != self._said:
-            files.write(self._directory, wanted)
-            self._said = wanted, store.identity(path)
 
 
 _AWAY = "the container `limits`, which sets them, is not heard of: see its log"
@@ -200,28 +189,29 @@ class Enforcer:
     clock: Callable[[], float] = time.time
     _scanned: bool = False
     _released: bool = True
-    _seen: LimitsLook | None = None
-    _beat: float = float("-inf")
-    _error: str | None = None
-    _problem: str = ""
+    _look: LimitsLook | None = None
+
+    def __post_init__(self) -> None:
+        self._seen, self._wanted = said(Seen, self.directory), said(Wanted, self.directory)
+        self._none, self._unheard = Once(log), Once(log)
 
     async def run(self) -> Never:
         """Runs until cancelled."""
-        paced, wanted = Paced(self.looker), Said(Wanted, self.directory)
+        paced, wanted = Paced(self.looker), self._wanted
         async with self.looker.driver:
             while True:
                 wait = self.poll
                 try:
                     if wanted.is_new:
                         await anyio.to_thread.run_sync(wanted.read)
-                    look = await self._look(paced, wanted.last)
+                    look = await self._new_look(paced, wanted.last)
                 except (StoreError, DriverError) as error:
                     look = LimitsLook(error=str(error), enforced=True)
                     wait = RETRY if isinstance(error, DriverError) else self.poll
                 await self._say(look)
                 await anyio.sleep(wait)
 
-    async def _look(self, paced: Paced, wanted: Wanted | None) -> LimitsLook | None:
+    async def _new_look(self, paced: Paced, wanted: Wanted | None) -> LimitsLook | None:
         """Raises DriverError."""
         driver = self.looker.driver
         if wanted is None:
@@ -230,7 +220,7 @@ class Enforcer:
             if not self._released:  # a GPU is not reset while anybody has it open
                 self._released = await driver.release()
                 self._scanned = False
-            return _RELEASED if self._seen is None else None
+            return _RELEASED if self._look is None else None
         if not self._scanned:
             self._released = False  # a scan that fails may leave it open, too
             await driver.scan(patience=PATIENT_SCAN)
@@ -243,19 +233,14 @@ class Enforcer:
 
     async def _say(self, look: LimitsLook | None) -> None:
         """Writes what is new, and now and then what is not."""
-        look = look or self._seen
-        if look is None or (look == self._seen and since_boot() - self._beat < BEAT):
+        self._look = look = look or self._look
+        if look is None or not self._seen.is_due(look, BEAT):
             return
-        if look.error is not None and look.error != self._error:
-            log.warning("no memory limits: %s", look.error)
-        self._error = look.error
-        beat = since_boot()
-        write = partial(files.write, self.directory, Seen(beat, look))
+        self._none.warn(look.error and f"no memory limits: {look.error}")
+        data = asdict(Seen(since_boot(), look))
         try:
-            await anyio.to_thread.run_sync(write)
+            await anyio.to_thread.run_sync(self._seen.say, data, look)
         except StoreError as error:
-            if str(error) != self._problem:
-                log.warning("%s: the agent takes this container for gone", error)
-            self._problem = str(error)
+            self._unheard.warn(f"{error}: the agent takes this container for gone")
         else:
-            self._seen, self._beat, self._problem = look, beat, ""
+            self._unheard.warn()

@@ -51,9 +51,9 @@ class State:
     daemons: Mapping[str, Watched] = field(default_factory=dict)
 
 
-def write(path: Path, state: State) -> None:
-    """Replaces the file as a whole. Raises StoreError."""
-    store.write(path, {"format": FORMAT, **asdict(state)})
+def as_data(state: State) -> Mapping[str, object]:
+    """As it is written."""
+    return {"format": FORMAT, **asdict(state)}
 
 
 def read(path: Path) -> State | None:
@@ -74,11 +74,10 @@ def read(path: Path) -> State | None:
     return state
 
 
-def write_division(path: Path, rules: SharingRules) -> None:
-    """Says how the agent divides the GPUs. Raises StoreError."""
+def division(rules: SharingRules) -> Mapping[str, object]:
+    """How the agent divides the GPUs, as it is written."""
     said = {name: getattr(rules, name) for name in DIVISION}
-    said["replicas_by_gpu"] = dict(rules.replicas_by_gpu)  # JSON knows no other mapping
-    store.write(path, said)
+    return {**said, "replicas_by_gpu": dict(rules.replicas_by_gpu)}  # JSON knows no other mapping
 
 
 def with_division(path: Path, rules: SharingRules) -> SharingRules:

@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import Once, StoreError
 from vgpu_agent.mps import state
 from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.directories import Directories
@@ -22,6 +22,7 @@ from vgpu_agent.mps.look import Measure, Watcher
 from vgpu_agent.mps.programs import CONTROL, hold
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.pace import since_boot
+from vgpu_agent.store import Said
 
 log = logging.getLogger(__name__)
 
@@ -81,17 +82,15 @@ async def watch(
 async def _divide(
     watchers: Mapping[str, Watcher], divided: Callable[[], State], seconds: float
 ) -> None:
-    problem = ""
+    trouble = Once(log)
     while True:
         await anyio.sleep(seconds)
         try:
             plan = await anyio.to_thread.run_sync(divided)
         except StoreError as error:
-            if str(error) != problem:
-                log.warning("%s: GPUs stay divided as they are", error)
-            problem = str(error)
+            trouble.warn(f"{error}: GPUs stay divided as they are")
             continue
-        problem = ""
+        trouble.warn()
         for name, planned in plan.daemons.items():
             if name in watchers:
                 watchers[name].divide(planned.look)
@@ -101,12 +100,10 @@ class _Report:
     """Keeps `state` as what was seen last; a write that fails is tried again at the next beat."""
 
     def __init__(self, path: Path, plan: State) -> None:
-        self._path = path
+        self._said = Said(path, state.read)
         self._plan = plan
         self._daemons: dict[str, Watched] = {}
-        self._written: dict[str, Watched] = {}
-        self._last = 0.0
-        self._problem = ""
+        self._trouble = Once(log)
 
     def found(self, name: str, watched: Watched) -> None:
         """A daemon was looked at."""
@@ -114,19 +111,16 @@ class _Report:
 
     async def beat(self) -> None:
         """Writes what changed, and now and then what did not."""
-        daemons, now = dict(self._daemons), since_boot()
-        same = {name: _known(each) for name, each in daemons.items()}
-        if not daemons or (same == self._written and now - self._last < BEAT):
+        daemons = dict(self._daemons)
+        known = {name: _known(each) for name, each in daemons.items()}
+        if not daemons or not self._said.is_due(known, BEAT):
             return
-        found = replace(self._plan, beat=now, daemons=daemons)
+        data = state.as_data(replace(self._plan, beat=since_boot(), daemons=daemons))
         try:
-            await anyio.to_thread.run_sync(state.write, self._path, found)
+            await anyio.to_thread.run_sync(self._said.say, data, known)
+            self._trouble.warn()
         except StoreError as error:
-            if str(error) != self._problem:
-                log.warning("%s: mount its directory writable, and run this as root", error)
-            self._problem = str(error)
-        else:
-            self._written, self._last, self._problem = same, now, ""
+            self._trouble.warn(f"{error}: mount its directory writable, and run this as root")
 
 
 def _known(watched: Watched) -> Watched:
