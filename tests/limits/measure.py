@@ -33,6 +33,7 @@ import anyio
 from vgpu_agent.gpu.nvml import NvmlDriver
 from vgpu_agent.limits.files import Wanted, said
 from vgpu_agent.limits.look import Looker
+from vgpu_agent.limits.tree import Finder
 
 async def main():
     directory = Path(sys.argv[1])
@@ -40,7 +41,7 @@ async def main():
     shares = said(Wanted, directory / "state").read().shares
     async with NvmlDriver() as driver:
         await driver.scan()
-        looker = Looker(driver, checkpoint, sys.argv[2])
+        looker = Looker(driver, Finder(checkpoint, sys.argv[2]))
         for _ in range(2):
             start = time.perf_counter()
             found = await looker.look(shares)

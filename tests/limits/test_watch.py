@@ -12,7 +12,7 @@ from tests.limits.test_look import GIB, SHARES, A, B, Machine
 from vgpu_agent.errors import DriverError, StoreError
 from vgpu_agent.limits import watch
 from vgpu_agent.limits.files import Seen, Wanted, said
-from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, OwnLook, Paced
+from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, Paced
 from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, Mode
@@ -245,34 +245,34 @@ def test_a_word_of_many_containers_is_read_too(tmp_path):
 async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")
-    source = OwnLook(Paced(machine.looker()))
+    look = Paced(machine.looker()).own_look
     # Nothing waits for a driver that is away.
-    assert (await source.look(RELEASED)).error == "released"
-    assert await source.look(replace(RELEASED, limits=LimitsLook())) is None
-    first = await source.look(UP)
+    assert (await look(RELEASED)).error == "released"
+    assert await look(replace(RELEASED, limits=LimitsLook())) is None
+    first = await look(UP)
     assert len(first.containers) == 1
     machine.now += 6  # it has no limit
-    assert await source.look(UP) is not None
+    assert await look(UP) is not None
     machine.now += 6  # which is old by now
-    assert await source.look(UP) is None
+    assert await look(UP) is None
     await anyio.sleep(0.01)  # time stamps of files are coarse
     machine.start(2)
-    assert await source.look(UP) is not None
+    assert await look(UP) is not None
     machine.now += 20
-    assert await source.look(UP) is not None
+    assert await look(UP) is not None
 
 
 async def test_a_node_that_cannot_have_limits_is_looked_at_rarely(machine):
     machine.driver.word = dict.fromkeys(SHARES, "too old")
-    source = OwnLook(Paced(machine.looker()))
-    assert (await source.look(UP)).error == "too old"
+    look = Paced(machine.looker()).own_look
+    assert (await look(UP)).error == "too old"
     machine.driver.word = {}
     machine.start(1)
     looks = []
     for _ in range(6):
         machine.now += 12
-        looks.append(await source.look(UP))
-    assert [look is not None for look in looks] == [False, False, False, False, True, True]
+        looks.append(await look(UP))
+    assert [each is not None for each in looks] == [False, False, False, False, True, True]
 
 
 async def test_a_node_of_one_gpu_that_does_not_answer_for_a_moment_is_soon_looked_at(machine):

@@ -7,14 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
 from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.limits.cgroups import Hierarchy
 from vgpu_agent.limits.tree import Finder, Held, Tree
 from vgpu_agent.model.limits import (
     GRACE,
@@ -26,12 +23,14 @@ from vgpu_agent.model.limits import (
     in_effect,
     wanted,
 )
-from vgpu_agent.usage.containers import LINKS
 
 log = logging.getLogger(__name__)
 
 SILENT = 10.0
 """Seconds for which a GPU that did not answer is not asked again, and which limits may be set."""
+
+KNOWN = 60.0
+"""Seconds for which the containers are taken for the same where nothing says otherwise."""
 
 _NO_ANSWER = "NVML does not answer for its GPU now"
 
@@ -41,22 +40,18 @@ Answers = dict[str, MemoryLimit | str]
 
 @dataclass
 class Looker:
-    """Looks at the containers that hold vGPUs of `resource_name`, by the driver's handles.
+    """Looks at the containers that hold vGPUs, by the driver's handles.
 
-    `enforce`: limits are set. `enable`: the cgroup controller for it too. `guarantee`: a
-    container's memory is also kept for it.
+    `enforce`: limits are set. `guarantee`: a container's memory is also kept for it.
     """
 
     driver: GpuDriver
-    checkpoint: Path
-    resource_name: str
-    hierarchy: Hierarchy = field(default_factory=Hierarchy)
-    links: Path = LINKS
+    finder: Finder
     guarantee: bool = False
     enforce: bool = False
-    enable: bool = False
     unsure: bool = False  # the last look found an error that may be gone at any moment
     clock: Callable[[], float] = time.monotonic
+    _known: tuple[float, Tree] | None = None
     _wrong: dict[tuple[str, str], float] = field(default_factory=dict)
     _peaks: dict[tuple[str, str], int] = field(default_factory=dict)
     _kept: dict[str, Held] = field(default_factory=dict)
@@ -65,17 +60,6 @@ class Looker:
     _applied: bool = False
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
-    def __post_init__(self) -> None:
-        self.finder = Finder(
-            self.checkpoint,
-            self.resource_name,
-            self.hierarchy,
-            self.clock,
-            self.links,
-            self.enable,
-            living=self.enforce and self.guarantee,
-        )
-
     @property
     def pending(self) -> bool:
         """Whether some limit was not in effect and that is not yet old, or a GPU is to be asked."""
@@ -83,15 +67,14 @@ class Looker:
         late = any(now - since < 2 * GRACE for since in self._wrong.values())
         return late or any(now >= until for until in self._silent.values())
 
-    async def look(self, shares: Shares, *, afresh: bool = False) -> LimitsLook:
+    async def look(self, shares: Shares, *, afresh: bool = True) -> LimitsLook:
         """What is so now, after all corrections. Raises nothing but for bugs.
 
-        Unless `afresh`, containers are those of the last look, where nothing says otherwise.
+        Unless `afresh`, containers are those of the last look, for a while.
 
         Without `enforce` it is not told of single containers where none can have a limit.
         """
-        find = partial(self.finder.find, afresh=afresh or self.pending)
-        tree = await anyio.to_thread.run_sync(find, limiter=self._limiter)
+        tree = await self._tree(afresh=afresh or self.pending)
         if tree.problem is not None:
             self._wrong.clear()
             self._silent.clear()
@@ -116,7 +99,7 @@ class Looker:
             if not any(isinstance(each, MemoryLimit) for each in of.values())
         }
         if not afresh and set(gpus.values()) - {_NO_ANSWER}:  # what was asked about may have ended
-            return await self.look(shares, afresh=True)
+            return await self.look(shares)
         alike = set(gpus.values()) if gpus.keys() == shares.keys() else set()
         self.unsure = alike == {_NO_ANSWER}
         found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
@@ -138,6 +121,15 @@ class Looker:
             applied=applied,
             containers=tuple(containers),
         )
+
+    async def _tree(self, *, afresh: bool) -> Tree:
+        if self._known is not None and not (afresh or self.finder.enable or self.finder.living):
+            until, tree = self._known
+            if self.clock() < until and tree.problem is None:
+                return tree
+        tree = await anyio.to_thread.run_sync(self.finder.find, limiter=self._limiter)
+        self._known = self.clock() + KNOWN, tree
+        return tree
 
     def _wanted(self, held: Held, shares: Shares) -> dict[str, int]:
         """The hook knows one limit for all GPUs: the smallest, which takes all of them to know."""

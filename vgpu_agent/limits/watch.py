@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Never, Protocol
+from typing import Never
 
 import anyio
 import anyio.to_thread
@@ -49,12 +49,8 @@ BEAT = 30.0
 """Seconds after which the container that enforces limits says again what has not changed."""
 
 
-class Source(Protocol):
-    """Who knows of the limits."""
-
-    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
-        """What is so now; None where that is what was said last. Never raises."""
-        ...
+Source = Callable[[Snapshot], Awaitable[LimitsLook | None]]
+"""Says what is so now; None where that is what was said last. Never raises."""
 
 
 @dataclass
@@ -84,17 +80,10 @@ class Paced:
         self._next = now + (wait if self._able else RARELY)
         return found
 
-
-@dataclass
-class OwnLook:
-    """The agent looks by itself, and sets nothing."""
-
-    paced: Paced
-
-    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
-        """See `Source`."""
+    async def own_look(self, snapshot: Snapshot) -> LimitsLook | None:
+        """The agent looks by itself, and sets nothing: a `Source`."""
         if snapshot.driver.up:
-            return await self.paced.look(shares(snapshot.inventory.gpus))
+            return await self.look(shares(snapshot.inventory.gpus))
         # What was seen before stays true.
         return LimitsLook(error=snapshot.driver.error) if snapshot.limits is None else None
 
@@ -110,7 +99,7 @@ class Enforced:
         self._seen, self._wanted = said(Seen, directory), said(Wanted, directory)
 
     async def look(self, snapshot: Snapshot) -> LimitsLook | None:
-        """See `Source`."""
+        """A `Source`."""
         found = {uuid: tuple(each) for uuid, each in shares(snapshot.inventory.gpus).items()}
         wanted = Wanted(found, snapshot.driver.released_until or 0.0)
         return await anyio.to_thread.run_sync(self._look, wanted)
@@ -163,7 +152,7 @@ class LimitsWatch:
 
     async def _look(self) -> bool:
         """Whether there is news."""
-        found = await self.source.look(self.node.snapshot)
+        found = await self.source(self.node.snapshot)
         if found is not None and self.certain is not None:
             certain = await anyio.to_thread.run_sync(self.certain)
             found = replace(found, certain=certain)
