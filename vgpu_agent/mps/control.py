@@ -37,6 +37,9 @@ MAX_OUTPUT = 2**20
 _POLL = 0.005
 """Seconds between two looks at a program that runs; one session takes some milliseconds."""
 
+_LOCK_SECONDS = 2.0
+"""How long another process of ours may ask the daemon, at most."""
+
 KILL_SECONDS = 1.0
 """How long a program that was killed is waited for."""
 
@@ -118,7 +121,7 @@ class Control:
         except OSError as error:
             raise MpsDownError(f"there is no MPS daemon: {lock}: {error.strerror}") from error
         try:
-            with anyio.move_on_after(self._timeout) as waiting:
+            with anyio.move_on_after(min(self._timeout, _LOCK_SECONDS)) as waiting:
                 while not locked(descriptor):  # noqa: ASYNC110 - a lock tells nobody
                     await anyio.sleep(0.05)
             if waiting.cancelled_caught:
