@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -214,7 +215,7 @@ async def site(
     resource = "k8s.amazonaws.com/vgpu"
 
     def report(snapshot: Snapshot) -> bytes:
-        return to_json(make_report(snapshot, node.rules, time.time(), version=version))
+        return to_json(replace(make_report(snapshot, node.rules, time.time()), version=version))
 
     metrics = Metrics(version, resource, node.rules)
     web = Web(listener=listen(address), node=node, metrics=metrics, report=report)

@@ -20,7 +20,7 @@ from anyio.abc import SocketListener, SocketStream, TaskGroup
 from vgpu_agent import unixsocket
 from vgpu_agent.errors import ControlError, NoAgentError, Once
 from vgpu_agent.pace import next_turn
-from vgpu_agent.unixsocket import Identity
+from vgpu_agent.store import identity
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ async def serve(directory: Path, handler: Handler, *, poll: float = POLL) -> Nev
 async def _serve_here(path: Path, handler: Handler, poll: float) -> None:
     """Serves for as long as the path is our socket. Raises OSError."""
     bound = unixsocket.bind(path)
-    own = _identity(path)
+    own = identity(path)
     try:
         bound.listen(8)
         async with (
@@ -68,7 +68,7 @@ async def _serve_here(path: Path, handler: Handler, poll: float) -> None:
             anyio.create_task_group() as tasks,
         ):
             tasks.start_soon(_accept, listener, tasks, partial(_answer, handler), poll)
-            while _identity(path) == own:
+            while identity(path) == own:
                 await next_turn(poll)
             tasks.cancel_scope.cancel()
     finally:
@@ -91,16 +91,9 @@ async def _accept(
             await anyio.sleep(poll)
 
 
-def _identity(path: Path) -> Identity | None:
-    try:
-        return Identity.of(path.stat())
-    except OSError:
-        return None
-
-
-def _remove(path: Path, own: Identity | None) -> None:
+def _remove(path: Path, own: object) -> None:
     """Our socket, and nobody else's."""
-    if _identity(path) == own:
+    if identity(path) == own:
         path.unlink(missing_ok=True)
 
 

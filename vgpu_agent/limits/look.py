@@ -13,6 +13,7 @@ import anyio.to_thread
 
 from vgpu_agent.gpu.driver import GpuDriver
 from vgpu_agent.limits.tree import Finder, Held, Tree
+from vgpu_agent.model.devices import by_gpu
 from vgpu_agent.model.limits import (
     GRACE,
     Limited,
@@ -136,7 +137,7 @@ class Looker:
         found = wanted(held.recorded.device_ids, shares)
         if self.enforce:
             return found
-        known = len(found) == len({each.partition("::")[0] for each in held.recorded.device_ids})
+        known = len(found) == len(by_gpu(held.recorded.device_ids))
         return dict.fromkeys(found, min(found.values())) if found and known else {}
 
     async def end_guarantees(self) -> None:
@@ -151,7 +152,7 @@ class Looker:
             self.finder.ended, leaves, limiter=self._limiter
         ):
             held = self._kept.pop(path)
-            for uuid in {each.partition("::")[0] for each in held.recorded.device_ids}:
+            for uuid in by_gpu(held.recorded.device_ids):
                 word = await self._end_guarantee(uuid, path)
                 if word is not None:
                     log.warning(

@@ -4,7 +4,7 @@ All values are frozen. A vGPU is not an object of its own anywhere: it is the pa
 its number, and its ID says which.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -172,6 +172,15 @@ def split_device_id(text: str) -> tuple[str, int] | None:
         return None
     replica = int(number)
     return (uuid, replica) if str(replica) == number else None
+
+
+def by_gpu(device_ids: Iterable[str]) -> dict[str, list[int]]:
+    """The numbers of these vGPUs by the UUID of their GPU; without what is no ID of ours."""
+    found: dict[str, list[int]] = {}
+    for vgpu in device_ids:
+        if (split := split_device_id(vgpu)) is not None:
+            found.setdefault(split[0], []).append(split[1])
+    return found
 
 
 @dataclass(frozen=True, slots=True)

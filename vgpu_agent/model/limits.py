@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from vgpu_agent.model.devices import SharedGpu, split_device_id
+from vgpu_agent.model.devices import SharedGpu, by_gpu
 from vgpu_agent.model.holders import Holder, Used
 from vgpu_agent.model.rules import MIB
 
@@ -154,13 +154,9 @@ def wanted(device_ids: Iterable[str], of: Shares) -> dict[str, int]:
     None for a GPU that is not known, and for one that was divided anew since: what its vGPUs were
     worth is not known then.
     """
-    numbers: dict[str, list[int]] = {}
-    for vgpu in device_ids:
-        if (split := split_device_id(vgpu)) is not None:
-            numbers.setdefault(split[0], []).append(split[1])
     return {
         uuid: of[uuid][len(each) - 1]
-        for uuid, each in numbers.items()
+        for uuid, each in by_gpu(device_ids).items()
         if uuid in of and max(each) < len(of[uuid])
     }
 

@@ -58,10 +58,6 @@ class Answer:
     headers: Mapping[str, str] | None = None
 
 
-Page = Callable[[Mapping[str, Any]], Awaitable[Answer]]
-"""Answers a request, whose ASGI scope it is given."""
-
-
 def load_page() -> Answer:
     """The page for people. It runs its own style and script and nothing else, and asks only us."""
     body = (resources.files(__package__) / "page.html").read_bytes()
@@ -104,13 +100,6 @@ def _is_served(host: str, names: frozenset[str]) -> bool:
         return name in names
 
 
-def _always(answer: Answer) -> Page:
-    async def page(scope: Mapping[str, Any]) -> Answer:  # noqa: ARG001
-        return answer
-
-    return page
-
-
 class Web:
     """Serves one node's state. Owns the sign of life and the listening socket.
 
@@ -147,13 +136,10 @@ class Web:
         self._rendering = anyio.Lock()
         self._rendered: dict[str, tuple[float, Answer]] = {}
         self._rest_until = 0.0
-        self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
-        self._pages |= {
-            "/metrics": self._metrics_page,
-            "/healthz": self._healthz,
-            "/readyz": self._readyz,
-            "/status.json": self._status_json,
-        }
+        self._page = load_page() if page else None
+        self._paths = ["/metrics", "/healthz", "/readyz", "/status.json"]
+        if page:
+            self._paths.insert(0, "/")
 
     @property
     def address(self) -> Address:
@@ -218,27 +204,29 @@ class Web:
 
     async def _answer(self, scope: Mapping[str, Any]) -> Answer:
         method, path = scope["method"], scope["path"]
-        page = self._pages.get(path)
-        if page is None:
+        if path not in self._paths:
             why = "no page here: VGPU_STATUS_PAGE=off" if path == "/" else "no such path"
-            return Answer(404, f"{why}; there are {', '.join(self._pages)}\n".encode())
+            return Answer(404, f"{why}; there are {', '.join(self._paths)}\n".encode())
         if method not in ("GET", "HEAD"):
             return Answer(405, b"only GET and HEAD\n", headers={"allow": "GET, HEAD"})
         if path in ("/", "/status.json") and not _is_served(_header(scope, b"host"), self._hosts):
             return Answer(403, FOREIGN_HOST)
-        return await page(scope)
-
-    async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
-        preferred = prefers_openmetrics(_header(scope, b"accept"))
-        return await self._render(
-            "metrics, OpenMetrics" if preferred else "metrics",
-            lambda snapshot: Answer(200, *self._metrics.render(snapshot, in_openmetrics=preferred)),
-        )
-
-    async def _status_json(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
-        return await self._render(
-            "report", lambda snapshot: Answer(200, self._report(snapshot), "application/json")
-        )
+        match path:
+            case "/metrics":
+                preferred = prefers_openmetrics(_header(scope, b"accept"))
+                return await self._render(
+                    "metrics, OpenMetrics" if preferred else "metrics",
+                    lambda now: Answer(200, *self._metrics.render(now, in_openmetrics=preferred)),
+                )
+            case "/status.json":
+                return await self._render(
+                    "report", lambda now: Answer(200, self._report(now), "application/json")
+                )
+            case "/healthz":
+                return self._healthz()
+            case "/readyz":
+                return self._readyz()
+        return self._page or Answer(404, b"")
 
     async def _render(self, name: str, render: Callable[[Snapshot], Answer]) -> Answer:
         """Renders in a worker thread, one after the other.
@@ -258,14 +246,14 @@ class Web:
                 self._rest_until = max(begun, self._rest_until) + took / RENDERING
             return answer
 
-    async def _healthz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+    def _healthz(self) -> Answer:
         """Whether the loop lives. That this is answered proves half of it, the beat the rest."""
         age = self._clock() - self._last_beat
         if age > self._alive:
             return Answer(503, f"no sign of life for {age:.0f} s\n".encode())
         return Answer(200, b"ok\n")
 
-    async def _readyz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+    def _readyz(self) -> Answer:
         """Whether the kubelet is registered with and follows the list, also without any GPU."""
         kubelet = self._node.snapshot.kubelet
         if kubelet.connected:
