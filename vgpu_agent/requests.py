@@ -144,22 +144,15 @@ class Requests:
         if text not in list(SimulatedFault):
             raise ControlError(f"fault={text!r}: allowed is {', '.join(SimulatedFault)}")
         fault, gpus = SimulatedFault(text), [GpuName.of(gpu) for gpu in self.driver.gpus]
-        match request.get("gpu"):
-            case str(name):
-                gpus = [find_gpu(name, gpus)]
-            case None if fault is SimulatedFault.HEAL:
-                pass
-            case other:
-                raise ControlError(f"gpu={other!r}: which GPU is it? Say --gpu INDEX")
-        match request.get("xid"):
-            case int(xid) if 0 < xid < MAX_XID:
-                pass
-            case other:
-                if fault is SimulatedFault.XID:
-                    raise ControlError(
-                        f"xid={other!r}: allowed is a number from 1 to {MAX_XID - 1}"
-                    )
-                xid = 0
+        name, xid = request.get("gpu"), request.get("xid")
+        if isinstance(name, str):
+            gpus = [find_gpu(name, gpus)]
+        elif name is not None or fault is not SimulatedFault.HEAL:
+            raise ControlError(f"gpu={name!r}: which GPU is it? Say --gpu INDEX")
+        if not isinstance(xid, int) or not 0 < xid < MAX_XID:
+            if fault is SimulatedFault.XID:
+                raise ControlError(f"xid={xid!r}: allowed is a number from 1 to {MAX_XID - 1}")
+            xid = 0
         for gpu in gpus:
             self.driver.rehearse(fault, gpu.uuid, xid)
         done = {

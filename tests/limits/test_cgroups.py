@@ -50,7 +50,7 @@ def test_a_container_is_found_wherever_kubelets_and_runtimes_put_it(tree, hierar
     expected = f"{container}/container" if path == f"{container}/container" else container
     uid = STATIC if f"pod{STATIC}.slice" in path or f"pod{STATIC}/{ID}" in path else UID
     for _ in range(2):  # the second look goes by what the first one saw
-        assert hierarchy.leaves() == {ID: Leaf(uid, ID, f"{tree.root}{expected}")}
+        assert hierarchy.leaves() == {ID: Leaf(uid, f"{tree.root}{expected}")}
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_what_the_kernel_refuses_names_the_file(v2_runtime: Runtime, hierarchy):
     container = v2_runtime.start(LAYOUTS["cgroupfs, burstable"], {})
     below = Hierarchy(hierarchy.root / v2_runtime.machine.top)  # not the machine's own root
     # A kernel without the controller refuses at once, and every kernel where there are processes.
-    leaf = Leaf(UID, container.id, f"{below.leaves()[container.id].path}/inner")
+    leaf = Leaf(UID, f"{below.leaves()[container.id].path}/inner")
     with pytest.raises(OSError, match=r"cgroup\.subtree_control") as raised:
         below.enable(leaf)
     assert raised.value.filename.startswith(f"{below.root}/")

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import islice
 from pathlib import Path
 
@@ -39,20 +38,11 @@ VALUE = "memoryLimitsEnableController"
 """The chart's value with which the agent enables the controller itself."""
 
 
-class Backend(Enum):
-    """How the driver of this node enforces limits, as far as its cgroup tree shows."""
-
-    DMEM = "dmem"
-    MISC = "misc"
-    UNKNOWN = "unknown"
-
-
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """The cgroup that has a container's processes. `pod_uid` is as in the kubelet's checkpoint."""
 
     pod_uid: str
-    container_id: str
     path: str
 
 
@@ -104,12 +94,18 @@ class Hierarchy:
         for cgroup in self._search():
             if cgroup.container is not None:
                 pod, container_id = cgroup.container
-                found.setdefault(container_id, Leaf(pod, container_id, _path(cgroup)))
+                found.setdefault(container_id, Leaf(pod, _path(cgroup)))
         return found
 
-    def needs_files(self) -> bool:
-        """Whether the driver can only limit cgroups that have `dmem.*` files."""
-        return self._backend() is Backend.DMEM
+    def needs_files(self) -> bool | None:
+        """Whether the driver can only limit cgroups that have `dmem.*` files; None: not known.
+
+        With the kernel's controller, `dmem.capacity` of the root lists the driver's GPUs.
+        """
+        if not self._is_hosts():
+            return None
+        capacity = _read(f"{self.root}/{CONTROLLER}.capacity").splitlines()
+        return any(line.startswith("nvidia/") for line in capacity)
 
     def lacks(self, leaf: Leaf) -> str | None:
         """Which cgroups above have to enable the controller first, and how.
@@ -149,10 +145,10 @@ class Hierarchy:
         Where the driver needs the files, a new container has them if all have that run, of which
         the caller's own is one. A single one without is enough to doubt it: runtimes differ.
         """
-        problem = self.problem()
-        backend = Backend.UNKNOWN if problem else self._backend()
-        if problem or backend is Backend.MISC:
+        if (problem := self.problem()) is not None:
             return problem
+        if (needs_files := self.needs_files()) is False:
+            return None
         leaves = self.leaves().values()
         without = next((leaf for leaf in leaves if not _has_files(leaf) and _is_there(leaf)), None)
         if leaves and without is None:
@@ -162,7 +158,7 @@ class Hierarchy:
             if without is None
             else f"{without.path} has no {CONTROLLER} files, and new containers may have none"
         )
-        if backend is Backend.DMEM:
+        if needs_files:
             return words
         return f"{words}; whether the driver needs them shows in the node's root cgroup only"
 
@@ -189,14 +185,6 @@ class Hierarchy:
     def _is_hosts(self) -> bool:
         """Whether the root is the node's: every other cgroup has events."""
         return not _exists(f"{self.root}/cgroup.events")
-
-    def _backend(self) -> Backend:
-        """With the kernel's controller, `dmem.capacity` of the root lists the driver's GPUs."""
-        if not self._is_hosts():
-            return Backend.UNKNOWN
-        capacity = _read(f"{self.root}/{CONTROLLER}.capacity").splitlines()
-        listed = any(line.startswith("nvidia/") for line in capacity)
-        return Backend.DMEM if listed else Backend.MISC
 
     def _missing(self, leaf: Leaf) -> list[str]:
         """The cgroups above that do not enable the controller, from the root down."""

@@ -159,7 +159,7 @@ class Looker:
                         "a container ended and the memory that the driver kept for it stays kept,"
                         " until the node is rebooted: %s",
                         word,
-                        extra={"fields": {**_fields(held), "uuid": uuid}},
+                        extra={"fields": {**asdict(held.holder), "uuid": uuid}},
                     )
 
     async def _end_guarantee(self, uuid: str, path: str) -> str | None:
@@ -204,7 +204,8 @@ class Looker:
             again.append(path)
             if path not in self._set:
                 self._set.add(path)
-                log.info("memory limits of a container are set", extra={"fields": _fields(each)})
+                fields = asdict(each.holder)
+                log.info("memory limits of a container are set", extra={"fields": fields})
         if again:
             found |= await self.driver.memory_limits(uuid, again)
         return found
@@ -246,7 +247,3 @@ class Looker:
         self._peaks = {key: peak for key, peak in self._peaks.items() if key[0] in paths}
         self._wrong = {key: since for key, since in self._wrong.items() if key[0] in paths}
         self._silent = {uuid: until for uuid, until in self._silent.items() if uuid in shares}
-
-
-def _fields(held: Held) -> dict[str, object]:
-    return asdict(held.holder)
