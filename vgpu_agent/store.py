@@ -6,8 +6,8 @@ Everything here blocks: call it in a worker thread.
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,15 @@ def identity(path: Path) -> object:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """Closes it in the end."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int | None:
@@ -174,12 +183,9 @@ def _clear(path: Path) -> None:
 
 def _sync(directory: Path) -> None:
     """Makes the new name of a file last. Not every file system can."""
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with suppress(OSError), closing(os.open(directory, flags)) as descriptor:
+        os.fsync(descriptor)
 
 
 class Said(Generic[T]):

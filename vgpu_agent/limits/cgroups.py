@@ -131,13 +131,12 @@ class Hierarchy:
         """Enables the controller from the root down to the container's parent. Raises OSError."""
         for path in self._missing(leaf):
             control = f"{path}/cgroup.subtree_control"
-            descriptor = os.open(control, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                os.write(descriptor, f"+{CONTROLLER}".encode())
+                flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+                with store.closing(os.open(control, flags)) as descriptor:
+                    os.write(descriptor, f"+{CONTROLLER}".encode())
             except OSError as error:
                 raise OSError(error.errno, error.strerror, control) from error
-            finally:
-                os.close(descriptor)
 
     def hook(self) -> str | None:
         """Why the container toolkit's hook may keep containers from starting; None: it cannot.

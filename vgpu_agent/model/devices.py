@@ -207,19 +207,9 @@ class Inventory:
         return (vgpu for shared in self.gpus for vgpu in shared.device_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Flip:
-    """A GPU that became healthy or unhealthy; `reason` is what did it, or what ended."""
-
-    shared: SharedGpu
-    reason: Reason
-
-
-def flips(before: Inventory, after: Inventory) -> tuple[Flip, ...]:
-    """The GPUs whose vGPUs may be given now and could not before, or the other way round."""
-    found = []
+def flips(before: Inventory, after: Inventory) -> Iterator[tuple[SharedGpu, Reason]]:
+    """The GPUs that became healthy or unhealthy, and the reason that did it, or ended."""
     for shared in after.gpus:
         known = before.find(shared.gpu.uuid)
         if known is not None and known.healthy != shared.healthy:
-            found.append(Flip(shared, (known.faults or shared.faults)[0].reason))
-    return tuple(found)
+            yield shared, (known.faults or shared.faults)[0].reason

@@ -242,10 +242,8 @@ class Usage:
     says why no process can be attributed to its container, and what to do.
     """
 
-    containers: Mapping[tuple[str, Holder], Used] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
-    unattributed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    containers: Mapping[tuple[str, Holder], Used] = field(default_factory=dict)
+    unattributed: Mapping[str, int] = field(default_factory=dict)
     problem: str | None = None
 
 
@@ -266,4 +264,4 @@ def attribute(
             if process.memory_bytes is not None:
                 memory = (memory or 0) + process.memory_bytes
             used[uuid, holder] = Used(before.processes + 1, memory)
-    return Usage(MappingProxyType(used), MappingProxyType(unattributed))
+    return Usage(used, unattributed)

@@ -29,6 +29,7 @@ from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps import answers
 from vgpu_agent.mps.directories import DaemonDirectories
 from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock
+from vgpu_agent.store import closing
 
 _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC)
 
@@ -124,15 +125,13 @@ class Control:
             descriptor = open_lock(lock)
         except OSError as error:
             raise MpsDownError(f"there is no MPS daemon: {lock}: {error.strerror}") from error
-        try:
+        with closing(descriptor):
             with anyio.move_on_after(min(self._timeout, _LOCK_SECONDS)) as waiting:
                 while not locked(descriptor):  # noqa: ASYNC110 - a lock tells nobody
                     await anyio.sleep(0.05)
             if waiting.cancelled_caught:
                 raise MpsBusyError(f"somebody else asks the MPS daemon: {lock} is locked")
             yield
-        finally:
-            os.close(descriptor)
 
     async def _session(self, text: str) -> str:
         """What the program prints when it is given these lines."""

@@ -127,15 +127,11 @@ _FLOCK = "hhqqi4x"
 
 def _free(lock: Path) -> bool:
     """Whether nobody holds that lock; not where there is none to look at."""
-    try:
+    with suppress(OSError):
         descriptor = store.open_regular(lock, os.O_RDONLY | os.O_NOFOLLOW)
-        if descriptor is None:
-            return False
-        try:
-            ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-            found: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, ask))[0]
-        finally:
-            os.close(descriptor)
-    except OSError:
-        return False
-    return found == fcntl.F_UNLCK
+        if descriptor is not None:
+            with store.closing(descriptor):
+                ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+                answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, ask)
+            return bool(struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK)
+    return False

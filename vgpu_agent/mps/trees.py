@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vgpu_agent.errors import MpsSetupError
+from vgpu_agent.store import closing
 
 log = logging.getLogger(__name__)
 
@@ -84,23 +85,18 @@ def renew(
 def _in_order(name: str, mode: int, parent: int, ours: Sequence[str]) -> bool:
     """Whether a directory is ours, has that mode and no more rights, and is now empty."""
     try:
-        descriptor = os.open(name, _FLAGS, dir_fd=parent)
+        with closing(os.open(name, _FLAGS, dir_fd=parent)) as descriptor:
+            for each in ours:
+                with suppress(FileNotFoundError):
+                    os.unlink(each, dir_fd=descriptor)
+            found = os.fstat(descriptor)
+            expected = (os.geteuid(), os.getegid(), mode)
+            # Access control lists would be inherited by the daemon's sockets.
+            attributes = {each for each in os.listxattr(descriptor) if each != _LABEL}
+            with os.scandir(descriptor) as entries:
+                empty = next(entries, None) is None
     except OSError:
         return False
-    try:
-        for each in ours:
-            with suppress(FileNotFoundError):
-                os.unlink(each, dir_fd=descriptor)
-        found = os.fstat(descriptor)
-        expected = (os.geteuid(), os.getegid(), mode)
-        # Access control lists would be inherited by the daemon's sockets.
-        attributes = {each for each in os.listxattr(descriptor) if each != _LABEL}
-        with os.scandir(descriptor) as entries:
-            empty = next(entries, None) is None
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
     right = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == expected
     return right and empty and not attributes
 
@@ -142,12 +138,11 @@ def remove(name: str, parent: int, until: float) -> int:
         return 1
     removed, left = 1, 1
     try:
-        while removed and left and time.monotonic() < until:
-            removed, left = _sweep(top, device, until)
+        with closing(top):
+            while removed and left and time.monotonic() < until:
+                removed, left = _sweep(top, device, until)
     except OSError:
         left = 1
-    finally:
-        os.close(top)
     if not left and _removed(os.rmdir, name, parent):
         return 0
     return max(left, 1)
@@ -179,7 +174,7 @@ def _empty(name: str, top: int, device: int, pending: list[str], until: float) -
     if descriptor is None:
         return False
     try:
-        with os.scandir(descriptor) as entries:
+        with closing(descriptor), os.scandir(descriptor) as entries:
             for entry in entries:
                 if time.monotonic() > until:
                     return False
@@ -190,29 +185,20 @@ def _empty(name: str, top: int, device: int, pending: list[str], until: float) -
                         pending.append(moved)
     except OSError:
         return False
-    finally:
-        os.close(descriptor)
     return _removed(os.rmdir, name, top)
 
 
 def _enter(name: str, parent: int, device: int) -> int | None:
     """A descriptor of a directory on that device that can be read and emptied, if we may."""
-    try:
-        found = os.open(name, os.O_PATH | _FLAGS, dir_fd=parent)
-    except OSError:
-        return None
-    try:
+    flags = os.O_PATH | _FLAGS
+    with suppress(OSError), closing(os.open(name, flags, dir_fd=parent)) as found:
         what = os.fstat(found)
-        if what.st_dev != device:
-            return None
-        if stat.S_IMODE(what.st_mode) & 0o700 != 0o700:
-            with suppress(OSError):
-                Path(f"/proc/self/fd/{found}").chmod(0o700)  # not by its name
-        return os.open(".", _FLAGS, dir_fd=found)
-    except OSError:
-        return None
-    finally:
-        os.close(found)
+        if what.st_dev == device:
+            if stat.S_IMODE(what.st_mode) & 0o700 != 0o700:
+                with suppress(OSError):
+                    Path(f"/proc/self/fd/{found}").chmod(0o700)  # not by its name
+            return os.open(".", _FLAGS, dir_fd=found)
+    return None
 
 
 def _unlink(name: str, parent: int) -> bool:

@@ -5,7 +5,6 @@ servers are the daemons'. A watcher that comes back goes on from what the one be
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from vgpu_agent.mps.look import Measure, Watcher
 from vgpu_agent.mps.programs import CONTROL, hold
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.pace import since_boot
-from vgpu_agent.store import Said
+from vgpu_agent.store import Said, closing
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,7 @@ async def watch(
     Whether there is a new daemon, and what one writes, is seen every `poll_seconds`; all else is
     asked for every `look_seconds`, and less often where there is no server.
     """
-    lock = hold(directories.watch)
-    try:
+    with closing(hold(directories.watch)):
         try:
             known = (state.read(directories.state) or plan).daemons
         except StoreError as error:
@@ -75,8 +73,6 @@ async def watch(
             while True:
                 await anyio.sleep(poll_seconds)
                 await report.beat()
-    finally:
-        os.close(lock)
 
 
 async def _divide(

@@ -7,7 +7,6 @@ pods, and what to do next.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 
 from vgpu_agent.model import advice
 from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
@@ -36,7 +35,7 @@ class LogLine:
 
     level: int
     message: str
-    fields: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    fields: Mapping[str, object] = field(default_factory=dict)
     times: int = 0
 
 
