@@ -25,17 +25,8 @@ from tests.web_peer import answering, http
 from vgpu_agent import control, store, unixsocket
 from vgpu_agent.address import Address
 from vgpu_agent.agent import make_daemons
-from vgpu_agent.commands.doctor import (
-    Timeouts,
-    check_settings,
-    checks,
-    examine,
-    look_once,
-    preflight,
-    render_json,
-    render_text,
-    worst,
-)
+from vgpu_agent.commands.doctor import check_settings, checks, examine, look_once, preflight
+from vgpu_agent.commands.doctor.checks import Timeouts, render_json, render_text, worst
 from vgpu_agent.drivers import make_driver
 from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
@@ -380,7 +371,8 @@ CHILD = """
 import os, sys, anyio
 from vgpu_agent import settings_reading
 from vgpu_agent.drivers import make_driver
-from vgpu_agent.commands.doctor import examine, render_json
+from vgpu_agent.commands.doctor import examine
+from vgpu_agent.commands.doctor.checks import render_json
 
 async def main():
     checks = await examine(

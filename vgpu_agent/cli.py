@@ -100,8 +100,10 @@ def _say_answer(answer: bytes) -> None:
 async def doctor(*, as_json: bool) -> int:
     """`vgpu-agent doctor`: its exit code. Works with wrong settings too."""
     from vgpu_agent.agent import make_daemons
-    from vgpu_agent.commands.doctor import Verdict, examine, render_json, render_text, worst
+    from vgpu_agent.commands.doctor import examine
+    from vgpu_agent.commands.doctor.checks import render_json, render_text, worst
     from vgpu_agent.drivers import make_driver
+    from vgpu_agent.observe.report import Verdict
 
     settings: Settings | SettingsError
     try:

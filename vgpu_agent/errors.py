@@ -72,10 +72,6 @@ class MpsError(VgpuAgentError):
     """The MPS control daemon could not be asked or set up."""
 
 
-class MpsBinaryError(MpsError):
-    """`nvidia-cuda-mps-control` is not there, or cannot be run."""
-
-
 class MpsDownError(MpsError):
     """No daemon answers in the pipe directory."""
 
@@ -93,7 +89,7 @@ class MpsRefusedError(MpsError):
 
 
 class MpsSetupError(MpsError):
-    """`vgpu-agent mps prepare`, `watch` or `restore` cannot do its work; says what to do."""
+    """A command of `vgpu-agent mps` cannot do its work; says what to do."""
 
 
 class KubeletError(VgpuAgentError):

@@ -97,9 +97,16 @@ def read(path: Path, limit: int = MAX_BYTES) -> Mapping[str, object] | None:
     return data
 
 
-def read_as(kind: type[T], path: Path, limit: int = MAX_BYTES) -> T | None:
-    """What `asdict` of a dataclass was written from; None for no file. Raises StoreError."""
+def read_as(
+    kind: type[T], path: Path, limit: int = MAX_BYTES, *, form: int | None = None, hint: str = ""
+) -> T | None:
+    """What `asdict` of a dataclass was written from; None for no file. Raises StoreError.
+
+    `form` is the `format` that it must have, where it has one; `hint` what to do about another.
+    """
     data = read(path, limit)
+    if data is not None and data.get("format") != form:
+        raise StoreError(f"{path} is of another version of the agent{hint}")
     try:
         return None if data is None else decoded(kind, data, "it")
     except (ValueError, OverflowError) as error:

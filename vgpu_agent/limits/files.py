@@ -5,11 +5,11 @@ Each is written by one of them and read by the other, in VGPU_STATE_DIRECTORY.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from vgpu_agent import store
-from vgpu_agent.errors import StoreError
 from vgpu_agent.model.limits import LimitsLook
 
 FORMAT = 1
@@ -44,11 +44,5 @@ T = TypeVar("T", Wanted, Seen)
 
 def said(kind: type[T], directory: Path) -> store.Said[T]:
     """One of the files."""
-
-    def read(path: Path) -> T | None:
-        found = store.read_as(kind, path, MAX_BYTES)
-        if found is not None and found.format != FORMAT:
-            raise StoreError(f"{path} is of another version of the agent")
-        return found
-
+    read = partial(store.read_as, kind, limit=MAX_BYTES, form=FORMAT)
     return store.Said(directory / f"limits-{kind.__name__.lower()}", read)

@@ -18,11 +18,11 @@ from typing import BinaryIO
 import anyio
 
 from vgpu_agent.errors import (
-    MpsBinaryError,
     MpsBusyError,
     MpsDownError,
     MpsHungError,
     MpsRefusedError,
+    MpsSetupError,
     is_shortage,
 )
 from vgpu_agent.model.rules import MIB
@@ -85,7 +85,7 @@ def _limit_in_words(ordinal: int, limit: int | None) -> str:
 class Control:
     """The control daemon of one pipe directory.
 
-    `timeout` is in seconds, for each session. Every method raises MpsBinaryError, MpsDownError,
+    `timeout` is in seconds, for each session. Every method raises MpsSetupError, MpsDownError,
     MpsBusyError, MpsHungError or MpsRefusedError; the message says what to do. No process is left
     behind, but for one that the kernel does not let go of: then the daemon counts as hung until it
     has.
@@ -150,7 +150,7 @@ class Control:
             ) from None
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno in _NO_PROGRAM:
-                raise MpsBinaryError(cannot_run(self._binary, error.strerror)) from error
+                raise MpsSetupError(cannot_run(self._binary, error.strerror)) from error
             if not is_shortage(error):
                 raise
             raise MpsBusyError(f"the MPS daemon of {pipe} cannot be asked now: {error}") from error

@@ -25,7 +25,7 @@ from typing import NoReturn
 import anyio
 
 from vgpu_agent import store
-from vgpu_agent.errors import MpsBinaryError, MpsError, MpsSetupError, StoreError
+from vgpu_agent.errors import MpsError, MpsSetupError, StoreError
 from vgpu_agent.mps import processes, trees
 from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.directories import PIPE_MODE, DaemonDirectories, Directories
@@ -56,7 +56,7 @@ def start(
     """Makes this process the daemon, which sees only these GPUs. Raises MpsError and StoreError."""
     binary = shutil.which(CONTROL)
     if binary is None:
-        raise MpsBinaryError(cannot_run(CONTROL, "it is not there"))
+        raise MpsSetupError(cannot_run(CONTROL, "it is not there"))
     with (
         trees.made(directories.root.parent, 0o755) as parent,
         trees.made(directories.root, 0o755, parent) as root,

@@ -58,18 +58,10 @@ def as_data(state: State) -> Mapping[str, object]:
 
 def read(path: Path) -> State | None:
     """The file, or None where there is none. Raises StoreError where it makes no sense."""
-    found = store.read(path)
-    if found is None:
-        return None
-    if found.get("format") != FORMAT:
-        raise StoreError(
-            f"{path} is of another version of the agent: drain the node and delete its MPS pod"
-        )
-    try:
-        state: State = store.decoded(State, found, "it")
-    except (ValueError, OverflowError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
-    if any(gpu.replicas < 1 for each in state.daemons.values() for gpu in each.look.gpus):
+    hint = ": drain the node and delete its MPS pod"
+    state = store.read_as(State, path, form=FORMAT, hint=hint)
+    looks = () if state is None else (each.look for each in state.daemons.values())
+    if any(gpu.replicas < 1 for look in looks for gpu in look.gpus):
         raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")
     return state
 

@@ -7,8 +7,6 @@ servers are the daemons'. A watcher that comes back goes on from what the one be
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -53,7 +51,7 @@ async def watch(
         except StoreError as error:
             log.warning("%s; it is replaced", error)
             known = {}
-        report = _Report(directories.state, plan)
+        said = Said(directories.state, state.read)
         watchers = {
             name: Watcher(
                 planned.look,
@@ -65,14 +63,18 @@ async def watch(
             for name, planned in plan.daemons.items()
         }
         async with anyio.create_task_group() as tasks:
-            for name, one in watchers.items():
-                found = partial(report.found, name)
-                tasks.start_soon(one.run, found, poll_seconds, look_seconds)
+            for one in watchers.values():
+                tasks.start_soon(one.run, poll_seconds, look_seconds)
             if divided is not None:
                 tasks.start_soon(_divide, watchers, divided, look_seconds)
+            trouble = Once(log)
             while True:
                 await anyio.sleep(poll_seconds)
-                await report.beat()
+                try:
+                    await _say(said, watchers, plan)
+                    trouble.warn()
+                except StoreError as error:
+                    trouble.warn(f"{error}: mount its directory writable, and run this as root")
 
 
 async def _divide(
@@ -92,31 +94,13 @@ async def _divide(
                 watchers[name].divide(planned.look)
 
 
-class _Report:
-    """Keeps `state` as what was seen last; a write that fails is tried again at the next beat."""
-
-    def __init__(self, path: Path, plan: State) -> None:
-        self._said = Said(path, state.read)
-        self._plan = plan
-        self._daemons: dict[str, Watched] = {}
-        self._trouble = Once(log)
-
-    def found(self, name: str, watched: Watched) -> None:
-        """A daemon was looked at."""
-        self._daemons[name] = watched
-
-    async def beat(self) -> None:
-        """Writes what changed, and now and then what did not."""
-        daemons = dict(self._daemons)
-        known = {name: _known(each) for name, each in daemons.items()}
-        if not daemons or not self._said.is_due(known, BEAT):
-            return
-        data = state.as_data(replace(self._plan, beat=since_boot(), daemons=daemons))
-        try:
-            await anyio.to_thread.run_sync(self._said.say, data, known)
-            self._trouble.warn()
-        except StoreError as error:
-            self._trouble.warn(f"{error}: mount its directory writable, and run this as root")
+async def _say(said: Said[State], watchers: Mapping[str, Watcher], plan: State) -> None:
+    """Writes what changed, and now and then what did not. Raises StoreError."""
+    daemons = {name: one.watched for name, one in watchers.items() if one.looked}
+    known = {name: _known(each) for name, each in daemons.items()}
+    if daemons and said.is_due(known, BEAT):
+        data = state.as_data(replace(plan, beat=since_boot(), daemons=daemons))
+        await anyio.to_thread.run_sync(said.say, data, known)
 
 
 def _known(watched: Watched) -> Watched:

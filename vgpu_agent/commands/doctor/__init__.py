@@ -25,10 +25,7 @@ from vgpu_agent.commands.doctor.checks import (
     guarded,
     in_thread,
     late,
-    render_json,
-    render_text,
     unexpected,
-    worst,
 )
 from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
 from vgpu_agent.gpu import cordons, memory
@@ -52,8 +49,6 @@ from vgpu_agent.observe.reporting import make_report
 from vgpu_agent.settings import TABLE, GpuDriverKind, Settings, variable
 from vgpu_agent.settings_reading import assume
 from vgpu_agent.settings_unknown import unknown_setting_warnings
-
-__all__ = ["Check", "Timeouts", "Verdict", "examine", "render_json", "render_text", "worst"]
 
 OTHER_MPS = Path("/tmp/nvidia-mps")  # noqa: S108 - where CUDA looks for MPS by itself
 
