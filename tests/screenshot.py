@@ -28,7 +28,7 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
-from vgpu_agent.observe.listen import listen
+from vgpu_agent.observe.listen import address_of, listen
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import to_json
 from vgpu_agent.observe.reporting import make_report
@@ -218,10 +218,11 @@ async def site(
         return to_json(replace(make_report(snapshot, node.rules, time.time()), version=version))
 
     metrics = Metrics(version, resource, node.rules)
-    web = Web(listener=listen(address), node=node, metrics=metrics, report=report)
+    listener = listen(address)
+    web = Web(listener=listener, node=node, metrics=metrics, report=report)
     async with anyio.create_task_group() as tasks:
         await tasks.start(web.run)
-        yield web.address
+        yield address_of(listener)
         tasks.cancel_scope.cancel()
 
 

@@ -156,7 +156,10 @@ async def test_each_container_that_holds_vgpus_gets_its_limits_and_no_other_is_t
         ("GPU-1", two, 2 * GIB, 0),
     ]
     assert (look.mode, look.missing, look.gpus) == (Mode.DRIVER, (), {})
-    assert {each.holder: each.wanted for each in look.containers} == {
+    assert {
+        each.holder: {u: limit.hard_bytes for u, limit in each.limits.items()}
+        for each in look.containers
+    } == {
         Holder("shop", "pod-1", "main"): {"GPU-0": 2 * GIB},
         Holder("shop", "pod-2", "main"): {"GPU-0": GIB, "GPU-1": 2 * GIB},
     }

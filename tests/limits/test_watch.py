@@ -79,7 +79,7 @@ async def test_the_agent_says_what_is_wanted_and_the_enforcer_what_is(machine):
         await becomes(
             source,
             halved,
-            lambda look: [e.wanted.get("GPU-0") for e in look.containers][:1] == [2 * GIB],
+            lambda look: look.containers[0].limits.get("GPU-0") == MemoryLimit(2 * GIB, 0, 0),
         )
         assert machine.driver.limits["GPU-0", path].hard_bytes == 2 * GIB
 
@@ -211,7 +211,6 @@ def test_another_version_of_a_file_is_not_read(tmp_path):
 def test_what_is_written_is_read(tmp_path):
     limited = Limited(
         Holder("shop", "pod-1", "main"),
-        {"GPU-0": GIB},
         {"GPU-0": MemoryLimit(None, 0, 5)},
         {"GPU-0": 9},
         "no",
@@ -229,7 +228,6 @@ def test_a_word_of_many_containers_is_read_too(tmp_path):
     many = tuple(
         Limited(
             Holder("shop", f"pod-{n}", "main"),
-            dict.fromkeys(uuids, GIB),
             dict.fromkeys(uuids, MemoryLimit(GIB, 0, 5)),
             dict.fromkeys(uuids, 9),
             "no dmem files " * 70,

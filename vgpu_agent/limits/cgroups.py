@@ -8,11 +8,10 @@ is the driver's own affair.
 
 import os
 import shlex
-import stat
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -48,19 +47,17 @@ class Leaf:
 
 @dataclass(slots=True)
 class _Cgroup:
-    """A directory of the tree, kept from one look to the next.
+    """A directory of the tree.
 
     `pod` is the UID where it is a pod's, `container` pod and ID where it is a container's. The
     search does not go on below what is `closed`. What is `kubelets` comes first.
     """
 
     path: str
-    links: int
     pod: str | None = None
     container: tuple[str, str] | None = None
     closed: bool = False
     kubelets: bool = False
-    children: dict[str, "_Cgroup"] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +68,6 @@ class Hierarchy:
     """
 
     root: Path = ROOT
-    _top: _Cgroup | None = None
 
     def problem(self) -> str | None:
         """Why no limit can be set on this node, and what to do; None where one can."""
@@ -92,9 +88,9 @@ class Hierarchy:
         """
         found: dict[str, Leaf] = {}
         for cgroup in self._search():
-            if cgroup.container is not None:
+            if cgroup.container is not None and Path(cgroup.path).is_dir():
                 pod, container_id = cgroup.container
-                found.setdefault(container_id, Leaf(pod, _path(cgroup)))
+                found.setdefault(container_id, Leaf(pod, _path(cgroup.path)))
         return found
 
     def needs_files(self) -> bool | None:
@@ -138,17 +134,16 @@ class Hierarchy:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, control) from error
 
-    def hook(self) -> str | None:
+    def hook(self, leaves: Collection[Leaf]) -> str | None:
         """Why the container toolkit's hook may keep containers from starting; None: it cannot.
 
-        Where the driver needs the files, a new container has them if all have that run, of which
-        the caller's own is one. A single one without is enough to doubt it: runtimes differ.
+        Where the driver needs the files, a new container has them if all `leaves` that run have,
+        of which the caller's own is one. A single one without is enough to doubt: runtimes differ.
         """
         if (problem := self.problem()) is not None:
             return problem
         if (needs_files := self.needs_files()) is False:
             return None
-        leaves = self.leaves().values()
         without = next((leaf for leaf in leaves if not _has_files(leaf) and _is_there(leaf)), None)
         if leaves and without is None:
             return None
@@ -198,43 +193,23 @@ class Hierarchy:
 
     def _search(self) -> Iterator[_Cgroup]:
         """All cgroups down to those of containers, level by level, the kubelet's first."""
-        if self._top is None or not _again(self._top):
-            self._top = _new(str(self.root))
-        if self._top is None:
-            return
         first: deque[tuple[int, _Cgroup]] = deque()
-        others = deque([(0, self._top)])
+        others = deque([(0, _Cgroup(str(self.root)))])
         room = MAX_CGROUPS
         while first or others:
             depth, cgroup = (first or others).popleft()
             yield cgroup
             if cgroup.closed or depth == MAX_DEPTH:
                 continue
-            _look_below(cgroup, room)
-            room -= len(cgroup.children)
-            for child in cgroup.children.values():
+            for name in islice(_subdirectories(cgroup.path), room):
+                room -= 1
+                child = _named(name, cgroup)
                 (first if child.kubelets else others).append((depth + 1, child))
 
 
-def _look_below(cgroup: _Cgroup, room: int) -> None:
-    """Brings its children up to date, `room` of them at most.
-
-    A directory of cgroups has two links and one of each child, and no time that changes with them.
-    Where as many were there as are known, and those still are, there are no others.
-    """
-    known = {name: child for name, child in islice(cgroup.children.items(), room) if _again(child)}
-    if cgroup.links != len(known) + 2:
-        names = (name for name in _subdirectories(cgroup.path) if name not in known)
-        for name in islice(names, room - len(known)):
-            child = _new(f"{cgroup.path}/{name}")
-            if child is not None:
-                known[name] = _named(child, name, cgroup)
-    cgroup.children = known
-
-
-def _named(cgroup: _Cgroup, name: str, above: _Cgroup) -> _Cgroup:
-    """Says what it is, by its name and the cgroup above."""
-    own = parts(name)
+def _named(name: str, above: _Cgroup) -> _Cgroup:
+    """What a cgroup is, by its name and the one above."""
+    cgroup, own = _Cgroup(f"{above.path}/{name}"), parts(name)
     if above.pod is None:
         cgroup.pod = pod_uid(own.pop(0)) if own else None
     pod = above.pod or cgroup.pod
@@ -246,11 +221,10 @@ def _named(cgroup: _Cgroup, name: str, above: _Cgroup) -> _Cgroup:
     return cgroup
 
 
-def _path(container: _Cgroup) -> str:
+def _path(container: str) -> str:
     """Of the cgroup that has the container's processes: where that is crun's, it is by itself."""
-    _look_below(container, 2)
-    crun = container.children.get(CRUN) if len(container.children) == 1 else None
-    return container.path if crun is None or _read(f"{container.path}/cgroup.procs") else crun.path
+    alone = list(islice(_subdirectories(container), 2)) == [CRUN]
+    return f"{container}/{CRUN}" if alone and not _read(f"{container}/cgroup.procs") else container
 
 
 def _has_files(leaf: Leaf) -> bool:
@@ -258,32 +232,10 @@ def _has_files(leaf: Leaf) -> bool:
 
 
 def _is_there(leaf: Leaf) -> bool:
-    return _look(leaf.path) is not None
+    return Path(leaf.path).is_dir() and not Path(leaf.path).is_symlink()
 
 
 # Files and directories
-
-
-def _new(path: str) -> _Cgroup | None:
-    seen = _look(path)
-    return None if seen is None else _Cgroup(path, seen.st_nlink)
-
-
-def _again(cgroup: _Cgroup) -> bool:
-    """Looks at it again: whether it is still there, or again."""
-    seen = _look(cgroup.path)
-    if seen is not None:
-        cgroup.links = seen.st_nlink
-    return seen is not None
-
-
-def _look(path: str) -> os.stat_result | None:
-    """A directory's own data; None for anything else."""
-    try:
-        seen = os.lstat(path)
-    except OSError:
-        return None
-    return seen if stat.S_ISDIR(seen.st_mode) else None
 
 
 def _subdirectories(path: str) -> Iterator[str]:

@@ -238,7 +238,7 @@ class Looker:
         if self.enforce and any(found.soft_bytes for found in has.values()):
             self._kept[path] = held
         peaks = {uuid: self._peaks[path, uuid] for uuid in has}
-        return Limited(held.holder, limits, has, peaks, problem)
+        return Limited(held.holder, has, peaks, problem)
 
     def _forget(self, tree: Tree, shares: Shares) -> None:
         """What was remembered of containers and GPUs that are no longer there."""

@@ -106,7 +106,8 @@ class Finder:
             held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
         scratch = [leaf.path for leaf in islice(leaves.values(), SCRATCH)]
         scratch = scratch or [str(self.hierarchy.root)]
-        return Tree(None, self.hierarchy.hook(), tuple(held), tuple(scratch), lost)
+        hook = self.hierarchy.hook(leaves.values())
+        return Tree(None, hook, tuple(held), tuple(scratch), lost)
 
     def _lost(
         self, recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
@@ -115,7 +116,7 @@ class Finder:
         unnamed = {leaf.pod_uid for each, leaf in leaves.items() if each not in names}
         cut = nameless(self.links)
         return tuple(
-            Limited(holder, {}, problem=_TOO_LONG)
+            Limited(holder, problem=_TOO_LONG)
             for each in recorded
             if each.pod_uid in unnamed and (holder := cut.get((each.pod_uid, each.container)))
         )

@@ -79,12 +79,10 @@ class MemoryLimit:
 class Limited:
     """A container that holds vGPUs and runs, with what the driver has for it, by UUID.
 
-    `wanted` are bytes, `peaks` the most that was seen in use. `problem` says why its limits are not
-    in effect.
+    `peaks` are the most that was seen in use. `problem` says why its limits are not in effect.
     """
 
     holder: Holder
-    wanted: Mapping[str, int]
     limits: Mapping[str, MemoryLimit] = field(default_factory=dict)
     peaks: Mapping[str, int] = field(default_factory=dict)
     problem: str | None = None

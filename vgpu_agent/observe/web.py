@@ -23,11 +23,9 @@ import h11
 from anyio import CancelScope
 from anyio.abc import TaskStatus
 
-from vgpu_agent.address import Address
 from vgpu_agent.errors import is_shortage
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
-from vgpu_agent.observe.listen import address_of
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
@@ -140,11 +138,6 @@ class Web:
         self._paths = ["/metrics", "/healthz", "/readyz", "/status.json"]
         if page:
             self._paths.insert(0, "/")
-
-    @property
-    def address(self) -> Address:
-        """Where it listens, with the port that was found for port 0."""
-        return address_of(self._listener)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled, then lets requests end for a moment."""
