@@ -6,6 +6,7 @@ composed again of all of them. Nothing here awaits, so there is no lock and no t
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar
 
 from vgpu_agent.model.devices import Gpu, Reason, flips
@@ -69,7 +70,11 @@ class Node:
         return self.latest.value
 
     def _update(self, **inputs: object) -> None:
-        changed = replace(self._inputs, **inputs)  # type: ignore[arg-type]  # by their names
+        frozen = {
+            name: MappingProxyType(each) if isinstance(each, dict) else each
+            for name, each in inputs.items()
+        }
+        changed = replace(self._inputs, **frozen)  # type: ignore[arg-type]  # by their names
         if changed == self._inputs:
             return
         before = self.snapshot
@@ -80,7 +85,7 @@ class Node:
                 to = "healthy" if shared.healthy else "unhealthy"
                 transitions = counted(transitions, (shared.gpu.uuid, to, reason))
         if transitions is not changed.transitions:
-            changed = replace(changed, transitions=transitions)
+            changed = replace(changed, transitions=MappingProxyType({**transitions}))
             after = compose(changed, self.rules, after)
         self._inputs = changed
         self.latest.publish(after)
