@@ -204,16 +204,6 @@ class Said(Generic[T]):
         self._read: tuple[object, T | None] = None, None
         self._said: tuple[object, object, float] = None, None, 0.0
 
-    @property
-    def is_new(self) -> bool:
-        """Whether another file is there than was read last."""
-        return identity(self._path) != self._read[0]
-
-    @property
-    def last(self) -> T | None:
-        """What was read last."""
-        return self._read[1]
-
     def read(self) -> T | None:
         """What it says, read where it is new; None where there is none. Raises StoreError."""
         which = identity(self._path)

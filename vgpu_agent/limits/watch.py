@@ -186,14 +186,13 @@ class Enforcer:
 
     async def run(self) -> Never:
         """Runs until cancelled."""
-        paced, wanted = Paced(self.looker), self._wanted
+        paced = Paced(self.looker)
         async with self.looker.driver:
             while True:
                 wait = self.poll
                 try:
-                    if wanted.is_new:
-                        await anyio.to_thread.run_sync(wanted.read)
-                    look = await self._new_look(paced, wanted.last)
+                    wanted = await anyio.to_thread.run_sync(self._wanted.read)
+                    look = await self._new_look(paced, wanted)
                 except (StoreError, DriverError) as error:
                     look = LimitsLook(error=str(error), enforced=True)
                     wait = RETRY if isinstance(error, DriverError) else self.poll
