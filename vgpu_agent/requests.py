@@ -80,18 +80,16 @@ class Requests:
         """Releases NVML; the report that says so."""
         before = self.node.snapshot.driver.released_until
         self.watch.release(seconds)
-        async for snapshot in self.node.latest.follow():
-            if snapshot.driver.released_until not in (None, before):
-                return self.report()
-        raise ControlError("the agent is ending")
+        await self.node.latest.until(lambda now: now.driver.released_until not in (None, before))
+        return self.report()
 
     async def _reset_done(self, gpu: GpuName) -> str:
         """Has the GPU probed; how it is then. Raises ControlError where it needs a reset still."""
         self.watch.reset_done(gpu.uuid)
         with anyio.move_on_after(PROBE_SECONDS):
-            async for snapshot in self.node.latest.follow():
-                if snapshot.driver.released_until is None and _probed(snapshot, gpu.uuid):
-                    break
+            await self.node.latest.until(
+                lambda now: now.driver.released_until is None and _probed(now, gpu.uuid)
+            )
         snapshot = self.node.snapshot
         state = _state(snapshot, gpu.uuid)
         if not _probed(snapshot, gpu.uuid):
