@@ -31,6 +31,7 @@ from vgpu_agent.drivers import make_driver
 from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.limiting import make_looker
 from vgpu_agent.model.acceptance import Acceptance, Refusal
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading
@@ -576,6 +577,13 @@ async def test_gpus_that_wait_for_a_reset_are_shown_as_the_next_agent_will(kubel
         (state / memory.FILE).write_text(damaged)
         found = await looked(SimulatedDriver(GPUS), kubelet_dir)
         assert said(found, "kept faults")[0] is WARN
+
+
+def test_what_only_looks_at_memory_limits_turns_no_controller_on():
+    settings = embedded(memory_limits="driver", memory_limits_enable_controller="on")
+    for enforce in (True, False):
+        looker = make_looker(settings, SimulatedDriver(()), enforce=enforce)
+        assert (looker.enforce, looker.finder.enable) == (enforce, enforce)
 
 
 # MPS on the node

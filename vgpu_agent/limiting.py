@@ -22,7 +22,7 @@ def make_looker(settings: Settings, driver: GpuDriver, *, enforce: bool = False)
     finder = Finder(
         settings.plugin_directory / CHECKPOINT,
         settings.resource_name,
-        enable=settings.memory_limits_enable_controller,
+        enable=enforce and settings.memory_limits_enable_controller,
         living=enforce and guarantee,
     )
     return Looker(driver, finder, guarantee, enforce)
