@@ -130,7 +130,7 @@ def remove(name: str, parent: int, until: float) -> int:
     Ends at that time of the monotonic clock. Enters no other file system, passes over what cannot
     be removed, and keeps two descriptors and some names, however deep and wide the tree is.
     """
-    if _unlink(name, parent):
+    if _removed(os.unlink, name, parent):
         return 0
     device = os.fstat(parent).st_dev
     top = _enter(name, parent, device)
@@ -158,7 +158,7 @@ def _sweep(top: int, device: int, until: float) -> tuple[int, int]:
                 if time.monotonic() > until:
                     return removed, left + len(pending)
                 name = pending.pop()
-                if _unlink(name, top) or _empty(name, top, device, pending, until):
+                if _removed(os.unlink, name, top) or _empty(name, top, device, pending, until):
                     removed += 1
                 else:
                     left += 1
@@ -178,7 +178,7 @@ def _empty(name: str, top: int, device: int, pending: list[str], until: float) -
             for entry in entries:
                 if time.monotonic() > until:
                     return False
-                if not _unlink(entry.name, descriptor) and len(pending) < _PENDING:
+                if not _removed(os.unlink, entry.name, descriptor) and len(pending) < _PENDING:
                     moved = secrets.token_hex(8)
                     with suppress(OSError):
                         os.rename(entry.name, moved, src_dir_fd=descriptor, dst_dir_fd=top)
@@ -199,10 +199,6 @@ def _enter(name: str, parent: int, device: int) -> int | None:
                     Path(f"/proc/self/fd/{found}").chmod(0o700)  # not by its name
             return os.open(".", _FLAGS, dir_fd=found)
     return None
-
-
-def _unlink(name: str, parent: int) -> bool:
-    return _removed(os.unlink, name, parent)
 
 
 def _removed(how: Callable[..., None], name: str, parent: int) -> bool:
