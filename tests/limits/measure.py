@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.agent_process import REPOSITORY, environment
 from tests.fake_nvml import FakeGpu, FakeNvml, build
 from tests.limits.containers import Machine, machine
-from vgpu_agent.limits.files import Wanted, said
+from vgpu_agent.limits.watch import Wanted, said
 from vgpu_agent.model.rules import MIB
 
 RESOURCE = "k8s.amazonaws.com/vgpu"
@@ -31,7 +31,7 @@ import sys, time
 from pathlib import Path
 import anyio
 from vgpu_agent.gpu.nvml import NvmlDriver
-from vgpu_agent.limits.files import Wanted, said
+from vgpu_agent.limits.watch import Wanted, said
 from vgpu_agent.limits.look import Looker
 from vgpu_agent.limits.tree import Finder
 

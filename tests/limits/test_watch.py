@@ -11,8 +11,7 @@ import pytest
 from tests.limits.test_look import GIB, SHARES, A, B, Machine
 from vgpu_agent.errors import DriverError, StoreError
 from vgpu_agent.limits import watch
-from vgpu_agent.limits.files import Seen, Wanted, said
-from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, Paced
+from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, Paced, Seen, Wanted, said
 from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, Mode

@@ -2,17 +2,18 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Never
+from typing import Never, TypeVar
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskStatus
 
+from vgpu_agent import store
 from vgpu_agent.errors import DriverError, Once, StoreError
-from vgpu_agent.limits.files import Seen, Wanted, said
 from vgpu_agent.limits.look import Looker
 from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
@@ -47,6 +48,44 @@ INTERVAL = 20.0
 
 BEAT = 30.0
 """Seconds after which the container that enforces limits says again what has not changed."""
+
+
+# The two files between the agent and that container, in VGPU_STATE_DIRECTORY
+
+FORMAT = 1
+
+MAX_BYTES = 16 * 2**20
+"""Most bytes of a file: 1,000 containers, each with a long reason on 8 GPUs, take some 3 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the agent says: how GPUs are divided (`Shares`).
+
+    `released_until`: NVML is to be closed until then, in seconds since the epoch; 0 where not.
+    """
+
+    shares: Mapping[str, tuple[int, ...]]
+    released_until: float = 0.0
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the enforcing container says. `beat`: when, in seconds since the boot."""
+
+    beat: float
+    look: LimitsLook
+    format: int = FORMAT
+
+
+T = TypeVar("T", Wanted, Seen)
+
+
+def said(kind: type[T], directory: Path) -> store.Said[T]:
+    """One of the files."""
+    read = partial(store.read_as, kind, limit=MAX_BYTES, form=FORMAT)
+    return store.Said(directory / f"limits-{kind.__name__.lower()}", read)
 
 
 Source = Callable[[Snapshot], Awaitable[LimitsLook | None]]
