@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from vgpu_agent.model.node import Node
 from vgpu_agent.model.place import Place
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
-from vgpu_agent.observe.listen import listen
+from vgpu_agent.observe.listen import address_of, listen
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.report import to_json
 from vgpu_agent.observe.reporting import make_report
@@ -214,13 +215,14 @@ async def site(
     resource = "k8s.amazonaws.com/vgpu"
 
     def report(snapshot: Snapshot) -> bytes:
-        return to_json(make_report(snapshot, node.rules, time.time(), version=version))
+        return to_json(replace(make_report(snapshot, node.rules, time.time()), version=version))
 
     metrics = Metrics(version, resource, node.rules)
-    web = Web(listener=listen(address), node=node, metrics=metrics, report=report)
+    listener = listen(address)
+    web = Web(listener=listener, node=node, metrics=metrics, report=report)
     async with anyio.create_task_group() as tasks:
         await tasks.start(web.run)
-        yield web.address
+        yield address_of(listener)
         tasks.cancel_scope.cancel()
 
 

@@ -24,27 +24,19 @@ from tests.test_status import controlled, report
 from tests.web_peer import answering, http
 from vgpu_agent import control, store, unixsocket
 from vgpu_agent.address import Address
-from vgpu_agent.agent import make_daemons, make_watch
-from vgpu_agent.commands.doctor import (
-    Timeouts,
-    check_settings,
-    checks,
-    examine,
-    look_once,
-    preflight,
-    render_json,
-    render_text,
-    worst,
-)
+from vgpu_agent.agent import make_daemons
+from vgpu_agent.commands.doctor import check_settings, checks, examine, look_once, preflight
+from vgpu_agent.commands.doctor.checks import Timeouts, render_json, render_text, worst
 from vgpu_agent.drivers import make_driver
 from vgpu_agent.errors import DriverError, SettingsError
 from vgpu_agent.gpu import memory
 from vgpu_agent.gpu.simulated import SimulatedDriver, simulated_gpus
+from vgpu_agent.limiting import make_looker
 from vgpu_agent.model.acceptance import Acceptance, Refusal
 from vgpu_agent.model.devices import Effect, Fault, Reason
 from vgpu_agent.model.facts import ComputeMode, Cordon, MpsLook, Reading
 from vgpu_agent.model.health import Counters
-from vgpu_agent.model.place import Advice, Step
+from vgpu_agent.model.place import Place, Step
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.model.snapshot import FirstSeen
 from vgpu_agent.observe.report import (
@@ -61,6 +53,7 @@ OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
 GPUS = simulated_gpus(2, "model", 24 * 1024 * MIB, (0,))
 UUID = GPUS[0].uuid
+PLACE = Place("node-1", "gpus", "agent-1")
 SOON = Timeouts(ask=0.1, call=0.1, look=0.4, leave=0.1)
 
 
@@ -124,7 +117,6 @@ async def examined(settings: Settings | SettingsError, **changes):
         "environment": {},
         "make_driver": make_driver,
         "make_daemons": lambda _: FakeDaemons(WELL),
-        "make_watch": make_watch,
     }
     return await examine(settings, **(options | changes))
 
@@ -362,8 +354,8 @@ def test_right_settings_are_counted():
 def test_unknown_settings_are_warned_about_with_the_nearest_name():
     given = {"VGPU_REPLICS": "3", "VGPU_XYZ_QQQQ": ""}
     _, typo, strange = check_settings(embedded(), given)
-    assert (typo.verdict, typo.advice) == (WARN, "did you mean VGPU_REPLICAS?")
-    assert (strange.verdict, strange.advice) == (WARN, "remove it")
+    expect([typo], "settings", WARN, "did you mean VGPU_REPLICAS?")
+    assert said([strange], "settings")[1].startswith("VGPU_XYZ_QQQQ: unknown setting, ignored ")
 
 
 def test_what_is_assumed_keeps_what_is_right():
@@ -379,14 +371,14 @@ def test_what_is_assumed_keeps_what_is_right():
 CHILD = """
 import os, sys, anyio
 from vgpu_agent import settings_reading
-from vgpu_agent.agent import make_watch
 from vgpu_agent.drivers import make_driver
-from vgpu_agent.commands.doctor import examine, render_json
+from vgpu_agent.commands.doctor import examine
+from vgpu_agent.commands.doctor.checks import render_json
 
 async def main():
     checks = await examine(
         settings_reading.load(), environment=os.environ, make_driver=make_driver,
-        make_daemons=lambda _: None, make_watch=make_watch,
+        make_daemons=lambda _: None,
     )
     sys.stdout.write(render_json(checks))
     sys.stdout.flush()
@@ -482,7 +474,7 @@ async def looked(driver: SimulatedDriver, kubelet_dir: Path, look=WELL, **change
     """What one look says; where `look` is None, with the daemon of such settings."""
     settings = settings_in(kubelet_dir, **changes)
     daemon = make_daemons(settings, driver) if look is None else FakeDaemons(look)
-    return await look_once(settings, lambda _: driver, lambda _: daemon, make_watch, SOON)
+    return await look_once(settings, lambda _: driver, lambda _: daemon, SOON)
 
 
 @pytest.mark.parametrize(
@@ -587,6 +579,13 @@ async def test_gpus_that_wait_for_a_reset_are_shown_as_the_next_agent_will(kubel
         assert said(found, "kept faults")[0] is WARN
 
 
+def test_what_only_looks_at_memory_limits_turns_no_controller_on():
+    settings = embedded(memory_limits="driver", memory_limits_enable_controller="on")
+    for enforce in (True, False):
+        looker = make_looker(settings, SimulatedDriver(()), enforce=enforce)
+        assert (looker.enforce, looker.finder.enable) == (enforce, enforce)
+
+
 # MPS on the node
 
 
@@ -608,11 +607,11 @@ def test_the_daemons_directories_must_be_there_and_open(tmp_path, monkeypatch):
     pipe = root / "GPU-1" / "pipe"
 
     def check(name: str, verdict: Verdict, words: str = "") -> None:
-        expect(preflight.check_mps_directories(root, "kubectl logs"), f"mps {name}", verdict, words)
+        expect(preflight.check_mps_directories(root, PLACE), f"mps {name}", verdict, words)
 
     check("directory", FAIL)
     pipe.mkdir(parents=True, mode=0o755)
-    assert worst(preflight.check_mps_directories(root, "kubectl logs")) is OK
+    assert worst(preflight.check_mps_directories(root, PLACE)) is OK
     check("pipe", OK, "(owner ")
     pipe.chmod(0o700)
     check("pipe", WARN, "`chmod 705 ")
@@ -701,7 +700,7 @@ def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):
     path, control_path = kubelet_dir / "vgpu.sock", kubelet_dir / "control.sock"
 
     def check(verdict: Verdict, words: str, agent=None) -> None:
-        found = preflight.check_endpoint(path, control_path, agent, "a/b", Advice("remove it"))
+        found = preflight.check_endpoint(path, control_path, agent, "a/b", PLACE)
         expect([found], "endpoint", verdict, words)
 
     check(OK, "is free")
@@ -712,7 +711,7 @@ def test_our_own_endpoint_is_free_stale_or_somebodys(kubelet_dir, monkeypatch):
     check(OK, "stale")
     path.unlink()
     with listening(path):
-        check(FAIL, "a rival for a/b remove it")
+        check(FAIL, "a rival for a/b remove one of the two")
         check(FAIL, f"another process serves {path} (process {os.getpid()}, ")
         check(FAIL, "another process", report())  # it is not that agent's
         with listening(control_path):
@@ -762,15 +761,13 @@ def test_of_a_listener_that_cannot_be_seen_the_socket_is_named(tmp_path, monkeyp
 def test_the_metrics_address_is_the_agents_taken_or_free(answer, verdict, words):
     with answering(answer) as address:
         expect(
-            [preflight.check_metrics(address, Advice("see the log"))],
+            [preflight.check_metrics(address, PLACE)],
             "metrics address",
             verdict,
             words,
         )
     for free in (address, Address("127.0.0.1", 0)):
-        expect(
-            [preflight.check_metrics(free, Advice("see the log"))], "metrics address", OK, "is free"
-        )
+        expect([preflight.check_metrics(free, PLACE)], "metrics address", OK, "is free")
 
 
 @pytest.mark.parametrize("name", ["state directory", "cordon directory"])

@@ -32,7 +32,7 @@ from vgpu_agent.settings import (
     variable,
 )
 from vgpu_agent.settings_reading import embedded, load
-from vgpu_agent.settings_unknown import unknown_setting_warnings, unknown_variables
+from vgpu_agent.settings_unknown import unknown_setting_warnings
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -475,16 +475,11 @@ def test_unknown_variables_are_found_in_order_with_the_nearest_known_one():
         "VGPU_REPLICA": "VGPU_REPLICAS",
         "vgpu_replica": "VGPU_REPLICAS",
     }
-    found = unknown_variables(dict.fromkeys(reversed(nearest), "9500"))
-    assert list(found.items()) == list(nearest.items())
-    assert "VGPU_AGENT_SERVICE" in unknown_variables({"VGPU_AGENT_SERVICE": ""})
-
-
-def test_unknown_variables_are_named_in_words():
-    assert list(unknown_setting_warnings({"VGPU_REPLICA": "1", "VGPU_QQQQQQQQQQ": "1"})) == [
-        "VGPU_QQQQQQQQQQ: unknown setting, ignored",
-        "VGPU_REPLICA: unknown setting, ignored; did you mean VGPU_REPLICAS?",
+    assert list(unknown_setting_warnings(dict.fromkeys(reversed(nearest), "9500"))) == [
+        f"{name}: unknown setting, ignored" + (f"; did you mean {other}?" if other else "")
+        for name, other in nearest.items()
     ]
+    assert list(unknown_setting_warnings({"VGPU_AGENT_SERVICE": ""}))
 
 
 def test_settings_in_any_case_and_variables_of_others_and_of_services_are_not_unknown(monkeypatch):
@@ -497,7 +492,7 @@ def test_settings_in_any_case_and_variables_of_others_and_of_services_are_not_un
     }
     services = [f"{prefix}_{each}" for prefix in ("VGPU", "VGPU_AGENT") for each in agent]
     given = [*known, *map(str.lower, known), *others, *services]
-    assert unknown_variables(dict.fromkeys(given, url)) == {}
+    assert list(unknown_setting_warnings(dict.fromkeys(given, url))) == []
     for name in services:
         monkeypatch.setenv(name, url)
     assert load().replicas == 10

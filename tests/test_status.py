@@ -370,7 +370,7 @@ def test_any_node_has_a_row_for_each_gpu_and_fits_a_terminal(snapshot):
 def test_a_share_is_limited_only_by_a_limit_that_is_no_more(limit, limited):
     """Where nobody sets limits, a pod may have set one of its own."""
     bytes_ = None if limit is None else limit * GIB
-    found = Limited(LLAMA, {"GPU-a": 12 * GIB}, {"GPU-a": MemoryLimit(bytes_, 0, 0)}, {"GPU-a": 0})
+    found = Limited(LLAMA, {"GPU-a": MemoryLimit(bytes_, 0, 0)}, {"GPU-a": 0})
     snapshot = replace(SNAPSHOT, limits=LimitsLook(applied=False, containers=(found,)))
     sliced = Rules(SharingRules(mps=False))
     (held,) = [

@@ -7,7 +7,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,6 @@ from vgpu_agent.settings_unknown import unknown_setting_warnings
 
 log = logging.getLogger(__name__)
 
-
-OPERATE = ("release", "cordon", "uncordon", "drain-list", "simulate")
 
 RELEASE_SECONDS = 60.0
 
@@ -101,9 +99,11 @@ def _say_answer(answer: bytes) -> None:
 
 async def doctor(*, as_json: bool) -> int:
     """`vgpu-agent doctor`: its exit code. Works with wrong settings too."""
-    from vgpu_agent.agent import make_daemons, make_watch
-    from vgpu_agent.commands.doctor import Verdict, examine, render_json, render_text, worst
+    from vgpu_agent.agent import make_daemons
+    from vgpu_agent.commands.doctor import examine
+    from vgpu_agent.commands.doctor.checks import render_json, render_text, worst
     from vgpu_agent.drivers import make_driver
+    from vgpu_agent.observe.report import Verdict
 
     settings: Settings | SettingsError
     try:
@@ -115,7 +115,6 @@ async def doctor(*, as_json: bool) -> int:
         environment=os.environ,
         make_driver=make_driver,
         make_daemons=lambda chosen: make_daemons(chosen, make_driver(chosen)),
-        make_watch=make_watch,
     )
     sys.stdout.write(render_json(checks) if as_json else render_text(checks))
     sys.stdout.flush()
@@ -148,25 +147,23 @@ def execute(arguments: Sequence[str]) -> int:
     Raises SettingsError, ListenError, StoryError, or groups of errors.
     """
     options = parse(arguments)
-    if options.command == "dev":
-        logs.configure(LogLevel.INFO, LogFormat.TEXT)
-        anyio.run(dev, options.seconds)
-        return 0
-    if options.command == "doctor":
-        logs.configure(LogLevel.ERROR, LogFormat.TEXT)
-        return anyio.run(partial(doctor, as_json=options.json))
-    if options.command == "status":
-        status(options)
-        return 0
-    if options.command in OPERATE:
-        operate(options)
-        return 0
-    if options.command == "run":
-        run()
-    elif options.command == "limits":
-        enforce_limits()
-    else:
-        mps(options)
+    match options.command:
+        case "dev":
+            logs.configure(LogLevel.INFO, LogFormat.TEXT)
+            anyio.run(dev, options.seconds)
+        case "doctor":
+            logs.configure(LogLevel.ERROR, LogFormat.TEXT)
+            return anyio.run(partial(doctor, as_json=options.json))
+        case "status":
+            status(options)
+        case "run":
+            run()
+        case "limits":
+            enforce_limits()
+        case "mps":
+            mps(options)
+        case _:
+            operate(options)
     return 0
 
 
@@ -178,11 +175,9 @@ def run() -> None:
     from vgpu_agent.running import wait_for_descriptors
 
     settings = settings_of_helper()
-    logs.configure(settings.log_level, settings.log_format)
     place = agent.make_place(settings)
     names = asdict(place) if place.in_pod else {"node": place.node}
-    log.info("vgpu-agent starts", extra={"fields": {"version": __version__, **names}})
-    _warn_of_unknown_settings()
+    _begin(settings, {"version": __version__, **names})
     wait_for_descriptors()
     anyio.run(agent.run, settings)
 
@@ -194,8 +189,7 @@ def enforce_limits() -> None:
     from vgpu_agent.running import wait_for_descriptors
 
     settings = settings_of_helper()
-    logs.configure(settings.log_level, settings.log_format)
-    _warn_of_unknown_settings()
+    _begin(settings)
     if settings.memory_limits is not MemoryLimits.DRIVER:
         raise SettingsError(
             f"VGPU_MEMORY_LIMITS={settings.memory_limits}: `vgpu-agent limits enforce` is for"
@@ -208,8 +202,7 @@ def enforce_limits() -> None:
 def mps(options: argparse.Namespace) -> None:
     """`vgpu-agent mps`."""
     settings = load()
-    logs.configure(settings.log_level, settings.log_format)
-    _warn_of_unknown_settings()
+    _begin(settings)
     from vgpu_agent.commands import mps
 
     if settings.sharing is not SharingKind.MPS and options.step != "restore":
@@ -228,6 +221,10 @@ def mps(options: argparse.Namespace) -> None:
     steps[options.step]()
 
 
-def _warn_of_unknown_settings() -> None:
+def _begin(settings: Settings, agent: Mapping[str, str] | None = None) -> None:
+    """Logs as the settings say: which agent this is, and what is no setting."""
+    logs.configure(settings.log_level, settings.log_format)
+    if agent is not None:
+        log.info("vgpu-agent starts", extra={"fields": agent})
     for words in unknown_setting_warnings(os.environ):
         log.warning("%s", words)

@@ -18,9 +18,9 @@ import anyio
 from anyio.abc import SocketListener, SocketStream, TaskGroup
 
 from vgpu_agent import unixsocket
-from vgpu_agent.errors import ControlError, NoAgentError
+from vgpu_agent.errors import ControlError, NoAgentError, Once
 from vgpu_agent.pace import next_turn
-from vgpu_agent.unixsocket import Identity
+from vgpu_agent.store import identity
 
 log = logging.getLogger(__name__)
 
@@ -42,31 +42,25 @@ async def serve(directory: Path, handler: Handler, *, poll: float = POLL) -> Nev
     Where another agent serves there, or the directory cannot be written, that is logged once, and
     tried again: the agent runs without.
     """
-    path, problem = directory / SOCKET, ""
+    path, trouble = directory / SOCKET, Once(log)
     while True:
         try:
-            trouble = _obstacle(path)
-            if trouble is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            why = unixsocket.obstacle(path)
+            if why is None:
                 await _serve_here(path, handler, poll)
-                problem = ""
+                trouble.warn()
         except OSError as error:
-            trouble = f"{path}: {error.strerror or error}"
-        if trouble is not None and trouble != problem:
-            problem = trouble
-            log.warning("`vgpu-agent status` and `release` will not find this agent: %s", trouble)
+            why = f"{path}: {error.strerror or error}"
+        if why is not None:
+            trouble.warn(f"`vgpu-agent status` and `release` will not find this agent: {why}")
         await anyio.sleep(poll)
-
-
-def _obstacle(path: Path) -> str | None:
-    """Why the socket cannot be bound. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return unixsocket.obstacle(path)
 
 
 async def _serve_here(path: Path, handler: Handler, poll: float) -> None:
     """Serves for as long as the path is our socket. Raises OSError."""
     bound = unixsocket.bind(path)
-    own = _identity(path)
+    own = identity(path)
     try:
         bound.listen(8)
         async with (
@@ -74,7 +68,7 @@ async def _serve_here(path: Path, handler: Handler, poll: float) -> None:
             anyio.create_task_group() as tasks,
         ):
             tasks.start_soon(_accept, listener, tasks, partial(_answer, handler), poll)
-            while _identity(path) == own:
+            while identity(path) == own:
                 await next_turn(poll)
             tasks.cancel_scope.cancel()
     finally:
@@ -97,16 +91,9 @@ async def _accept(
             await anyio.sleep(poll)
 
 
-def _identity(path: Path) -> Identity | None:
-    try:
-        return Identity.of(path.stat())
-    except OSError:
-        return None
-
-
-def _remove(path: Path, own: Identity | None) -> None:
+def _remove(path: Path, own: object) -> None:
     """Our socket, and nobody else's."""
-    if _identity(path) == own:
+    if identity(path) == own:
         path.unlink(missing_ok=True)
 
 

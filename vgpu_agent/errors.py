@@ -1,6 +1,7 @@
 """What can go wrong, grouped by the edge at which it does."""
 
 import errno
+import logging
 
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors of a machine that lacks something for a while."""
@@ -18,6 +19,20 @@ def is_shortage(error: BaseException) -> bool:
 def lacks_thread(error: BaseException) -> bool:
     """Whether a thread cannot be started, which is a RuntimeError of its own."""
     return isinstance(error, RuntimeError) and "start new thread" in str(error)
+
+
+class Once:
+    """Warns of trouble when it begins or is another one, and not for as long as it goes on."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._last: str | None = None
+
+    def warn(self, text: str | None = None) -> None:
+        """What is wrong now; nothing where all is well again."""
+        if text and text != self._last:
+            self._logger.warning("%s", text)
+        self._last = text
 
 
 class SettingsError(VgpuAgentError):
@@ -67,10 +82,6 @@ class MpsError(VgpuAgentError):
     """The MPS control daemon could not be asked or set up."""
 
 
-class MpsBinaryError(MpsError):
-    """`nvidia-cuda-mps-control` is not there, or cannot be run."""
-
-
 class MpsDownError(MpsError):
     """No daemon answers in the pipe directory."""
 
@@ -88,7 +99,7 @@ class MpsRefusedError(MpsError):
 
 
 class MpsSetupError(MpsError):
-    """`vgpu-agent mps prepare`, `watch` or `restore` cannot do its work; says what to do."""
+    """A command of `vgpu-agent mps` cannot do its work; says what to do."""
 
 
 class KubeletError(VgpuAgentError):

@@ -80,18 +80,16 @@ class Requests:
         """Releases NVML; the report that says so."""
         before = self.node.snapshot.driver.released_until
         self.watch.release(seconds)
-        async for snapshot in self.node.latest.follow():
-            if snapshot.driver.released_until not in (None, before):
-                return self.report()
-        raise ControlError("the agent is ending")
+        await self.node.latest.until(lambda now: now.driver.released_until not in (None, before))
+        return self.report()
 
     async def _reset_done(self, gpu: GpuName) -> str:
         """Has the GPU probed; how it is then. Raises ControlError where it needs a reset still."""
         self.watch.reset_done(gpu.uuid)
         with anyio.move_on_after(PROBE_SECONDS):
-            async for snapshot in self.node.latest.follow():
-                if snapshot.driver.released_until is None and _probed(snapshot, gpu.uuid):
-                    break
+            await self.node.latest.until(
+                lambda now: now.driver.released_until is None and _probed(now, gpu.uuid)
+            )
         snapshot = self.node.snapshot
         state = _state(snapshot, gpu.uuid)
         if not _probed(snapshot, gpu.uuid):
@@ -144,22 +142,15 @@ class Requests:
         if text not in list(SimulatedFault):
             raise ControlError(f"fault={text!r}: allowed is {', '.join(SimulatedFault)}")
         fault, gpus = SimulatedFault(text), [GpuName.of(gpu) for gpu in self.driver.gpus]
-        match request.get("gpu"):
-            case str(name):
-                gpus = [find_gpu(name, gpus)]
-            case None if fault is SimulatedFault.HEAL:
-                pass
-            case other:
-                raise ControlError(f"gpu={other!r}: which GPU is it? Say --gpu INDEX")
-        match request.get("xid"):
-            case int(xid) if 0 < xid < MAX_XID:
-                pass
-            case other:
-                if fault is SimulatedFault.XID:
-                    raise ControlError(
-                        f"xid={other!r}: allowed is a number from 1 to {MAX_XID - 1}"
-                    )
-                xid = 0
+        name, xid = request.get("gpu"), request.get("xid")
+        if isinstance(name, str):
+            gpus = [find_gpu(name, gpus)]
+        elif name is not None or fault is not SimulatedFault.HEAL:
+            raise ControlError(f"gpu={name!r}: which GPU is it? Say --gpu INDEX")
+        if not isinstance(xid, int) or not 0 < xid < MAX_XID:
+            if fault is SimulatedFault.XID:
+                raise ControlError(f"xid={xid!r}: allowed is a number from 1 to {MAX_XID - 1}")
+            xid = 0
         for gpu in gpus:
             self.driver.rehearse(fault, gpu.uuid, xid)
         done = {

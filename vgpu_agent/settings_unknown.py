@@ -14,20 +14,13 @@ _OF_SERVICE = re.compile(
 )
 
 
-def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """VGPU_* variables that are no setting, each with the nearest name that is one."""
-    known = {variable(name) for name in TABLE}
-    return {
-        name: next(iter(difflib.get_close_matches(name.upper(), known, n=1)), None)
-        for name, value in sorted(environment.items())
-        if name.upper().startswith(PREFIX)
-        and name.upper() not in known
-        and not _OF_SERVICE.match(f"{name}={value}")
-    }
-
-
 def unknown_setting_warnings(environment: Mapping[str, str]) -> Iterator[str]:
-    """A line for each VGPU_* variable that is no setting."""
-    for name, nearest in unknown_variables(environment).items():
-        hint = f"; did you mean {nearest}?" if nearest else ""
+    """A line for each VGPU_* variable that is no setting, with the nearest name that is one."""
+    known = {variable(name) for name in TABLE}
+    for name, value in sorted(environment.items()):
+        upper = name.upper()
+        if not upper.startswith(PREFIX) or upper in known or _OF_SERVICE.match(f"{name}={value}"):
+            continue
+        nearest = difflib.get_close_matches(upper, known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
         yield f"{name}: unknown setting, ignored{hint}"

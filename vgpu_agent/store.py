@@ -1,20 +1,21 @@
 """The one way to keep a small JSON file, and to read one that others may have damaged.
 
-Both functions block: call them in a worker thread.
+Everything here blocks: call it in a worker thread.
 """
 
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from vgpu_agent.errors import SHORTAGES, StoreError, StoreShortageError
+from vgpu_agent.pace import since_boot
 
 T = TypeVar("T")
 
@@ -48,6 +49,15 @@ def identity(path: Path) -> object:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """Closes it in the end."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int | None:
@@ -99,9 +109,16 @@ def read(path: Path, limit: int = MAX_BYTES) -> Mapping[str, object] | None:
     return data
 
 
-def read_as(kind: type[T], path: Path, limit: int = MAX_BYTES) -> T | None:
-    """What `asdict` of a dataclass was written from; None for no file. Raises StoreError."""
+def read_as(
+    kind: type[T], path: Path, limit: int = MAX_BYTES, *, form: int | None = None, hint: str = ""
+) -> T | None:
+    """What `asdict` of a dataclass was written from; None for no file. Raises StoreError.
+
+    `form` is the `format` that it must have, where it has one; `hint` what to do about another.
+    """
     data = read(path, limit)
+    if data is not None and data.get("format") != form:
+        raise StoreError(f"{path} is of another version of the agent{hint}")
     try:
         return None if data is None else decoded(kind, data, "it")
     except (ValueError, OverflowError) as error:
@@ -185,9 +202,33 @@ def _clear(path: Path) -> None:
 
 def _sync(directory: Path) -> None:
     """Makes the new name of a file last. Not every file system can."""
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with suppress(OSError), closing(os.open(directory, flags)) as descriptor:
+        os.fsync(descriptor)
+
+
+class Said(Generic[T]):
+    """A file by which one process says something to another; each has one for its side of it."""
+
+    def __init__(self, path: Path, read: Callable[[Path], T | None]) -> None:
+        self._path = path
+        self._reader = read
+        self._read: tuple[object, T | None] = None, None
+        self._said: tuple[object, object, float] = None, None, 0.0
+
+    def read(self) -> T | None:
+        """What it says, read where it is new; None where there is none. Raises StoreError."""
+        which = identity(self._path)
+        if which != self._read[0]:
+            self._read = which, self._reader(self._path)
+        return self._read[1]
+
+    def is_due(self, known: object, seconds: float = float("inf")) -> bool:
+        """Whether `known` is not what was said, or somebody changed it, or it is so many s old."""
+        said, which, at = self._said
+        return known != said or which != identity(self._path) or since_boot() - at >= seconds
+
+    def say(self, data: Mapping[str, object], known: object) -> None:
+        """Replaces the file; `known` stands for what it says in `is_due`. Raises StoreError."""
+        write(self._path, data)
+        self._said = known, identity(self._path), since_boot()

@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.agent_process import REPOSITORY, environment
 from tests.fake_nvml import FakeGpu, FakeNvml, build
 from tests.limits.containers import Machine, machine
-from vgpu_agent.limits.files import Wanted, write
+from vgpu_agent.limits.watch import Wanted, said
 from vgpu_agent.model.rules import MIB
 
 RESOURCE = "k8s.amazonaws.com/vgpu"
@@ -30,16 +31,17 @@ import sys, time
 from pathlib import Path
 import anyio
 from vgpu_agent.gpu.nvml import NvmlDriver
-from vgpu_agent.limits.files import Said, Wanted
+from vgpu_agent.limits.watch import Wanted, said
 from vgpu_agent.limits.look import Looker
+from vgpu_agent.limits.tree import Finder
 
 async def main():
     directory = Path(sys.argv[1])
     checkpoint = directory / "device-plugins" / "kubelet_internal_checkpoint"
-    shares = Said(Wanted, directory / "state").read().shares
+    shares = said(Wanted, directory / "state").read().shares
     async with NvmlDriver() as driver:
         await driver.scan()
-        looker = Looker(driver, checkpoint, sys.argv[2])
+        looker = Looker(driver, Finder(checkpoint, sys.argv[2]))
         for _ in range(2):
             start = time.perf_counter()
             found = await looker.look(shares)
@@ -116,9 +118,8 @@ def measure(on: Machine, directory: Path, count: int, seconds: float) -> dict[st
     subprocess.run(on.command("sh", "-ec", shell), check=True)
     state = directory / "state"
     share = 81408 * MIB // REPLICAS // MIB * MIB
-    write(
-        state, Wanted({gpu.uuid: tuple(share * n for n in range(1, REPLICAS + 1)) for gpu in GPUS})
-    )
+    shares = {gpu.uuid: tuple(share * n for n in range(1, REPLICAS + 1)) for gpu in GPUS}
+    said(Wanted, state).say(asdict(Wanted(shares)), None)
     for _ in range(count):
         pods.start(pods.give())
     variables = {

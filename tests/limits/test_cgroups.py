@@ -42,6 +42,10 @@ def paths(hierarchy: Hierarchy) -> dict[str, str]:
 # Where they are
 
 
+def hook(hierarchy: Hierarchy) -> str | None:
+    return hierarchy.hook(hierarchy.leaves().values())
+
+
 @pytest.mark.parametrize("path", WHOLE.values(), ids=WHOLE.keys())
 def test_a_container_is_found_wherever_kubelets_and_runtimes_put_it(tree, hierarchy, path):
     tree.add(path)
@@ -50,7 +54,7 @@ def test_a_container_is_found_wherever_kubelets_and_runtimes_put_it(tree, hierar
     expected = f"{container}/container" if path == f"{container}/container" else container
     uid = STATIC if f"pod{STATIC}.slice" in path or f"pod{STATIC}/{ID}" in path else UID
     for _ in range(2):  # the second look goes by what the first one saw
-        assert hierarchy.leaves() == {ID: Leaf(uid, ID, f"{tree.root}{expected}")}
+        assert hierarchy.leaves() == {ID: Leaf(uid, f"{tree.root}{expected}")}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +233,7 @@ def test_the_search_does_not_go_deeper_than_pods_are(tree, hierarchy):
 def test_on_cgroup_v2_limits_can_be_set(tree, hierarchy):
     tree.add(SCOPE)
     assert hierarchy.problem() is None
-    assert hierarchy.hook() is None  # the misc backend needs no files
+    assert hook(hierarchy) is None  # the misc backend needs no files
 
 
 def v1(root: Path) -> None:
@@ -264,7 +268,7 @@ def test_what_keeps_a_node_from_limits_is_said(tmp_path, make, words):
     make(root)
     hierarchy = Hierarchy(root)
     assert words.replace("ROOT", str(root)) in hierarchy.problem()
-    assert hierarchy.hook() == hierarchy.problem()
+    assert hook(hierarchy) == hierarchy.problem()
 
 
 def test_a_node_that_is_a_container_itself_can_have_limits(tmp_path):
@@ -274,12 +278,12 @@ def test_a_node_that_is_a_container_itself_can_have_limits(tmp_path):
     hierarchy = Hierarchy(tree.root)
     assert hierarchy.problem() is None
     assert hierarchy.lacks(hierarchy.leaves()[ID]) is None
-    assert hierarchy.hook() == (
+    assert hook(hierarchy) == (
         f"{tree.root}{SCOPE} has no dmem files, and new containers may have none; whether the "
         "driver needs them shows in the node's root cgroup only"
     )
     tree.enable(*above(SCOPE))
-    assert hierarchy.hook() is None  # with either backend
+    assert hook(hierarchy) is None  # with either backend
 
 
 # The dmem controller
@@ -296,7 +300,7 @@ def test_without_the_drivers_gpus_in_it_the_controller_is_not_needed(tmp_path, c
     tree.add(SCOPE)
     hierarchy = Hierarchy(tree.root)
     assert hierarchy.lacks(hierarchy.leaves()[ID]) is None
-    assert hierarchy.hook() is None
+    assert hook(hierarchy) is None
 
 
 def test_where_the_driver_needs_the_files_the_cgroups_that_lack_them_are_said(dmem):
@@ -313,12 +317,10 @@ def test_where_the_driver_needs_the_files_the_cgroups_that_lack_them_are_said(dm
             f"echo +dmem > {first}/cgroup.subtree_control"
         )
         assert words.count("echo +dmem > ") == len(levels) - number
-        assert (
-            hierarchy.hook() == f"{leaf.path} has no dmem files, and new containers may have none"
-        )
+        assert hook(hierarchy) == f"{leaf.path} has no dmem files, and new containers may have none"
         dmem.enable(level)
     assert hierarchy.lacks(leaf) is None
-    assert hierarchy.hook() is None
+    assert hook(hierarchy) is None
 
 
 @pytest.mark.slow
@@ -336,12 +338,12 @@ def test_the_command_can_be_run_whatever_the_name(tmp_path):
 def test_one_container_without_the_files_is_enough_to_doubt_the_hook(dmem):
     dmem.enable("/")
     hierarchy = Hierarchy(dmem.root)
-    assert hierarchy.hook() == f"no container of a pod is in {dmem.root}"
+    assert hook(hierarchy) == f"no container of a pod is in {dmem.root}"
     dmem.add(SCOPE)
     dmem.enable(*above(SCOPE))
-    assert hierarchy.hook() is None
+    assert hook(hierarchy) is None
     dmem.add(OTHER_SCOPE)
-    assert hierarchy.hook().startswith(f"{dmem.root}{OTHER_SCOPE} has no dmem files")
+    assert hook(hierarchy).startswith(f"{dmem.root}{OTHER_SCOPE} has no dmem files")
     assert hierarchy.lacks(hierarchy.leaves()[ID]) is None
 
 
@@ -352,9 +354,9 @@ def test_a_container_that_ends_meanwhile_is_no_reason_to_doubt_the_hook(dmem, mo
     hierarchy = Hierarchy(dmem.root)
     found = hierarchy.leaves()
     monkeypatch.setattr(hierarchy, "leaves", lambda: found)
-    assert "has no dmem files" in hierarchy.hook()
+    assert "has no dmem files" in hook(hierarchy)
     dmem.remove(OTHER_SCOPE)
-    assert hierarchy.hook() is None
+    assert hook(hierarchy) is None
 
 
 def test_the_controller_is_enabled_where_it_is_missing_and_nowhere_else(dmem):

@@ -114,7 +114,7 @@ def test_the_machines_real_tree_is_the_nodes(v2_runtime: Runtime, hierarchy):
     # That of a node that is a container: kind.
     node = Hierarchy(hierarchy.root / v2_runtime.machine.top)
     assert node.problem() is None
-    assert "shows in the node's root cgroup only" in (node.hook() or "")
+    assert "shows in the node's root cgroup only" in (node.hook(node.leaves().values()) or "")
 
 
 def test_a_real_cgroup_v1_is_said_to_be_the_reason(v1_machine: Machine):
@@ -133,7 +133,7 @@ def test_what_the_kernel_refuses_names_the_file(v2_runtime: Runtime, hierarchy):
     container = v2_runtime.start(LAYOUTS["cgroupfs, burstable"], {})
     below = Hierarchy(hierarchy.root / v2_runtime.machine.top)  # not the machine's own root
     # A kernel without the controller refuses at once, and every kernel where there are processes.
-    leaf = Leaf(UID, container.id, f"{below.leaves()[container.id].path}/inner")
+    leaf = Leaf(UID, f"{below.leaves()[container.id].path}/inner")
     with pytest.raises(OSError, match=r"cgroup\.subtree_control") as raised:
         below.enable(leaf)
     assert raised.value.filename.startswith(f"{below.root}/")
@@ -168,10 +168,8 @@ def took(look):
     return (time.thread_time() - start) * 1000
 
 root = Path(sys.argv[1])
-known = Hierarchy(root)
-print(len(known.leaves()))
+print(len(Hierarchy(root).leaves()))
 print(min(took(Hierarchy(root).leaves) for _ in range(5)))
-print(min(took(known.leaves) for _ in range(5)))
 """
 
 
@@ -181,9 +179,9 @@ def test_a_full_node_is_looked_at_quickly(v2_machine: Machine):
     python = ("env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-c", MEASURE)
     asked = v2_machine.command(*python, CGROUPS / v2_machine.top)
     done = subprocess.run(asked, capture_output=True, text=True, check=True)
-    found, cold, unchanged = map(float, done.stdout.split())
+    found, milliseconds = map(float, done.stdout.split())
     assert found == 250
-    assert unchanged < cold < 100
+    assert milliseconds < 100
 
 
 def test_on_a_full_node_nothing_that_changes_is_missed(full: Path):

@@ -12,6 +12,7 @@ from tests.model.strategies import a_gpu, a_shared_gpu
 from vgpu_agent.gpu.simulated import SimulatedDriver
 from vgpu_agent.limits.cgroups import Hierarchy
 from vgpu_agent.limits.look import Looker
+from vgpu_agent.limits.tree import Finder
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.limits import GRACE, MemoryLimit, Mode, shares
 from vgpu_agent.model.rules import GIB
@@ -118,16 +119,18 @@ class Machine:
         new.write_text(json.dumps({"Data": {"PodDeviceEntries": self.entries}}))
         new.rename(self.checkpoint)
 
-    def looker(self, **how: bool) -> Looker:
-        return Looker(
-            self.driver,
+    def looker(
+        self, *, enforce: bool = False, guarantee: bool = False, enable: bool = False
+    ) -> Looker:
+        finder = Finder(
             self.checkpoint,
             RESOURCE,
-            hierarchy=Hierarchy(self.tree),
-            links=self.links,
-            clock=lambda: self.now,
-            **how,
+            Hierarchy(self.tree),
+            self.links,
+            enable,
+            living=enforce and guarantee,
         )
+        return Looker(self.driver, finder, guarantee, enforce, clock=lambda: self.now)
 
 
 @pytest.fixture
@@ -153,7 +156,10 @@ async def test_each_container_that_holds_vgpus_gets_its_limits_and_no_other_is_t
         ("GPU-1", two, 2 * GIB, 0),
     ]
     assert (look.mode, look.missing, look.gpus) == (Mode.DRIVER, (), {})
-    assert {each.holder: each.wanted for each in look.containers} == {
+    assert {
+        each.holder: {u: limit.hard_bytes for u, limit in each.limits.items()}
+        for each in look.containers
+    } == {
         Holder("shop", "pod-1", "main"): {"GPU-0": 2 * GIB},
         Holder("shop", "pod-2", "main"): {"GPU-0": GIB, "GPU-1": 2 * GIB},
     }
@@ -356,7 +362,7 @@ async def test_a_container_that_ends_meanwhile_does_not_speak_for_its_gpu(machin
     for n in range(ends + 1):
         machine.start(n)
     looker, answers = machine.looker(enforce=True), machine.driver.memory_limits
-    gone = [leaf.path for leaf in looker.hierarchy.leaves().values()][:ends]
+    gone = [leaf.path for leaf in looker.finder.hierarchy.leaves().values()][:ends]
 
     async def some(uuid: str, cgroups: Sequence[str]) -> Mapping[str, MemoryLimit | str]:
         found = dict(await answers(uuid, cgroups))
@@ -487,10 +493,9 @@ async def test_containers_that_have_ended_say_nothing_of_a_gpu(machine, monkeypa
     await looker.look(SHARES)
     machine.end(1)  # which leaves no sign: its link stays for a while
     machine.start(2)
-    monkeypatch.setattr(looker.finder, "_known", (looker.finder.signs(), *looker.finder._known[1:]))
 
     async def answers(_: str, cgroups: Sequence[str]) -> Mapping[str, MemoryLimit | str]:
         return {path: "Not Found" if path == gone else NO_LIMIT for path in cgroups}
 
     monkeypatch.setattr(machine.driver, "memory_limits", answers)
-    assert (await looker.look(SHARES)).gpus == {}
+    assert (await looker.look(SHARES, afresh=False)).gpus == {}

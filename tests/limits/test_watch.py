@@ -2,24 +2,33 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import anyio
 import pytest
 
 from tests.limits.test_look import GIB, SHARES, A, B, Machine
-from vgpu_agent.errors import DriverError
-from vgpu_agent.limits import files, watch
-from vgpu_agent.limits.files import Said, Seen, Wanted
-from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, OwnLook, Paced
+from vgpu_agent.errors import DriverError, StoreError
+from vgpu_agent.limits import watch
+from vgpu_agent.limits.watch import STALE, Enforced, Enforcer, Paced, Seen, Wanted, said
 from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, Mode
 from vgpu_agent.model.snapshot import Driver, Snapshot
 from vgpu_agent.pace import since_boot
+from vgpu_agent.store import Said
 
 UP = Snapshot(driver=Driver("615.71", None), inventory=Inventory((A, B)))
 RELEASED = replace(UP, driver=Driver("615.71", "released", released_until=2.0**33))
+
+
+def write(directory: Path, word: Wanted | Seen) -> None:
+    said(type(word), directory).say(asdict(word), word)
+
+
+def path_of(kind: type[Wanted | Seen], directory: Path) -> Path:
+    return directory / f"limits-{kind.__name__.lower()}"
 
 
 @pytest.fixture
@@ -69,7 +78,7 @@ async def test_the_agent_says_what_is_wanted_and_the_enforcer_what_is(machine):
         await becomes(
             source,
             halved,
-            lambda look: [e.wanted.get("GPU-0") for e in look.containers][:1] == [2 * GIB],
+            lambda look: look.containers[0].limits.get("GPU-0") == MemoryLimit(2 * GIB, 0, 0),
         )
         assert machine.driver.limits["GPU-0", path].hard_bytes == 2 * GIB
 
@@ -145,13 +154,13 @@ async def test_an_enforcer_that_starts_while_gpus_are_released_says_so(machine):
 
 @pytest.mark.parametrize("beat", [STALE + 1, -1.0, -1e6])
 async def test_what_was_said_long_ago_or_before_the_boot_is_not_believed(machine, beat):
-    files.write(machine.root, Seen(since_boot() - beat, LimitsLook(enforced=True)))
+    write(machine.root, Seen(since_boot() - beat, LimitsLook(enforced=True)))
     assert "not heard of" in (await Enforced(machine.root, patience=0).look(UP)).error
 
 
 @pytest.mark.parametrize("text", ['{"format": 2}', '{"format": 1, "beat": 5.0, "look": {}}', "{"])
 async def test_what_another_version_left_is_no_fault_while_this_one_starts(machine, text):
-    files.path_of(Seen, machine.root).write_text(text)
+    path_of(Seen, machine.root).write_text(text)
     source = Enforced(machine.root, patience=60)
     assert await source.look(UP) is None
     async with enforcing(machine):
@@ -160,10 +169,10 @@ async def test_what_another_version_left_is_no_fault_while_this_one_starts(machi
 
 async def test_an_error_that_cannot_be_written_is_logged_once(machine, monkeypatch, caplog):
     def full(*_: object) -> None:
-        raise files.StoreError("cannot write limits-seen: No space left on device")
+        raise StoreError("cannot write limits-seen: No space left on device")
 
     async with enforcing(machine):
-        monkeypatch.setattr(files, "write", full)
+        monkeypatch.setattr(Said, "say", full)
         caplog.clear()
         machine.checkpoint.write_text("garbage")
         await anyio.sleep(0.3)
@@ -185,33 +194,32 @@ async def test_a_driver_that_does_not_start_is_said(machine, monkeypatch):
 async def test_a_damaged_file_is_said_and_written_again(machine, text):
     source = Enforced(machine.root, patience=0)
     await source.look(UP)
-    files.path_of(Seen, machine.root).write_text(text)
+    path_of(Seen, machine.root).write_text(text)
     assert (await source.look(UP)).error.startswith(str(machine.root / "limits-seen"))
-    files.path_of(Wanted, machine.root).write_text(text)
+    path_of(Wanted, machine.root).write_text(text)
     async with enforcing(machine):
         await becomes(source, UP, lambda look: look.mode is Mode.DRIVER)
 
 
 def test_another_version_of_a_file_is_not_read(tmp_path):
-    files.write(tmp_path, replace(Wanted(SHARES), format=99))
-    with pytest.raises(files.StoreError, match="another version"):
-        Said(Wanted, tmp_path).read()
+    write(tmp_path, replace(Wanted(SHARES), format=99))
+    with pytest.raises(StoreError, match="another version"):
+        said(Wanted, tmp_path).read()
 
 
 def test_what_is_written_is_read(tmp_path):
     limited = Limited(
         Holder("shop", "pod-1", "main"),
-        {"GPU-0": GIB},
         {"GPU-0": MemoryLimit(None, 0, 5)},
         {"GPU-0": 9},
         "no",
     )
-    for said in (
+    for word in (
         Wanted({"GPU-0": (1, 2)}, 5.0),
         Seen(7.0, LimitsLook(gpus={"GPU-1": "MIG"}, hook="x", containers=(limited,))),
     ):
-        files.write(tmp_path, said)
-        assert Said(type(said), tmp_path).read() == said
+        write(tmp_path, word)
+        assert said(type(word), tmp_path).read() == word
 
 
 def test_a_word_of_many_containers_is_read_too(tmp_path):
@@ -219,50 +227,49 @@ def test_a_word_of_many_containers_is_read_too(tmp_path):
     many = tuple(
         Limited(
             Holder("shop", f"pod-{n}", "main"),
-            dict.fromkeys(uuids, GIB),
             dict.fromkeys(uuids, MemoryLimit(GIB, 0, 5)),
             dict.fromkeys(uuids, 9),
             "no dmem files " * 70,
         )
         for n in range(1000)
     )
-    said = Seen(7.0, LimitsLook(containers=many))
-    files.write(tmp_path, said)
-    assert files.path_of(Seen, tmp_path).stat().st_size > 2 * 2**20
-    assert Said(Seen, tmp_path).read() == said
+    word = Seen(7.0, LimitsLook(containers=many))
+    write(tmp_path, word)
+    assert path_of(Seen, tmp_path).stat().st_size > 2 * 2**20
+    assert said(Seen, tmp_path).read() == word
 
 
 async def test_the_agents_own_look_is_repeated_where_something_changed(machine):
     machine.start(1)
     machine.give(1, "GPU-0::1")
-    source = OwnLook(Paced(machine.looker()))
+    look = Paced(machine.looker()).own_look
     # Nothing waits for a driver that is away.
-    assert (await source.look(RELEASED)).error == "released"
-    assert await source.look(replace(RELEASED, limits=LimitsLook())) is None
-    first = await source.look(UP)
+    assert (await look(RELEASED)).error == "released"
+    assert await look(replace(RELEASED, limits=LimitsLook())) is None
+    first = await look(UP)
     assert len(first.containers) == 1
     machine.now += 6  # it has no limit
-    assert await source.look(UP) is not None
+    assert await look(UP) is not None
     machine.now += 6  # which is old by now
-    assert await source.look(UP) is None
+    assert await look(UP) is None
     await anyio.sleep(0.01)  # time stamps of files are coarse
     machine.start(2)
-    assert await source.look(UP) is not None
+    assert await look(UP) is not None
     machine.now += 20
-    assert await source.look(UP) is not None
+    assert await look(UP) is not None
 
 
 async def test_a_node_that_cannot_have_limits_is_looked_at_rarely(machine):
     machine.driver.word = dict.fromkeys(SHARES, "too old")
-    source = OwnLook(Paced(machine.looker()))
-    assert (await source.look(UP)).error == "too old"
+    look = Paced(machine.looker()).own_look
+    assert (await look(UP)).error == "too old"
     machine.driver.word = {}
     machine.start(1)
     looks = []
     for _ in range(6):
         machine.now += 12
-        looks.append(await source.look(UP))
-    assert [look is not None for look in looks] == [False, False, False, False, True, True]
+        looks.append(await look(UP))
+    assert [each is not None for each in looks] == [False, False, False, False, True, True]
 
 
 async def test_a_node_of_one_gpu_that_does_not_answer_for_a_moment_is_soon_looked_at(machine):
@@ -308,11 +315,11 @@ async def test_after_a_sign_it_is_looked_twice(machine):
 
 async def test_a_word_that_is_written_while_the_agent_looks_is_believed(machine, monkeypatch):
     source = Enforced(machine.root, patience=0)
-    say = source._say
+    say = source._wanted.say
 
-    def slowly(wanted: Wanted) -> None:
-        say(wanted)
-        files.write(machine.root, Seen(since_boot(), LimitsLook(enforced=True)))
+    def slowly(*word: object) -> None:
+        say(*word)
+        write(machine.root, Seen(since_boot(), LimitsLook(enforced=True)))
 
-    monkeypatch.setattr(source, "_say", slowly)
+    monkeypatch.setattr(source._wanted, "say", slowly)
     assert (await source.look(UP)).error is None

@@ -96,7 +96,7 @@ def test_limits_are_in_effect(hard, soft, kept, holds):
 
 
 def limited(problem: str | None = None, **has: MemoryLimit) -> Limited:
-    return Limited(HOLDER, {"GPU-a": GIB}, has, dict.fromkeys(has, 5), problem)
+    return Limited(HOLDER, has, dict.fromkeys(has, 5), problem)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_gpu_without_memory_of_its_own_cannot_have_limits():
 
 
 def test_a_container_with_two_cgroups_is_missing_once():
-    wrong = [Limited(HOLDER, {"GPU-a": GIB}, problem=why) for why in ("old", "new")]
+    wrong = [Limited(HOLDER, problem=why) for why in ("old", "new")]
     other = replace(wrong[0], holder=Holder("shop", "llama-1", "main"))
     assert LimitsLook(containers=(*wrong, other)).missing == (wrong[1], other)
 

@@ -206,7 +206,7 @@ def test_a_gpu_whose_health_changes_is_one_flip_by_what_did_it_or_what_ended():
         return compose(inputs(*gpus, health=health), sharing()).inventory
 
     before, after = of((), (XID, DOWN), (XID,), ()), of((DOWN, XID), (), (DOWN,), (), (XID,))
-    found = [(f.shared.gpu.uuid, f.shared.healthy, f.reason) for f in flips(before, after)]
+    found = [(gpu.gpu.uuid, gpu.healthy, reason) for gpu, reason in flips(before, after)]
     assert found == [("gpu-0", False, Reason.MPS), ("gpu-1", True, Reason.XID)]
 
 

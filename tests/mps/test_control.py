@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vgpu_agent.errors import (
-    MpsBinaryError,
     MpsBusyError,
     MpsDownError,
     MpsHungError,
     MpsRefusedError,
+    MpsSetupError,
 )
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps.answers import (
@@ -158,10 +158,10 @@ async def test_a_program_that_is_missing_or_may_not_be_run_is_reported(tmp_path)
     asked = control(tmp_path, ECHO)
     program = tmp_path / "nvidia-cuda-mps-control"
     program.chmod(0o644)
-    with pytest.raises(MpsBinaryError, match="Permission denied"):
+    with pytest.raises(MpsSetupError, match="Permission denied"):
         await asked.ask("one")
     program.unlink()
-    with pytest.raises(MpsBinaryError, match="install the driver"):
+    with pytest.raises(MpsSetupError, match="install the driver"):
         await asked.ask("one")
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tests.model.strategies import a_look, tried
 from tests.mps.node import limited
+from vgpu_agent import store
 from vgpu_agent.errors import StoreError
 from vgpu_agent.gpu.simulated import simulated_gpus
 from vgpu_agent.model.devices import Reason
@@ -188,7 +189,8 @@ def directories(kubelet_dir: Path) -> Directories:
 def wrote(directories: Directories, *, late: float = 0, **looks: DaemonLook) -> None:
     """As `mps watch` writes it, so many seconds ago."""
     daemons = {name: Watched(look) for name, look in looks.items()}
-    state.write(directories.state, State("1", MpsLimits.CLIENT, since_boot() - late, daemons))
+    found = State("1", MpsLimits.CLIENT, since_boot() - late, daemons)
+    store.write(directories.state, state.as_data(found))
 
 
 @pytest.mark.slow
@@ -259,7 +261,7 @@ async def test_a_watcher_is_said_how_gpus_are_divided(directories, caplog):
 def test_a_division_that_makes_no_sense_is_refused_as_a_whole(tmp_path, change):
     path = tmp_path / "division"
     assert state.with_division(path, DIVIDED) == DIVIDED
-    state.write_division(path, DIVIDED)
+    store.write(path, state.division(DIVIDED))
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(StoreError, match=f"{path} is of another version, or damaged"):
         state.with_division(path, SharingRules())
@@ -297,7 +299,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, daemons):
         json.dumps(asdict(written)).encode()
     except UnicodeEncodeError:
         return
-    state.write(path, written)
+    store.write(path, state.as_data(written))
     assert state.read(path) == written
 
 

@@ -271,7 +271,7 @@ async def test_what_a_server_was_given_beyond_the_limits_is_a_problem(fake_mps, 
     ],
 )
 def test_a_server_serves_while_it_is_active_or_starts(status, seconds, words):
-    found = fault_of({7: status}, {7: 0.0}, seconds)
+    found = fault_of({7: (status, 0.0)}, seconds)
     assert (found is None) is (words is None)
     assert (words or "") in (found or "")
 

@@ -226,7 +226,6 @@ SNAPSHOT = Snapshot(
         containers=(
             Limited(
                 LLAMA,
-                {"GPU-a": 12 * GIB, "GPU-b": 6 * GIB},
                 {"GPU-a": MemoryLimit(12 * GIB, 0, 7 * GIB), "GPU-b": MemoryLimit(None, 0, GIB)},
                 {"GPU-a": 8 * GIB, "GPU-b": GIB},
                 "the driver refuses",

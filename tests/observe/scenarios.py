@@ -295,7 +295,7 @@ def limited(machine: Machine, used: int, problem: str | None = None) -> LimitsLo
     """The driver limits the memory of one container to 2 GiB."""
     holder, uuid = next(iter(machine.held)), machine.uuids[0]
     has = {uuid: MemoryLimit(2 * GIB, 0, used)}
-    container = Limited(holder, {uuid: 2 * GIB}, has, {uuid: used}, problem)
+    container = Limited(holder, has, {uuid: used}, problem)
     return LimitsLook(enforced=True, containers=(container,))
 
 

@@ -44,7 +44,7 @@ LOOK = f"see what `nvidia-smi` and the kernel log of the node say: {NODE} nvidia
 
 
 NAME = Holder("ns", "pod", "main")
-WITHOUT, WITH = Limited(NAME, {"gpu-0": 5}, problem="it has none"), Limited(NAME, {"gpu-0": 5})
+WITHOUT, WITH = Limited(NAME, problem="it has none"), Limited(NAME)
 BAD, GOOD, BOTH = (
     LimitsLook(enforced=True, containers=found) for found in ((WITHOUT,), (WITH,), (WITHOUT, WITH))
 )

@@ -6,7 +6,7 @@ import pytest
 
 from tests.test_doctor import expect
 from tests.test_status import DAEMON, FAULT, MPS, RULES, UUIDS, gpu, report, shown
-from vgpu_agent.commands.doctor import render_text, worst
+from vgpu_agent.commands.doctor.checks import render_text, worst
 from vgpu_agent.model.acceptance import Counts
 from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.limits import Mode

@@ -23,8 +23,8 @@ from vgpu_agent.model.devices import Gpu, Inventory, SharedGpu
 from vgpu_agent.model.holders import Holder, Holders, Usage
 from vgpu_agent.model.rules import MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules, Snapshot
-from vgpu_agent.observe import exposition
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
+from vgpu_agent.observe.metrics import exposed as as_text
 from vgpu_agent.observe.timings import CALLS
 
 FORMATS = (False, True)
@@ -267,7 +267,7 @@ def test_the_text_is_byte_for_byte_that_of_the_library(metrics, in_openmetrics):
     families = [*metrics.families(SNAPSHOT), HOSTILE]
     encode = openmetrics.generate_latest if in_openmetrics else generate_latest
     text_of_library = encode(Families(*families))
-    assert exposition.exposed(families, in_openmetrics=in_openmetrics) == text_of_library
+    assert as_text(families, in_openmetrics=in_openmetrics) == text_of_library
 
 
 def test_each_format_has_its_content_type_and_both_the_same_families(metrics):

@@ -33,7 +33,7 @@ from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Driver, RegistrationResult, Rules, Snapshot
 from vgpu_agent.observe import web as web_module
-from vgpu_agent.observe.listen import listen
+from vgpu_agent.observe.listen import address_of, listen
 from vgpu_agent.observe.metrics import Metrics
 from vgpu_agent.observe.server import MAX_CONNECTIONS, MAX_PER_PEER
 from vgpu_agent.observe.web import BURST, RENDERING, Web
@@ -79,9 +79,13 @@ class Site:
     metrics: Metrics
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
+    @property
+    def address(self) -> Address:
+        return address_of(self.web._listener)
+
     def server_connections(self) -> list[object]:
         """The connections that the server has."""
-        port = self.web.address.port
+        port = self.address.port
         return [
             each
             for each in Path("/proc/self/net/tcp").read_text().splitlines()[1:]
@@ -92,16 +96,16 @@ class Site:
         """How many connections are in memory, lost ones too."""
         gc.collect()
         all_ = (each for each in gc.get_objects() if isinstance(each, H11Protocol))
-        return sum(each.server == tuple(self.web.address) for each in all_)
+        return sum(each.server == tuple(self.address) for each in all_)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.web.address, timeout=5)
+        return socket.create_connection(self.address, timeout=5)
 
     async def get(self, path: str, method: str = "GET", **headers: str) -> Reply:
         return await off_loop(self._get, path, method, headers)
 
     def _get(self, path: str, method: str, headers: dict[str, str]) -> Reply:
-        host, port = self.web.address
+        host, port = self.address
         with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
             connection.request(method, path, headers=headers)
             reply = connection.getresponse()
@@ -175,8 +179,8 @@ async def own_site() -> AsyncIterator[Site]:
 @pytest.mark.parametrize("address", LOOPBACKS, ids=str)
 async def test_metrics_are_served(address):
     async with serving(address) as site:
-        assert site.web.address.host == address.host
-        assert site.web.address.port > 0  # one was found
+        assert site.address.host == address.host
+        assert site.address.port > 0  # one was found
         reply = await site.get("/metrics")
     assert reply.status == 200
     assert reply.headers["content-type"].startswith("text/plain; version=")
@@ -250,7 +254,7 @@ async def test_only_get_and_head_are_allowed(site, method, path):
 
 async def test_the_body_of_a_refused_request_does_not_become_the_next_request(site):
     def ask() -> list[int]:
-        host, port = site.web.address
+        host, port = site.address
         with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
             statuses = []
             for method in ("POST", "GET"):
@@ -345,7 +349,7 @@ async def test_a_connection_serves_many_requests_and_no_answer_waits_for_its_fir
     """Nagle's algorithm and delayed confirmations cost 40 ms an answer where both are on."""
 
     def ask() -> list[float]:
-        host, port = site.web.address
+        host, port = site.address
         with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
             took = []
             connection.connect()
@@ -530,7 +534,7 @@ def test_the_ipv6_wildcard_takes_ipv4_too(address):
 
 async def test_the_port_is_free_again_after_the_end():
     async with serving() as site:
-        address = site.web.address
+        address = site.address
         assert (await site.get("/healthz")).status == 200
     listen(address).close()
 
@@ -575,7 +579,7 @@ async def test_it_ends_while_a_client(sent, within):
 
 async def test_it_ends_while_a_client_keeps_its_connection():
     async with serving() as site:
-        host, port = site.web.address
+        host, port = site.address
         connection = http.client.HTTPConnection(host, port, timeout=5)
         await off_loop(connection.request, "GET", "/healthz")
         await off_loop(lambda: connection.getresponse().read())
@@ -881,7 +885,7 @@ def test_mutated_requests_cost_the_agent_no_line_and_no_descriptor(kubelet_dir):
 async def test_a_crowd_of_many_addresses_gives_way_to_one_that_asks():
     def come(site: Site, n: int) -> socket.socket:
         return socket.create_connection(
-            site.web.address, timeout=5, source_address=(f"127.0.1.{n % 8 + 1}", 0)
+            site.address, timeout=5, source_address=(f"127.0.1.{n % 8 + 1}", 0)
         )
 
     async with serving() as site:

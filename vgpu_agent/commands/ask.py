@@ -14,8 +14,8 @@ from vgpu_agent.observe.report import Report, from_json
 
 ANSWER_SECONDS = 2.0
 
-LOOPBACK = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1")}  # noqa: S104
-"""Where an agent answers that listens everywhere; at [::] without IPv6 too."""
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104
+"""An agent that listens there answers at localhost, of IPv6 or IPv4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +57,14 @@ def _understood(body: bytes, where: str) -> Answer:
         raise NoAgentError(f"cannot read what {where} answers: {why}") from error
 
 
-def _connected(hosts: tuple[str, ...], port: int, timeout: float) -> HTTPConnection:
-    """A connection to the first of them that takes one. Raises the last one's error."""
-    connection = HTTPConnection(hosts[0], port, timeout=timeout)
-    try:
-        connection.connect()
-    except OSError:
-        if len(hosts) == 1:
-            raise
-        return _connected(hosts[1:], port, timeout)
-    return connection
-
-
 def get(where: Address, path: str, *, timeout: float = ANSWER_SECONDS) -> tuple[int, bytes]:
     """Status and body of a page there, asked directly: no proxy stands between.
 
     Raises NoAgentError where nothing answers, or what answers does not speak HTTP.
     """
-    hosts = LOOPBACK.get(where.host, (where.host,))
+    host = "localhost" if where.host in EVERYWHERE else where.host
     try:
-        with closing(_connected(hosts, where.port, timeout)) as connection:
+        with closing(HTTPConnection(host, where.port, timeout=timeout)) as connection:
             # By whatever name: the check of that is for browsers.
             connection.request("GET", path, headers={"Host": "localhost"})
             answer = connection.getresponse()

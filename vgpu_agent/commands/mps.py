@@ -1,9 +1,9 @@
 """The `vgpu-agent mps` commands, from the settings. Each runs to its end."""
 
 import logging
-import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
 import anyio
@@ -25,6 +25,7 @@ from vgpu_agent.mps.serve import end, lives
 from vgpu_agent.mps.state import State, Watched, with_division
 from vgpu_agent.mps.supervise import supervise
 from vgpu_agent.mps.watch import watch
+from vgpu_agent.running import until_ended
 from vgpu_agent.settings import GpuDriverKind, MpsComputeMode, Settings
 
 log = logging.getLogger(__name__)
@@ -145,20 +146,11 @@ def _daemon_name(settings: Settings, gpu: str) -> str:
 
 def mps_watch(settings: Settings) -> None:
     """`vgpu-agent mps watch`, until SIGTERM or SIGINT. Raises MpsSetupError and DriverError."""
-    anyio.run(_watch, settings)
+    anyio.run(until_ended, partial(_watch, settings), anyio.Event())
+    log.info("the MPS daemons and their limits stay")
 
 
 async def _watch(settings: Settings) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_work, settings)
-            async for number in signals:
-                log.info("%s: ending; the MPS daemons and their limits stay", number.name)
-                break
-            tasks.cancel_scope.cancel()
-
-
-async def _work(settings: Settings) -> None:
     scan, directories = await _scan(settings), _directories(settings)
 
     def divided() -> State:

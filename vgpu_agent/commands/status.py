@@ -27,17 +27,13 @@ def show(ask: Ask, out: TextIO, *, as_json: bool = False, wide: bool = False) ->
         _console(out).print(page(answer.report, wide=wide))
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
 def watch(
     ask: Ask,
     out: TextIO,
     seconds: float,
     *,
     wide: bool = False,
-    now: Callable[[], datetime] = _now,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
     sleep: Callable[[float], object] = time.sleep,
 ) -> None:
     """Writes it again every so many seconds until SIGINT or SIGTERM; on a terminal in place.

@@ -65,10 +65,6 @@ def ranges(numbers: Collection[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def _or_unknown(value: object) -> str:
-    return UNKNOWN if value is None else str(value)
-
-
 def _line(*parts: str | tuple[str, str]) -> Text:
     """Plain text: nothing in it is markup."""
     return Text.assemble(*parts, overflow="fold")
@@ -230,7 +226,8 @@ def _holders(report: Report) -> Iterator[RenderableType]:
     if report.process_metrics:
         columns.append("PROCESSES")
         for row, allocation in zip(rows, allocations, strict=True):
-            row.append(Text(_or_unknown(allocation.processes)))
+            processes = allocation.processes
+            row.append(Text(UNKNOWN if processes is None else str(processes)))
     yield _Sheet(columns, rows)
 
 

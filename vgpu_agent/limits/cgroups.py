@@ -8,12 +8,10 @@ is the driver's own affair.
 
 import os
 import shlex
-import stat
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -39,38 +37,27 @@ VALUE = "memoryLimitsEnableController"
 """The chart's value with which the agent enables the controller itself."""
 
 
-class Backend(Enum):
-    """How the driver of this node enforces limits, as far as its cgroup tree shows."""
-
-    DMEM = "dmem"
-    MISC = "misc"
-    UNKNOWN = "unknown"
-
-
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """The cgroup that has a container's processes. `pod_uid` is as in the kubelet's checkpoint."""
 
     pod_uid: str
-    container_id: str
     path: str
 
 
 @dataclass(slots=True)
 class _Cgroup:
-    """A directory of the tree, kept from one look to the next.
+    """A directory of the tree.
 
     `pod` is the UID where it is a pod's, `container` pod and ID where it is a container's. The
     search does not go on below what is `closed`. What is `kubelets` comes first.
     """
 
     path: str
-    links: int
     pod: str | None = None
     container: tuple[str, str] | None = None
     closed: bool = False
     kubelets: bool = False
-    children: dict[str, "_Cgroup"] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +68,6 @@ class Hierarchy:
     """
 
     root: Path = ROOT
-    _top: _Cgroup | None = None
 
     def problem(self) -> str | None:
         """Why no limit can be set on this node, and what to do; None where one can."""
@@ -102,14 +88,20 @@ class Hierarchy:
         """
         found: dict[str, Leaf] = {}
         for cgroup in self._search():
-            if cgroup.container is not None:
+            if cgroup.container is not None and Path(cgroup.path).is_dir():
                 pod, container_id = cgroup.container
-                found.setdefault(container_id, Leaf(pod, container_id, _path(cgroup)))
+                found.setdefault(container_id, Leaf(pod, _path(cgroup.path)))
         return found
 
-    def needs_files(self) -> bool:
-        """Whether the driver can only limit cgroups that have `dmem.*` files."""
-        return self._backend() is Backend.DMEM
+    def needs_files(self) -> bool | None:
+        """Whether the driver can only limit cgroups that have `dmem.*` files; None: not known.
+
+        With the kernel's controller, `dmem.capacity` of the root lists the driver's GPUs.
+        """
+        if not self._is_hosts():
+            return None
+        capacity = _read(f"{self.root}/{CONTROLLER}.capacity").splitlines()
+        return any(line.startswith("nvidia/") for line in capacity)
 
     def lacks(self, leaf: Leaf) -> str | None:
         """Which cgroups above have to enable the controller first, and how.
@@ -135,25 +127,23 @@ class Hierarchy:
         """Enables the controller from the root down to the container's parent. Raises OSError."""
         for path in self._missing(leaf):
             control = f"{path}/cgroup.subtree_control"
-            descriptor = os.open(control, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                os.write(descriptor, f"+{CONTROLLER}".encode())
+                flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+                with store.closing(os.open(control, flags)) as descriptor:
+                    os.write(descriptor, f"+{CONTROLLER}".encode())
             except OSError as error:
                 raise OSError(error.errno, error.strerror, control) from error
-            finally:
-                os.close(descriptor)
 
-    def hook(self) -> str | None:
+    def hook(self, leaves: Collection[Leaf]) -> str | None:
         """Why the container toolkit's hook may keep containers from starting; None: it cannot.
 
-        Where the driver needs the files, a new container has them if all have that run, of which
-        the caller's own is one. A single one without is enough to doubt it: runtimes differ.
+        Where the driver needs the files, a new container has them if all `leaves` that run have,
+        of which the caller's own is one. A single one without is enough to doubt: runtimes differ.
         """
-        problem = self.problem()
-        backend = Backend.UNKNOWN if problem else self._backend()
-        if problem or backend is Backend.MISC:
+        if (problem := self.problem()) is not None:
             return problem
-        leaves = self.leaves().values()
+        if (needs_files := self.needs_files()) is False:
+            return None
         without = next((leaf for leaf in leaves if not _has_files(leaf) and _is_there(leaf)), None)
         if leaves and without is None:
             return None
@@ -162,7 +152,7 @@ class Hierarchy:
             if without is None
             else f"{without.path} has no {CONTROLLER} files, and new containers may have none"
         )
-        if backend is Backend.DMEM:
+        if needs_files:
             return words
         return f"{words}; whether the driver needs them shows in the node's root cgroup only"
 
@@ -190,14 +180,6 @@ class Hierarchy:
         """Whether the root is the node's: every other cgroup has events."""
         return not _exists(f"{self.root}/cgroup.events")
 
-    def _backend(self) -> Backend:
-        """With the kernel's controller, `dmem.capacity` of the root lists the driver's GPUs."""
-        if not self._is_hosts():
-            return Backend.UNKNOWN
-        capacity = _read(f"{self.root}/{CONTROLLER}.capacity").splitlines()
-        listed = any(line.startswith("nvidia/") for line in capacity)
-        return Backend.DMEM if listed else Backend.MISC
-
     def _missing(self, leaf: Leaf) -> list[str]:
         """The cgroups above that do not enable the controller, from the root down."""
         above = [self.root / each for each in Path(leaf.path).relative_to(self.root).parents]
@@ -211,43 +193,23 @@ class Hierarchy:
 
     def _search(self) -> Iterator[_Cgroup]:
         """All cgroups down to those of containers, level by level, the kubelet's first."""
-        if self._top is None or not _again(self._top):
-            self._top = _new(str(self.root))
-        if self._top is None:
-            return
         first: deque[tuple[int, _Cgroup]] = deque()
-        others = deque([(0, self._top)])
+        others = deque([(0, _Cgroup(str(self.root)))])
         room = MAX_CGROUPS
         while first or others:
             depth, cgroup = (first or others).popleft()
             yield cgroup
             if cgroup.closed or depth == MAX_DEPTH:
                 continue
-            _look_below(cgroup, room)
-            room -= len(cgroup.children)
-            for child in cgroup.children.values():
+            for name in islice(_subdirectories(cgroup.path), room):
+                room -= 1
+                child = _named(name, cgroup)
                 (first if child.kubelets else others).append((depth + 1, child))
 
 
-def _look_below(cgroup: _Cgroup, room: int) -> None:
-    """Brings its children up to date, `room` of them at most.
-
-    A directory of cgroups has two links and one of each child, and no time that changes with them.
-    Where as many were there as are known, and those still are, there are no others.
-    """
-    known = {name: child for name, child in islice(cgroup.children.items(), room) if _again(child)}
-    if cgroup.links != len(known) + 2:
-        names = (name for name in _subdirectories(cgroup.path) if name not in known)
-        for name in islice(names, room - len(known)):
-            child = _new(f"{cgroup.path}/{name}")
-            if child is not None:
-                known[name] = _named(child, name, cgroup)
-    cgroup.children = known
-
-
-def _named(cgroup: _Cgroup, name: str, above: _Cgroup) -> _Cgroup:
-    """Says what it is, by its name and the cgroup above."""
-    own = parts(name)
+def _named(name: str, above: _Cgroup) -> _Cgroup:
+    """What a cgroup is, by its name and the one above."""
+    cgroup, own = _Cgroup(f"{above.path}/{name}"), parts(name)
     if above.pod is None:
         cgroup.pod = pod_uid(own.pop(0)) if own else None
     pod = above.pod or cgroup.pod
@@ -259,11 +221,10 @@ def _named(cgroup: _Cgroup, name: str, above: _Cgroup) -> _Cgroup:
     return cgroup
 
 
-def _path(container: _Cgroup) -> str:
+def _path(container: str) -> str:
     """Of the cgroup that has the container's processes: where that is crun's, it is by itself."""
-    _look_below(container, 2)
-    crun = container.children.get(CRUN) if len(container.children) == 1 else None
-    return container.path if crun is None or _read(f"{container.path}/cgroup.procs") else crun.path
+    alone = list(islice(_subdirectories(container), 2)) == [CRUN]
+    return f"{container}/{CRUN}" if alone and not _read(f"{container}/cgroup.procs") else container
 
 
 def _has_files(leaf: Leaf) -> bool:
@@ -271,32 +232,10 @@ def _has_files(leaf: Leaf) -> bool:
 
 
 def _is_there(leaf: Leaf) -> bool:
-    return _look(leaf.path) is not None
+    return Path(leaf.path).is_dir() and not Path(leaf.path).is_symlink()
 
 
 # Files and directories
-
-
-def _new(path: str) -> _Cgroup | None:
-    seen = _look(path)
-    return None if seen is None else _Cgroup(path, seen.st_nlink)
-
-
-def _again(cgroup: _Cgroup) -> bool:
-    """Looks at it again: whether it is still there, or again."""
-    seen = _look(cgroup.path)
-    if seen is not None:
-        cgroup.links = seen.st_nlink
-    return seen is not None
-
-
-def _look(path: str) -> os.stat_result | None:
-    """A directory's own data; None for anything else."""
-    try:
-        seen = os.lstat(path)
-    except OSError:
-        return None
-    return seen if stat.S_ISDIR(seen.st_mode) else None
 
 
 def _subdirectories(path: str) -> Iterator[str]:

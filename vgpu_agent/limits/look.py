@@ -7,14 +7,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
 import anyio
 
 from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.limits.cgroups import Hierarchy
 from vgpu_agent.limits.tree import Finder, Held, Tree
+from vgpu_agent.model.devices import by_gpu
 from vgpu_agent.model.limits import (
     GRACE,
     Limited,
@@ -26,12 +24,14 @@ from vgpu_agent.model.limits import (
     wanted,
 )
 from vgpu_agent.threads import in_thread
-from vgpu_agent.usage.containers import LINKS
 
 log = logging.getLogger(__name__)
 
 SILENT = 10.0
 """Seconds for which a GPU that did not answer is not asked again, and which limits may be set."""
+
+KNOWN = 60.0
+"""Seconds for which the containers are taken for the same where nothing says otherwise."""
 
 _NO_ANSWER = "NVML does not answer for its GPU now"
 
@@ -41,22 +41,18 @@ Answers = dict[str, MemoryLimit | str]
 
 @dataclass
 class Looker:
-    """Looks at the containers that hold vGPUs of `resource_name`, by the driver's handles.
+    """Looks at the containers that hold vGPUs, by the driver's handles.
 
-    `enforce`: limits are set. `enable`: the cgroup controller for it too. `guarantee`: a
-    container's memory is also kept for it.
+    `enforce`: limits are set. `guarantee`: a container's memory is also kept for it.
     """
 
     driver: GpuDriver
-    checkpoint: Path
-    resource_name: str
-    hierarchy: Hierarchy = field(default_factory=Hierarchy)
-    links: Path = LINKS
+    finder: Finder
     guarantee: bool = False
     enforce: bool = False
-    enable: bool = False
     unsure: bool = False  # the last look found an error that may be gone at any moment
     clock: Callable[[], float] = time.monotonic
+    _known: tuple[float, Tree] | None = None
     _wrong: dict[tuple[str, str], float] = field(default_factory=dict)
     _peaks: dict[tuple[str, str], int] = field(default_factory=dict)
     _kept: dict[str, Held] = field(default_factory=dict)
@@ -65,17 +61,6 @@ class Looker:
     _applied: bool = False
     _limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
-    def __post_init__(self) -> None:
-        self.finder = Finder(
-            self.checkpoint,
-            self.resource_name,
-            self.hierarchy,
-            self.clock,
-            self.links,
-            self.enable,
-            living=self.enforce and self.guarantee,
-        )
-
     @property
     def pending(self) -> bool:
         """Whether some limit was not in effect and that is not yet old, or a GPU is to be asked."""
@@ -83,15 +68,14 @@ class Looker:
         late = any(now - since < 2 * GRACE for since in self._wrong.values())
         return late or any(now >= until for until in self._silent.values())
 
-    async def look(self, shares: Shares, *, afresh: bool = False) -> LimitsLook:
+    async def look(self, shares: Shares, *, afresh: bool = True) -> LimitsLook:
         """What is so now, after all corrections. Raises nothing but for bugs.
 
-        Unless `afresh`, containers are those of the last look, where nothing says otherwise.
+        Unless `afresh`, containers are those of the last look, for a while.
 
         Without `enforce` it is not told of single containers where none can have a limit.
         """
-        find = partial(self.finder.find, afresh=afresh or self.pending)
-        tree = await in_thread(find, limiter=self._limiter)
+        tree = await self._tree(afresh=afresh or self.pending)
         if tree.problem is not None:
             self._wrong.clear()
             self._silent.clear()
@@ -116,7 +100,7 @@ class Looker:
             if not any(isinstance(each, MemoryLimit) for each in of.values())
         }
         if not afresh and set(gpus.values()) - {_NO_ANSWER}:  # what was asked about may have ended
-            return await self.look(shares, afresh=True)
+            return await self.look(shares)
         alike = set(gpus.values()) if gpus.keys() == shares.keys() else set()
         self.unsure = alike == {_NO_ANSWER}
         found = [(held, self._limited(held, limits[held.leaf.path], answers)) for held in tree.held]
@@ -139,12 +123,21 @@ class Looker:
             containers=tuple(containers),
         )
 
+    async def _tree(self, *, afresh: bool) -> Tree:
+        if self._known is not None and not (afresh or self.finder.enable or self.finder.living):
+            until, tree = self._known
+            if self.clock() < until and tree.problem is None:
+                return tree
+        tree = await in_thread(self.finder.find, limiter=self._limiter)
+        self._known = self.clock() + KNOWN, tree
+        return tree
+
     def _wanted(self, held: Held, shares: Shares) -> dict[str, int]:
         """The hook knows one limit for all GPUs: the smallest, which takes all of them to know."""
         found = wanted(held.recorded.device_ids, shares)
         if self.enforce:
             return found
-        known = len(found) == len({each.partition("::")[0] for each in held.recorded.device_ids})
+        known = len(found) == len(by_gpu(held.recorded.device_ids))
         return dict.fromkeys(found, min(found.values())) if found and known else {}
 
     async def end_guarantees(self) -> None:
@@ -157,14 +150,14 @@ class Looker:
         leaves = [held.leaf for held in self._kept.values()]
         for path in await in_thread(self.finder.ended, leaves, limiter=self._limiter):
             held = self._kept.pop(path)
-            for uuid in {each.partition("::")[0] for each in held.recorded.device_ids}:
+            for uuid in by_gpu(held.recorded.device_ids):
                 word = await self._end_guarantee(uuid, path)
                 if word is not None:
                     log.warning(
                         "a container ended and the memory that the driver kept for it stays kept,"
                         " until the node is rebooted: %s",
                         word,
-                        extra={"fields": {**_fields(held), "uuid": uuid}},
+                        extra={"fields": {**asdict(held.holder), "uuid": uuid}},
                     )
 
     async def _end_guarantee(self, uuid: str, path: str) -> str | None:
@@ -209,7 +202,8 @@ class Looker:
             again.append(path)
             if path not in self._set:
                 self._set.add(path)
-                log.info("memory limits of a container are set", extra={"fields": _fields(each)})
+                fields = asdict(each.holder)
+                log.info("memory limits of a container are set", extra={"fields": fields})
         if again:
             found |= await self.driver.memory_limits(uuid, again)
         return found
@@ -242,7 +236,7 @@ class Looker:
         if self.enforce and any(found.soft_bytes for found in has.values()):
             self._kept[path] = held
         peaks = {uuid: self._peaks[path, uuid] for uuid in has}
-        return Limited(held.holder, limits, has, peaks, problem)
+        return Limited(held.holder, has, peaks, problem)
 
     def _forget(self, tree: Tree, shares: Shares) -> None:
         """What was remembered of containers and GPUs that are no longer there."""
@@ -251,7 +245,3 @@ class Looker:
         self._peaks = {key: peak for key, peak in self._peaks.items() if key[0] in paths}
         self._wrong = {key: since for key, since in self._wrong.items() if key[0] in paths}
         self._silent = {uuid: until for uuid, until in self._silent.items() if uuid in shares}
-
-
-def _fields(held: Held) -> dict[str, object]:
-    return asdict(held.holder)

@@ -5,7 +5,7 @@ The kubelet's checkpoint says who holds which vGPUs, by pod UID and container na
 that these three do not name together is never touched. Everything here blocks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -20,9 +20,6 @@ from vgpu_agent.usage.containers import LINKS, holders_by_id, nameless
 
 SCRATCH = 3
 """Containers whose cgroups show whether a GPU can limit memory: any of them may end meanwhile."""
-
-KNOWN = 60.0
-"""Seconds for which the containers are taken for the same where nothing says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +76,17 @@ class Finder:
 
     checkpoint: Path
     resource_name: str
-    hierarchy: Hierarchy
-    clock: Callable[[], float]
+    hierarchy: Hierarchy = field(default_factory=Hierarchy)
     links: Path = LINKS
     enable: bool = False
     living: bool = False
-    _known: tuple[object, float, Tree] | None = field(default=None)
 
     def signs(self) -> object:
         """Is another value when a container may have been given vGPUs, or started."""
         return store.identity(self.checkpoint), store.identity(self.links)
 
-    def find(self, *, afresh: bool) -> Tree:
-        """What is there now; unless `afresh`, what was there while nothing says otherwise."""
-        now, signs = self.clock(), self.signs()
-        if self._known is not None and not (afresh or self.enable or self.living):
-            of, until, tree = self._known
-            if of == signs and now < until and tree.problem is None:
-                return tree
-        tree = self._read()
-        self._known = signs, now + KNOWN, tree
-        return tree
-
-    def _read(self) -> Tree:
+    def find(self) -> Tree:
+        """What is there now."""
         problem = self.hierarchy.problem()
         if problem is not None:
             return Tree(problem, problem, (), ())
@@ -121,7 +106,8 @@ class Finder:
             held = [replace(each, lacks=self._lacks(each.leaf)) for each in held]
         scratch = [leaf.path for leaf in islice(leaves.values(), SCRATCH)]
         scratch = scratch or [str(self.hierarchy.root)]
-        return Tree(None, self.hierarchy.hook(), tuple(held), tuple(scratch), lost)
+        hook = self.hierarchy.hook(leaves.values())
+        return Tree(None, hook, tuple(held), tuple(scratch), lost)
 
     def _lost(
         self, recorded: Sequence[Recorded], leaves: Mapping[str, Leaf], names: Mapping[str, Holder]
@@ -130,7 +116,7 @@ class Finder:
         unnamed = {leaf.pod_uid for each, leaf in leaves.items() if each not in names}
         cut = nameless(self.links)
         return tuple(
-            Limited(holder, {}, problem=_TOO_LONG)
+            Limited(holder, problem=_TOO_LONG)
             for each in recorded
             if each.pod_uid in unnamed and (holder := cut.get((each.pod_uid, each.container)))
         )

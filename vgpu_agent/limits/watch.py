@@ -2,19 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Never, Protocol
+from typing import Never, TypeVar
 
 import anyio
 from anyio.abc import TaskStatus
 
 from vgpu_agent import store
-from vgpu_agent.errors import DriverError, StoreError
-from vgpu_agent.limits import files
-from vgpu_agent.limits.files import Said, Seen, Wanted
+from vgpu_agent.errors import DriverError, Once, StoreError
 from vgpu_agent.limits.look import Looker
 from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
@@ -52,12 +50,46 @@ BEAT = 30.0
 """Seconds after which the container that enforces limits says again what has not changed."""
 
 
-class Source(Protocol):
-    """Who knows of the limits."""
+# The two files between the agent and that container, in VGPU_STATE_DIRECTORY
 
-    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
-        """What is so now; None where that is what was said last. Never raises."""
-        ...
+FORMAT = 1
+
+MAX_BYTES = 16 * 2**20
+"""Most bytes of a file: 1,000 containers, each with a long reason on 8 GPUs, take some 3 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the agent says: how GPUs are divided (`Shares`).
+
+    `released_until`: NVML is to be closed until then, in seconds since the epoch; 0 where not.
+    """
+
+    shares: Mapping[str, tuple[int, ...]]
+    released_until: float = 0.0
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the enforcing container says. `beat`: when, in seconds since the boot."""
+
+    beat: float
+    look: LimitsLook
+    format: int = FORMAT
+
+
+T = TypeVar("T", Wanted, Seen)
+
+
+def said(kind: type[T], directory: Path) -> store.Said[T]:
+    """One of the files."""
+    read = partial(store.read_as, kind, limit=MAX_BYTES, form=FORMAT)
+    return store.Said(directory / f"limits-{kind.__name__.lower()}", read)
+
+
+Source = Callable[[Snapshot], Awaitable[LimitsLook | None]]
+"""Says what is so now; None where that is what was said last. Never raises."""
 
 
 @dataclass
@@ -87,17 +119,10 @@ class Paced:
         self._next = now + (wait if self._able else RARELY)
         return found
 
-
-@dataclass
-class OwnLook:
-    """The agent looks by itself, and sets nothing."""
-
-    paced: Paced
-
-    async def look(self, snapshot: Snapshot) -> LimitsLook | None:
-        """See `Source`."""
+    async def own_look(self, snapshot: Snapshot) -> LimitsLook | None:
+        """The agent looks by itself, and sets nothing: a `Source`."""
         if snapshot.driver.up:
-            return await self.paced.look(shares(snapshot.inventory.gpus))
+            return await self.look(shares(snapshot.inventory.gpus))
         # What was seen before stays true.
         return LimitsLook(error=snapshot.driver.error) if snapshot.limits is None else None
 
@@ -109,13 +134,11 @@ class Enforced:
     """
 
     def __init__(self, directory: Path, patience: float = PATIENCE) -> None:
-        self._directory = directory
         self._patient_until = since_boot() + patience
-        self._seen = Said(Seen, directory)
-        self._said: tuple[Wanted, object] | None = None
+        self._seen, self._wanted = said(Seen, directory), said(Wanted, directory)
 
     async def look(self, snapshot: Snapshot) -> LimitsLook | None:
-        """See `Source`."""
+        """A `Source`."""
         found = {uuid: tuple(each) for uuid, each in shares(snapshot.inventory.gpus).items()}
         wanted = Wanted(found, snapshot.driver.released_until or 0.0)
         return await in_thread(self._look, wanted)
@@ -123,7 +146,8 @@ class Enforced:
     def _look(self, wanted: Wanted) -> LimitsLook | None:
         why = _AWAY
         try:
-            self._say(wanted)
+            if self._wanted.is_due(wanted):
+                self._wanted.say(asdict(wanted), wanted)
             seen = self._seen.read()
             # What an earlier boot left there has a time that has not come yet.
             if seen is not None and 0 <= since_boot() - seen.beat <= STALE:
@@ -133,13 +157,6 @@ class Enforced:
         if since_boot() < self._patient_until:
             return None
         return LimitsLook(error=why, enforced=True)
-
-    def _say(self, wanted: Wanted) -> None:
-        """Writes it, again where somebody else has since. Raises StoreError."""
-        path = files.path_of(Wanted, self._directory)
-        if (wanted, store.identity(path)) != self._said:
-            files.write(self._directory, wanted)
-            self._said = wanted, store.identity(path)
 
 
 _AWAY = "the container `limits`, which sets them, is not heard of: see its log"
@@ -174,7 +191,7 @@ class LimitsWatch:
 
     async def _look(self) -> bool:
         """Whether there is news."""
-        found = await self.source.look(self.node.snapshot)
+        found = await self.source(self.node.snapshot)
         if found is not None and self.certain is not None:
             certain = await in_thread(self.certain)
             found = replace(found, certain=certain)
@@ -200,28 +217,28 @@ class Enforcer:
     clock: Callable[[], float] = time.time
     _scanned: bool = False
     _released: bool = True
-    _seen: LimitsLook | None = None
-    _beat: float = float("-inf")
-    _error: str | None = None
-    _problem: str = ""
+    _look: LimitsLook | None = None
+
+    def __post_init__(self) -> None:
+        self._seen, self._wanted = said(Seen, self.directory), said(Wanted, self.directory)
+        self._none, self._unheard = Once(log), Once(log)
 
     async def run(self) -> Never:
         """Runs until cancelled."""
-        paced, wanted = Paced(self.looker), Said(Wanted, self.directory)
+        paced = Paced(self.looker)
         async with self.looker.driver:
             while True:
                 wait = self.poll
                 try:
-                    if wanted.is_new:
-                        await in_thread(wanted.read)
-                    look = await self._look(paced, wanted.last)
+                    wanted = await in_thread(self._wanted.read)
+                    look = await self._new_look(paced, wanted)
                 except (StoreError, DriverError) as error:
                     look = LimitsLook(error=str(error), enforced=True)
                     wait = RETRY if isinstance(error, DriverError) else self.poll
                 await self._say(look)
                 await anyio.sleep(wait)
 
-    async def _look(self, paced: Paced, wanted: Wanted | None) -> LimitsLook | None:
+    async def _new_look(self, paced: Paced, wanted: Wanted | None) -> LimitsLook | None:
         """Raises DriverError."""
         driver = self.looker.driver
         if wanted is None:
@@ -230,7 +247,7 @@ class Enforcer:
             if not self._released:  # a GPU is not reset while anybody has it open
                 self._released = await driver.release()
                 self._scanned = False
-            return _RELEASED if self._seen is None else None
+            return _RELEASED if self._look is None else None
         if not self._scanned:
             self._released = False  # a scan that fails may leave it open, too
             await driver.scan(patience=PATIENT_SCAN)
@@ -243,19 +260,14 @@ class Enforcer:
 
     async def _say(self, look: LimitsLook | None) -> None:
         """Writes what is new, and now and then what is not."""
-        look = look or self._seen
-        if look is None or (look == self._seen and since_boot() - self._beat < BEAT):
+        self._look = look = look or self._look
+        if look is None or not self._seen.is_due(look, BEAT):
             return
-        if look.error is not None and look.error != self._error:
-            log.warning("no memory limits: %s", look.error)
-        self._error = look.error
-        beat = since_boot()
-        write = partial(files.write, self.directory, Seen(beat, look))
+        self._none.warn(look.error and f"no memory limits: {look.error}")
+        data = asdict(Seen(since_boot(), look))
         try:
-            await in_thread(write)
+            await in_thread(self._seen.say, data, look)
         except StoreError as error:
-            if str(error) != self._problem:
-                log.warning("%s: the agent takes this container for gone", error)
-            self._problem = str(error)
+            self._unheard.warn(f"{error}: the agent takes this container for gone")
         else:
-            self._seen, self._beat, self._problem = look, beat, ""
+            self._unheard.warn()

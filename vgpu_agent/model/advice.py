@@ -1,6 +1,7 @@
 """What to do about what is wrong: the only place that words it, as commands that can be pasted."""
 
 from enum import StrEnum
+from typing import Self
 
 from vgpu_agent.model.place import Advice, Place, Step
 from vgpu_agent.model.rules import SharingRules
@@ -9,59 +10,55 @@ from vgpu_agent.model.rules import SharingRules
 
 
 class Remedy(StrEnum):
-    """What makes a GPU healthy again. A later one makes the ones before it superfluous."""
+    """What makes a GPU healthy again, in words. A later one makes those before it superfluous."""
 
-    NOTHING = "nothing"
-    UNCORDON = "uncordon"
-    WAIT = "wait"
-    RESET_LATER = "reset-later"
-    MPS_CLIENTS = "mps-clients"
-    MPS_MODE = "mps-mode"
-    MPS_POD = "mps-pod"
-    LIMITS = "limits"
-    COMPUTE_MODE = "compute-mode"
-    LOOK = "look"
-    HANG = "hang"
-    RESET = "reset"
-    RECOVERY = "recovery"
-    REBOOT = "reboot"
-    REPLACE = "replace"
+    NOTHING = "nothing", "nothing to do for the GPU; look at the application that ran on it"
+    UNCORDON = "uncordon", "when it is to be given to pods again, uncordon it"
+    WAIT = (
+        "wait",
+        (
+            "wait: it is healthy again after `VGPU_RECOVERY_SECONDS` of passed probes; if it comes"
+            " again, see the kernel log"
+        ),
+    )
+    RESET_LATER = "reset-later", "reset the GPU when it suits"
+    MPS_CLIENTS = (
+        "mps-clients",
+        (
+            "find the client that failed; it is over when the GPU's MPS clients are gone: delete"
+            " the pods that do not end"
+        ),
+    )
+    MPS_MODE = "mps-mode", "set the GPU's compute mode again"
+    MPS_POD = "mps-pod", "see what the node's MPS pod says"
+    LIMITS = (
+        "limits",
+        (
+            "make the node able to do it, or set `VGPU_MEMORY_LIMITS=auto` (`memoryLimits`):"
+            " docs/memory-limits.md"
+        ),
+    )
+    COMPUTE_MODE = "compute-mode", "set the GPU's compute mode back"
+    LOOK = "look", "see what `nvidia-smi` and the kernel log of the node say"
+    HANG = "hang", "see the kernel log; a driver that goes on hanging needs a reboot of the node"
+    RESET = "reset", "delete the pods that hold the GPU, release it, reset it"
+    RECOVERY = (
+        "recovery",
+        (
+            "do what the driver asks for; for a reset delete the pods that hold the GPU, release"
+            " it, reset it"
+        ),
+    )
+    REBOOT = "reboot", "drain the node and reboot it"
+    REPLACE = "replace", "have the GPU replaced: it has no spare memory rows left"
 
-    @property
-    def words(self) -> str:
-        """What to do, in words."""
-        return _WORDS[self]
+    words: str
 
-
-_WORDS = {
-    Remedy.NOTHING: "nothing to do for the GPU; look at the application that ran on it",
-    Remedy.WAIT: (
-        "wait: it is healthy again after `VGPU_RECOVERY_SECONDS` of passed probes; if it comes"
-        " again, see the kernel log"
-    ),
-    Remedy.UNCORDON: "when it is to be given to pods again, uncordon it",
-    Remedy.RESET_LATER: "reset the GPU when it suits",
-    Remedy.MPS_CLIENTS: (
-        "find the client that failed; it is over when the GPU's MPS clients are gone: delete the"
-        " pods that do not end"
-    ),
-    Remedy.MPS_MODE: "set the GPU's compute mode again",
-    Remedy.MPS_POD: "see what the node's MPS pod says",
-    Remedy.LIMITS: (
-        "make the node able to do it, or set `VGPU_MEMORY_LIMITS=auto` (`memoryLimits`):"
-        " docs/memory-limits.md"
-    ),
-    Remedy.COMPUTE_MODE: "set the GPU's compute mode back",
-    Remedy.LOOK: "see what `nvidia-smi` and the kernel log of the node say",
-    Remedy.HANG: "see the kernel log; a driver that goes on hanging needs a reboot of the node",
-    Remedy.RESET: "delete the pods that hold the GPU, release it, reset it",
-    Remedy.RECOVERY: (
-        "do what the driver asks for; for a reset delete the pods that hold the GPU, release it,"
-        " reset it"
-    ),
-    Remedy.REBOOT: "drain the node and reboot it",
-    Remedy.REPLACE: "have the GPU replaced: it has no spare memory rows left",
-}
+    def __new__(cls, name: str, words: str) -> Self:
+        """A word of the report, with its words for people."""
+        made = str.__new__(cls, name)
+        made._value_, made.words = name, words
+        return made
 
 
 def for_gpu(remedy: Remedy, uuid: str, place: Place, sharing: SharingRules) -> Advice:
@@ -141,10 +138,9 @@ def _kernel_log(place: Place) -> Step:
 
 
 def _reboot(place: Place) -> list[Step]:
-    drain = f"kubectl drain {place.node} --ignore-daemonsets --delete-emptydir-data"
     return [
         _kernel_log(place),
-        Step("moves its pods away and keeps new ones off", drain),
+        Step("moves its pods away and keeps new ones off", place.drain),
         Step("reboots it", f"{place.shell} systemctl reboot"),
         Step("when it is back", f"kubectl uncordon {place.node}"),
     ]
@@ -266,10 +262,7 @@ def mps_replacement(place: Place) -> Advice:
     )
     delete = f"kubectl -n {place.namespace} delete {place.mps_pod}"
     steps = (
-        Step(
-            "drains the node",
-            f"kubectl drain {place.node} --ignore-daemonsets --delete-emptydir-data",
-        ),
+        Step("drains the node", place.drain),
         Step("the next MPS pod is set up by the settings", delete),
         Step("lets pods in again", f"kubectl uncordon {place.node}"),
     )
@@ -278,11 +271,8 @@ def mps_replacement(place: Place) -> Advice:
 
 def mps_busy(place: Place) -> Advice:
     """Another process keeps the daemon's only connection."""
-    return Advice("end that process, or the pod it belongs to", (_on_the_node(place),))
-
-
-def _on_the_node(place: Place) -> Step:
-    return Step("a shell on the node", place.shell)
+    shell = Step("a shell on the node", place.shell)
+    return Advice("end that process, or the pod it belongs to", (shell,))
 
 
 def no_limits(place: Place, *, enforced: bool) -> Advice:

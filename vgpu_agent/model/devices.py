@@ -5,7 +5,7 @@ its number, and its ID says which.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -182,6 +182,15 @@ def split_device_id(text: str) -> tuple[str, int] | None:
     return (uuid, replica) if str(replica) == number else None
 
 
+def by_gpu(device_ids: Iterable[str]) -> dict[str, list[int]]:
+    """The numbers of these vGPUs by the UUID of their GPU; without what is no ID of ours."""
+    found: dict[str, list[int]] = {}
+    for vgpu in device_ids:
+        if (split := split_device_id(vgpu)) is not None:
+            found.setdefault(split[0], []).append(split[1])
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Inventory:
     """The advertised GPUs, in the order of their index."""
@@ -206,19 +215,9 @@ class Inventory:
         return (vgpu for shared in self.gpus for vgpu in shared.device_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Flip:
-    """A GPU that became healthy or unhealthy; `reason` is what did it, or what ended."""
-
-    shared: SharedGpu
-    reason: Reason
-
-
-def flips(before: Inventory, after: Inventory) -> tuple[Flip, ...]:
-    """The GPUs whose vGPUs may be given now and could not before, or the other way round."""
-    found = []
+def flips(before: Inventory, after: Inventory) -> Iterator[tuple[SharedGpu, Reason]]:
+    """The GPUs that became healthy or unhealthy, and the reason that did it, or ended."""
     for shared in after.gpus:
         known = before.find(shared.gpu.uuid)
         if known is not None and known.healthy != shared.healthy:
-            found.append(Flip(shared, (known.faults or shared.faults)[0].reason))
-    return tuple(found)
+            yield shared, (known.faults or shared.faults)[0].reason

@@ -74,8 +74,6 @@ class XidSeen:
 class Away:
     """A complete look at all GPUs did not find it."""
 
-    detail: str = "the driver does not see it"
-
 
 @dataclass(frozen=True, slots=True)
 class Probed:
@@ -153,7 +151,7 @@ def advance(
         case XidSeen():
             health = _with_findings(health, [judge_xid(event.xid, rules)], now)
         case Away():
-            health = _away(health, event.detail, now, rules)
+            health = _away(health, "the driver does not see it", now, rules)
         case Unwatched():
             # The driver refuses a reset while we are its client: none was before now.
             seen = now.monotonic if health.away_since is None else health.seen
@@ -177,10 +175,10 @@ def _with_findings(health: GpuHealth, findings: Iterable[Finding], now: Moment) 
         if fault is None:
             continue
         before = active.get(fault.reason)
-        if before is not None and not _stricter(fault, before.fault):
-            fault = before.fault
-        elif before is not None:
-            fault = replace(fault, since=before.fault.since)
+        if before is not None:
+            effect = max(fault.effect, before.fault.effect, key=_STRICTNESS.index)
+            known = effect is before.fault.effect
+            fault = before.fault if known else replace(fault, since=before.fault.since)
         active[fault.reason] = ActiveFault(fault, now.monotonic)
         health = replace(health, good_seconds=0.0, last_good=None)
     falls = health.falls
@@ -189,11 +187,7 @@ def _with_findings(health: GpuHealth, findings: Iterable[Finding], now: Moment) 
     return replace(health, active=tuple(active.values()), falls=falls)
 
 
-_STRICTNESS = {effect: number for number, effect in enumerate(Effect)}
-
-
-def _stricter(fault: Fault, than: Fault) -> bool:
-    return _STRICTNESS[fault.effect] > _STRICTNESS[than.effect]
+_STRICTNESS = [*Effect]
 
 
 def _away(health: GpuHealth, detail: str, now: Moment, rules: HealthRules) -> GpuHealth:
@@ -245,16 +239,14 @@ def _probed(
         health = replace(health, counters=counters if back else health.counters.updated(counters))
     if back_after is not None:
         health = _without_resets(health, reasons, before=back_after)
-    elif reading.recovery_action == 0 and Reason.RECOVERY_ACTION in _reasons(health):
+    elif reading.recovery_action == 0 and any(
+        fault.reason is Reason.RECOVERY_ACTION for fault in health.faults
+    ):
         # The driver asked for an action and no longer does: its word, also on an XID.
         health = _without_resets(health, reasons, before=now.monotonic)
     if reasons:
         return _with_findings(health, findings, now)
     return _proven(health, now, rules)
-
-
-def _reasons(health: GpuHealth) -> set[Reason]:
-    return {each.fault.reason for each in health.active}
 
 
 def _without_resets(

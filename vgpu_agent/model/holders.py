@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vgpu_agent.model.devices import Inventory, SharedGpu, split_device_id
+from vgpu_agent.model.devices import Inventory, SharedGpu, by_gpu, split_device_id
 from vgpu_agent.model.rules import SharingRules
 
 NO_NAMESPACE = "unknown"
@@ -67,10 +67,8 @@ Pod = tuple[str, str]
 
 def pods_on(uuid: str, assignments: Iterable[Assignment]) -> tuple[Pod, ...]:
     """The pods that hold a vGPU of a GPU, advertised or not, in order."""
-    ids = [(each.holder, split_device_id(vgpu)) for each in assignments for vgpu in each.device_ids]
-    return tuple(
-        sorted({(who.namespace, who.pod) for who, vgpu in ids if vgpu and vgpu[0] == uuid})
-    )
+    holders = [each.holder for each in assignments if uuid in by_gpu(each.device_ids)]
+    return tuple(sorted({(holder.namespace, holder.pod) for holder in holders}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +178,12 @@ def parts(inventory: Inventory, assignments: Iterable[Assignment]) -> tuple[Part
     """What each container holds of each advertised GPU, by GPU and container."""
     found = []
     for each in assignments:
-        numbers: defaultdict[str, list[int]] = defaultdict(list)
-        for vgpu in each.device_ids:
-            if (split := split_device_id(vgpu)) is not None:
-                numbers[split[0]].append(split[1])
+        numbers = by_gpu(each.device_ids)
         for shared in inventory.gpus:
-            made = tuple(n for n in numbers[shared.gpu.uuid] if n < shared.replicas)
+            held = numbers.get(shared.gpu.uuid, ())
+            made = tuple(n for n in held if n < shared.replicas)
             if made:
-                whole = len(made) == len(numbers[shared.gpu.uuid])
-                found.append(Part(shared, each.holder, made, whole))
+                found.append(Part(shared, each.holder, made, whole=len(made) == len(held)))
     found.sort(key=lambda part: (part.shared.gpu.index, part.shared.gpu.uuid, part.holder))
     return tuple(found)
 
@@ -247,10 +242,8 @@ class Usage:
     says why no process can be attributed to its container, and what to do.
     """
 
-    containers: Mapping[tuple[str, Holder], Used] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
-    unattributed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    containers: Mapping[tuple[str, Holder], Used] = field(default_factory=dict)
+    unattributed: Mapping[str, int] = field(default_factory=dict)
     problem: str | None = None
 
 
@@ -271,4 +264,4 @@ def attribute(
             if process.memory_bytes is not None:
                 memory = (memory or 0) + process.memory_bytes
             used[uuid, holder] = Used(before.processes + 1, memory)
-    return Usage(MappingProxyType(used), MappingProxyType(unattributed))
+    return Usage(used, unattributed)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from vgpu_agent.model.devices import SharedGpu, split_device_id
+from vgpu_agent.model.devices import SharedGpu, by_gpu
 from vgpu_agent.model.holders import Holder, Used
 from vgpu_agent.model.rules import MIB
 
@@ -79,12 +79,10 @@ class MemoryLimit:
 class Limited:
     """A container that holds vGPUs and runs, with what the driver has for it, by UUID.
 
-    `wanted` are bytes, `peaks` the most that was seen in use. `problem` says why its limits are not
-    in effect.
+    `peaks` are the most that was seen in use. `problem` says why its limits are not in effect.
     """
 
     holder: Holder
-    wanted: Mapping[str, int]
     limits: Mapping[str, MemoryLimit] = field(default_factory=dict)
     peaks: Mapping[str, int] = field(default_factory=dict)
     problem: str | None = None
@@ -154,13 +152,9 @@ def wanted(device_ids: Iterable[str], of: Shares) -> dict[str, int]:
     None for a GPU that is not known, and for one that was divided anew since: what its vGPUs were
     worth is not known then.
     """
-    numbers: dict[str, list[int]] = {}
-    for vgpu in device_ids:
-        if (split := split_device_id(vgpu)) is not None:
-            numbers.setdefault(split[0], []).append(split[1])
     return {
         uuid: of[uuid][len(each) - 1]
-        for uuid, each in numbers.items()
+        for uuid, each in by_gpu(device_ids).items()
         if uuid in of and max(each) < len(of[uuid])
     }
 

@@ -70,18 +70,22 @@ class Node:
         return self.latest.value
 
     def _update(self, **inputs: object) -> None:
-        changed = replace(self._inputs, **inputs)  # type: ignore[arg-type]  # by their names
+        frozen = {
+            name: MappingProxyType(each) if isinstance(each, dict) else each
+            for name, each in inputs.items()
+        }
+        changed = replace(self._inputs, **frozen)  # type: ignore[arg-type]  # by their names
         if changed == self._inputs:
             return
         before = self.snapshot
         after = compose(changed, self.rules, before)
         transitions = changed.transitions
         if after.inventory is not before.inventory:
-            for flip in flips(before.inventory, after.inventory):
-                to = "healthy" if flip.shared.healthy else "unhealthy"
-                transitions = counted(transitions, (flip.shared.gpu.uuid, to, flip.reason))
+            for shared, reason in flips(before.inventory, after.inventory):
+                to = "healthy" if shared.healthy else "unhealthy"
+                transitions = counted(transitions, (shared.gpu.uuid, to, reason))
         if transitions is not changed.transitions:
-            changed = replace(changed, transitions=transitions)
+            changed = replace(changed, transitions=MappingProxyType({**transitions}))
             after = compose(changed, self.rules, after)
         self._inputs = changed
         self.latest.publish(after)
@@ -113,8 +117,8 @@ class Node:
         missing = {uuid: each.missing for uuid, each in read if each.missing}
         changed: dict[str, object] = {
             "driver": self._since(driver),
-            "memory_used": MappingProxyType(used),
-            "missing": MappingProxyType(missing),
+            "memory_used": used,
+            "missing": missing,
             "cdi_names": cdi_names,
         }
         all_events = {uuid: list(each) for uuid, each in events.items()}
@@ -141,8 +145,8 @@ class Node:
                 for uuid, each in health.items()
                 if uuid not in gone or each.waits_for_reset
             }
-            changed["gpus"] = MappingProxyType(gpus)
-        self._update(**changed, health=MappingProxyType(health))
+            changed["gpus"] = gpus
+        self._update(**changed, health=health)
 
     def _since(self, driver: Driver) -> Driver:
         """With the time since which it is up, or not."""
@@ -162,20 +166,19 @@ class Node:
             for uuid in concerned:
                 by_gpu.setdefault(uuid, []).append(XidSeen(event.xid))
         if xids is not self._inputs.xids:
-            self._update(xids=xids, health=MappingProxyType(self._advanced(by_gpu)))
+            self._update(xids=xids, health=self._advanced(by_gpu))
 
     def driver_released(self, until: float) -> None:
         """NVML is closed until then, in seconds since the epoch; nothing is probed meanwhile."""
         known = self._inputs
         self._update(
             driver=self._since(Driver(known.driver.version, "released for a reset", until)),
-            health=MappingProxyType(self._advanced(dict.fromkeys(known.health, (Unwatched(),)))),
+            health=self._advanced(dict.fromkeys(known.health, (Unwatched(),))),
         )
 
     def gpus_happened(self, uuids: Collection[str], event: HealthEvent) -> None:
         """The same happened to all these GPUs."""
-        events = dict.fromkeys(uuids, (event,))
-        self._update(health=MappingProxyType(self._advanced(events)))
+        self._update(health=self._advanced(dict.fromkeys(uuids, (event,))))
 
     def _advanced(self, events: Mapping[str, Sequence[HealthEvent]]) -> dict[str, GpuHealth]:
         health, now = dict(self._inputs.health), self._clock()
@@ -196,9 +199,7 @@ class Node:
         self, first_seen: Mapping[str, FirstSeen], health: Mapping[str, GpuHealth]
     ) -> None:
         """What the agent before this one kept, of the same boot of the node."""
-        self._update(
-            first_seen=MappingProxyType(dict(first_seen)), health=MappingProxyType(dict(health))
-        )
+        self._update(first_seen=dict(first_seen), health=dict(health))
 
     def set_store_error(self, error: str | None) -> None:
         """Why what must outlive the agent could not be written; None: it is written."""
@@ -208,7 +209,7 @@ class Node:
 
     def set_cordons(self, cordons: Mapping[str, Cordon]) -> None:
         """These GPUs, by UUID, are out of service, and no others."""
-        self._update(cordons=MappingProxyType(dict(cordons)), cordon_error=None)
+        self._update(cordons=dict(cordons), cordon_error=None)
 
     def cordons_failed(self, error: str) -> None:
         """Which GPUs are out of service cannot be read: they stay as they were."""
@@ -224,7 +225,7 @@ class Node:
             since = {fault.reason: fault.since for fault in known.get(name, ())}
             made = [each.fault(since.get(each.rule.reason or Reason.MPS, now)) for each in findings]
             faults[name] = tuple(filter(None, made))
-        self._update(mps_look=look, mps_faults=MappingProxyType(faults))
+        self._update(mps_look=look, mps_faults=faults)
 
     # The driver's memory limits
 
@@ -236,7 +237,7 @@ class Node:
             since = known[uuid].since if uuid in known else now
             if (fault := finding.fault(since)) is not None:
                 faults[uuid] = fault
-        self._update(limits=look, limits_faults=MappingProxyType(faults))
+        self._update(limits=look, limits_faults=faults)
 
     # Who holds what
 
@@ -309,7 +310,7 @@ class Node:
 
 def counted(counts: Mapping[K, int], key: K) -> Mapping[K, int]:
     """The counts with one more of `key`."""
-    return MappingProxyType({**counts, key: counts.get(key, 0) + 1})
+    return {**counts, key: counts.get(key, 0) + 1}
 
 
 def _first_seen(known: Mapping[str, FirstSeen], gpus: Collection[Gpu]) -> Mapping[str, FirstSeen]:
@@ -324,15 +325,10 @@ def _first_seen(known: Mapping[str, FirstSeen], gpus: Collection[Gpu]) -> Mappin
     if not (new or late):
         return known
     taken = {each.index for each in known.values()}
-    return MappingProxyType(
-        {
-            **known,
-            **late,
-            **{
-                gpu.uuid: FirstSeen(
-                    None if gpu.index in taken else gpu.index, gpu.memory_bytes, gpu.reserved_bytes
-                )
-                for gpu in new
-            },
-        }
-    )
+    seen = {
+        gpu.uuid: FirstSeen(
+            None if gpu.index in taken else gpu.index, gpu.memory_bytes, gpu.reserved_bytes
+        )
+        for gpu in new
+    }
+    return {**known, **late, **seen}

@@ -33,6 +33,11 @@ class Place:
         return f"{debug} -- chroot /host"
 
     @property
+    def drain(self) -> str:
+        """Drains the node."""
+        return f"kubectl drain {self.node} --ignore-daemonsets --delete-emptydir-data"
+
+    @property
     def log(self) -> str:
         """The agent's log."""
         return f"kubectl -n {self.namespace} logs {self.pod} -c agent --tail=50"

@@ -145,11 +145,6 @@ class SharingRules:
         """What a CUDA context takes of a container's memory."""
         return CONTEXT_MPS if self.mps else CONTEXT
 
-    @property
-    def min_compute_capability(self) -> tuple[int, int] | None:
-        """Volta is the first with limits for each MPS client and an address space of its own."""
-        return (7, 0) if self.mps else None
-
     def daemon_of(self, uuid: str) -> str:
         """The name of the MPS daemon that serves a GPU, and of its directories."""
         if self.mps_daemons is MpsDaemons.NODE:

@@ -60,7 +60,8 @@ def divide(
     `index` is the index by which settings name the GPU, its own where None. `cdi_names` are the
     names in the host's CDI specs, where containers are given GPUs by them.
     """
-    oldest, has = rules.min_compute_capability, gpu.compute_capability
+    # Volta is the first with limits for each MPS client and an address space of its own.
+    oldest, has = (7, 0) if rules.mps else None, gpu.compute_capability
     if gpu.mig:
         return Excluded(
             gpu,

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from types import MappingProxyType
-from typing import TypeVar
 
 from vgpu_agent.model.devices import Excluded, Fault, Gpu, Inventory, Reason, SharedGpu
 from vgpu_agent.model.facts import EVENTS, Cordon, DaemonLook, MpsLook
@@ -30,9 +28,6 @@ from vgpu_agent.model.place import Place
 from vgpu_agent.model.policy import cordon_faults
 from vgpu_agent.model.rules import MIB, HealthRules, MpsLimits, SharingRules
 from vgpu_agent.model.share import Divided, divide
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class RegistrationResult(StrEnum):
@@ -100,10 +95,6 @@ class FirstSeen:
     reserved_bytes: int
 
 
-def _empty() -> Mapping[K, V]:
-    return MappingProxyType({})
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What the edges reported last.
@@ -121,27 +112,27 @@ class Inputs:
     """
 
     driver: Driver = Driver()
-    gpus: Mapping[str, Gpu] = field(default_factory=_empty)
+    gpus: Mapping[str, Gpu] = field(default_factory=dict)
     present: frozenset[str] = frozenset()
     undescribed: tuple[Excluded, ...] = ()
     cdi_names: frozenset[str] | None = None
-    first_seen: Mapping[str, FirstSeen] = field(default_factory=_empty)
-    health: Mapping[str, GpuHealth] = field(default_factory=_empty)
-    memory_used: Mapping[str, int] = field(default_factory=_empty)
-    missing: Mapping[str, Mapping[str, str]] = field(default_factory=_empty)
-    cordons: Mapping[str, Cordon] = field(default_factory=_empty)
+    first_seen: Mapping[str, FirstSeen] = field(default_factory=dict)
+    health: Mapping[str, GpuHealth] = field(default_factory=dict)
+    memory_used: Mapping[str, int] = field(default_factory=dict)
+    missing: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cordons: Mapping[str, Cordon] = field(default_factory=dict)
     cordon_error: str | None = None
     mps_look: MpsLook | None = None
-    mps_faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=_empty)
+    mps_faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=dict)
     limits: LimitsLook | None = None
-    limits_faults: Mapping[str, Fault] = field(default_factory=_empty)
+    limits_faults: Mapping[str, Fault] = field(default_factory=dict)
     kubelet: Kubelet = Kubelet()
     holders: Holders = Holders()
     usage: Usage | None = None
     store_error: str | None = None
-    xids: Mapping[tuple[str | None, int], int] = field(default_factory=_empty)
-    transitions: Mapping[tuple[str, str, Reason], int] = field(default_factory=_empty)
-    registrations: Mapping[RegistrationResult, int] = field(default_factory=_empty)
+    xids: Mapping[tuple[str | None, int], int] = field(default_factory=dict)
+    transitions: Mapping[tuple[str, str, Reason], int] = field(default_factory=dict)
+    registrations: Mapping[RegistrationResult, int] = field(default_factory=dict)
     lists_sent: int = 0
     allocates: int = 0
 
@@ -334,7 +325,7 @@ def _mps(inputs: Inputs, inventory: Inventory, sharing: SharingRules) -> Mps:
         problem = None
     else:
         problem = look.error or problems[0]
-    return Mps(look, problem, _replacement(look, inputs, sharing), MappingProxyType(daemons))
+    return Mps(look, problem, _replacement(look, inputs, sharing), daemons)
 
 
 def _replacement(look: MpsLook, inputs: Inputs, sharing: SharingRules) -> str | None:

@@ -120,13 +120,13 @@ _INITIALIZING_SECONDS = 60.0
 """A server that needs longer to start does not serve."""
 
 
-def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float) -> str | None:
-    """Why clients of these servers, by PID, are lost; `since` is when each came to its status."""
-    for pid, status in statuses.items():
+def fault_of(statuses: Mapping[int, tuple[str, float]], now: float) -> str | None:
+    """Why clients of these servers are lost; by PID the status of each, and since when."""
+    for pid, (status, since) in statuses.items():
         if status in ("ACTIVE", UNREPORTED):
             continue
         if status != "INITIALIZING":
             return f"MPS server {pid} has the status {status[:40]}"
-        if now - since[pid] > _INITIALIZING_SECONDS:
+        if now - since > _INITIALIZING_SECONDS:
             return f"MPS server {pid} is INITIALIZING for over {_INITIALIZING_SECONDS:.0f} s"
     return None

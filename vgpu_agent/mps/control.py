@@ -5,37 +5,45 @@ writes some lines of log for each, so all that is to be asked is asked in one.
 """
 
 import errno
+import fcntl
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from subprocess import PIPE, Popen
-from typing import IO
+from subprocess import Popen
+from typing import BinaryIO
 
 import anyio
 
 from vgpu_agent.errors import (
-    MpsBinaryError,
     MpsBusyError,
     MpsDownError,
     MpsHungError,
     MpsRefusedError,
+    MpsSetupError,
     is_shortage,
 )
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps import answers
 from vgpu_agent.mps.directories import DaemonDirectories
 from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock
+from vgpu_agent.store import closing
 
 _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC)
 
 MAX_OUTPUT = 2**20
 """Bytes of an answer: thousands of clients."""
 
+_ROOM = MAX_OUTPUT + 2**16
+"""For an answer that is too long; whoever goes on to write is refused a page that does not fit."""
+
 _POLL = 0.005
 """Seconds between two looks at a program that runs; one session takes some milliseconds."""
+
+_LOCK_SECONDS = 2.0
+"""How long another process of ours may ask the daemon, at most."""
 
 KILL_SECONDS = 1.0
 """How long a program that was killed is waited for."""
@@ -77,7 +85,7 @@ def _limit_in_words(ordinal: int, limit: int | None) -> str:
 class Control:
     """The control daemon of one pipe directory.
 
-    `timeout` is in seconds, for each session. Every method raises MpsBinaryError, MpsDownError,
+    `timeout` is in seconds, for each session. Every method raises MpsSetupError, MpsDownError,
     MpsBusyError, MpsHungError or MpsRefusedError; the message says what to do. No process is left
     behind, but for one that the kernel does not let go of: then the daemon counts as hung until it
     has.
@@ -117,15 +125,13 @@ class Control:
             descriptor = open_lock(lock)
         except OSError as error:
             raise MpsDownError(f"there is no MPS daemon: {lock}: {error.strerror}") from error
-        try:
-            with anyio.move_on_after(self._timeout) as waiting:
+        with closing(descriptor):
+            with anyio.move_on_after(min(self._timeout, _LOCK_SECONDS)) as waiting:
                 while not locked(descriptor):  # noqa: ASYNC110 - a lock tells nobody
                     await anyio.sleep(0.05)
             if waiting.cancelled_caught:
                 raise MpsBusyError(f"somebody else asks the MPS daemon: {lock} is locked")
             yield
-        finally:
-            os.close(descriptor)
 
     async def _session(self, text: str) -> str:
         """What the program prints when it is given these lines."""
@@ -144,7 +150,7 @@ class Control:
             ) from None
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno in _NO_PROGRAM:
-                raise MpsBinaryError(cannot_run(self._binary, error.strerror)) from error
+                raise MpsSetupError(cannot_run(self._binary, error.strerror)) from error
             if not is_shortage(error):
                 raise
             raise MpsBusyError(f"the MPS daemon of {pipe} cannot be asked now: {error}") from error
@@ -175,62 +181,35 @@ class Control:
         Raises OSError, and TimeoutError.
         """
         environment = {**os.environ, **self.directories.environment()}
-        with _standard_input(text) as stdin:
-            # Of asyncio's own processes one whose children keep its pipes open is never done with.
+        with _file(0, text.encode()) as stdin, _file(_ROOM) as out, _file(_ROOM) as err:
+            # asyncio waits for the end of all who have the pipes of a process, its children too.
             process = Popen(  # noqa: ASYNC220, S603 - a fork takes a millisecond; no shell
-                [self._binary], stdin=stdin, stdout=PIPE, stderr=PIPE, env=environment
+                [self._binary], stdin=stdin, stdout=out, stderr=err, env=environment
             )
-        outputs = [_Output(stream) for stream in (process.stdout, process.stderr) if stream]
-        try:
-            with anyio.fail_after(self._timeout):
-                ended = False
-                # What has ended has written all: its children may keep the pipes open.
-                while not ended and sum(each.read() for each in outputs) == len(outputs):
-                    await anyio.sleep(_POLL)
-                    ended = process.poll() is not None
-                for each in outputs:
-                    each.read()
-        finally:
-            process.kill()
-            with anyio.move_on_after(KILL_SECONDS, shield=True):
-                while process.poll() is None:  # noqa: ASYNC110
-                    await anyio.sleep(_POLL)
-            self._stuck = process if process.poll() is None else None
-            for each in outputs:
-                each.stream.close()
-        out, err = (each.content for each in outputs)
-        return process.returncode or 0, out, err
+            try:
+                with anyio.fail_after(self._timeout):
+                    while process.poll() is None:  # noqa: ASYNC110
+                        await anyio.sleep(_POLL)
+            finally:
+                process.kill()
+                with anyio.move_on_after(KILL_SECONDS, shield=True):
+                    while process.poll() is None:  # noqa: ASYNC110
+                        await anyio.sleep(_POLL)
+                self._stuck = process if process.poll() is None else None
+            # Where it stopped writing: the position is the program's, too.
+            said, wrong = (os.pread(each.fileno(), each.tell(), 0) for each in (out, err))
+            return process.returncode or 0, said, wrong
 
 
-class _Output:
-    """What a program has written to a pipe so far."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream = stream
-        self.content = b""
-        os.set_blocking(stream.fileno(), False)
-
-    def read(self) -> bool:
-        """Takes what is there; whether there may be more to take."""
-        with suppress(BlockingIOError):
-            while len(self.content) <= MAX_OUTPUT and (
-                data := os.read(self.stream.fileno(), 2**16)
-            ):
-                self.content += data
-        return len(self.content) <= MAX_OUTPUT
-
-
-@contextmanager
-def _standard_input(text: str) -> Iterator[int]:
-    """A pipe with the text in it: a program that ends without reading it breaks nothing."""
-    read, write = os.pipe()
-    try:
-        os.set_blocking(write, False)  # what does not fit is not sent, and its answer is missing
-        os.write(write, text.encode())
-        os.close(write)
-        yield read
-    finally:
-        os.close(read)
+def _file(room: int, content: bytes = b"") -> BinaryIO:
+    """A file in memory with that many bytes of room, or this content. It cannot grow."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    file = open(os.memfd_create("mps", flags), "w+b", buffering=0)  # noqa: PTH123, SIM115
+    file.write(content)
+    file.truncate(room or len(content))
+    file.seek(0)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    return file
 
 
 def get_defaults(ordinals: Iterable[int]) -> list[str]:

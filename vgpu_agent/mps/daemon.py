@@ -12,7 +12,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from vgpu_agent import store
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import Once, StoreError
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.rules import SharingRules
@@ -68,10 +68,10 @@ class RealDaemons:
 
     def __init__(self, directories: Directories, rules: SharingRules) -> None:
         self._directories = directories
-        self._rules = rules
-        self._read: tuple[object, State | None] | None = None
-        self._said: object = None
-        self._problem = ""
+        self._state = store.Said(directories.state, state.read)
+        self._divided = store.Said(directories.division, store.read)
+        self._division = state.division(rules)
+        self._trouble = Once(log)
 
     async def look(self) -> MpsLook:
         """See `Daemons`."""
@@ -79,7 +79,7 @@ class RealDaemons:
 
     def _look(self) -> MpsLook:
         try:
-            found = self._state()
+            found = self._state.read()
         except StoreError as error:
             return MpsLook(str(error))
         if found is None:
@@ -94,28 +94,13 @@ class RealDaemons:
         )
         return MpsLook(None, found.limits, daemons, unwatched)
 
-    def _state(self) -> State | None:
-        """What the file says; it is read when another one is there. Raises StoreError."""
-        path = self._directories.state
-        which = store.identity(path)
-        if self._read is None or self._read[0] != which:
-            self._read = None
-            self._read = which, state.read(path)
-        return self._read[1]
-
     def _say_division(self) -> None:
-        """Writes it, again where somebody else has since."""
-        path = self._directories.division
-        if self._said is not None and self._said == store.identity(path):
-            return
         try:
-            state.write_division(path, self._rules)
+            if self._divided.is_due(self._division):
+                self._divided.say(self._division, self._division)
+            self._trouble.warn()
         except StoreError as error:
-            if str(error) != self._problem:
-                log.warning("%s: how GPUs are divided changes only with the MPS pod", error)
-            self._problem = str(error)
-        else:
-            self._said, self._problem = store.identity(path), ""
+            self._trouble.warn(f"{error}: how GPUs are divided changes only with the MPS pod")
 
     def _alive(self, name: str, found: State) -> DaemonLook:
         """What was seen of a daemon, unless it is gone or another one is there since."""

@@ -10,41 +10,34 @@ PIPE_MODE = 0o755
 """Of a pipe directory: clients of every user pass through it."""
 
 
+class _Named:
+    """A path of that name in `root`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, of: "DaemonDirectories | Directories", _: object = None) -> Path:
+        return of.root / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonDirectories:
     """The directories of one daemon: `root`, root's alone to write to, is never shown to clients.
 
-    Clients reach the daemon through `pipe`. Its output and its servers' logs are in `log`, and
-    `process` says which process it is.
+    Clients reach the daemon through `pipe`, where its sockets are; they have it writable, and
+    nothing of ours is in it. `log` names the processes of all tenants, so it is root's; in
+    `control_log` is what the daemon says. `process` says which process it is. `lock` is held
+    (`flock`) by whoever asks the daemon: it takes one connection at a time.
     """
 
     name: str
     root: Path
 
-    @property
-    def pipe(self) -> Path:
-        """Where its sockets are. Clients have it writable: nothing of ours is in it."""
-        return self.root / "pipe"
-
-    @property
-    def log(self) -> Path:
-        """Names the processes of all tenants, so it is root's."""
-        return self.root / "log"
-
-    @property
-    def control_log(self) -> Path:
-        """What the daemon says; `-f` makes it write to its standard output."""
-        return self.log / "control.log"
-
-    @property
-    def process(self) -> Path:
-        """See above."""
-        return self.root / "process"
-
-    @property
-    def lock(self) -> Path:
-        """Is held (`flock`) by whoever asks the daemon: it takes one connection at a time."""
-        return self.root / "lock"
+    pipe = _Named("pipe")
+    log = _Named("log")
+    control_log = _Named("log/control.log")
+    process = _Named("process")
+    lock = _Named("lock")
 
     def environment(self) -> Mapping[str, str]:
         """The variables by which programs of MPS find this daemon."""
@@ -66,6 +59,13 @@ class Directories:
     root: Path
     shm: Path | None = None
 
+    state = _Named("state")
+    division = _Named("division")
+    compute_modes = _Named("compute-modes")
+    watch = _Named("watch")
+    daemons = _Named("daemons")
+    restore = _Named("restore")
+
     def daemon(self, name: str) -> DaemonDirectories:
         """Those of the daemon of that name (`SharingRules.daemon_of`)."""
         return DaemonDirectories(name, self.root / name)
@@ -74,33 +74,3 @@ class Directories:
     def shared(self) -> Path | None:
         """What containers have as their /dev/shm, and daemons too."""
         return self.shm and self.shm / SHARED
-
-    @property
-    def state(self) -> Path:
-        """See above."""
-        return self.root / "state"
-
-    @property
-    def division(self) -> Path:
-        """See above."""
-        return self.root / "division"
-
-    @property
-    def watch(self) -> Path:
-        """See above."""
-        return self.root / "watch"
-
-    @property
-    def daemons(self) -> Path:
-        """See above."""
-        return self.root / "daemons"
-
-    @property
-    def restore(self) -> Path:
-        """See above."""
-        return self.root / "restore"
-
-    @property
-    def compute_modes(self) -> Path:
-        """See above."""
-        return self.root / "compute-modes"

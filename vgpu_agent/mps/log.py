@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vgpu_agent.store import open_regular
+from vgpu_agent.store import closing, open_regular
 
 READ = 2**20
 """Most bytes of the log that are read at a time, and its size from which it is truncated."""
@@ -120,7 +120,7 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
         descriptor = open_regular(path, os.O_RDWR | os.O_NOFOLLOW)
         if descriptor is None:
             return seen, said
-        try:
+        with closing(descriptor):
             found = os.fstat(descriptor)
             if found.st_size < seen.offset:  # it is another one
                 seen = replace(seen, offset=0)
@@ -138,6 +138,4 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
             if seen.offset > READ and os.fstat(descriptor).st_size == seen.offset:
                 os.ftruncate(descriptor, 0)
                 seen = replace(seen, offset=0)
-        finally:
-            os.close(descriptor)
     return seen, said

@@ -48,17 +48,18 @@ _IDLE = 5
 
 _CLIENTS = "get_device_client_list"
 
+_FAILING = (
+    "its servers end by an error soon after their start, again and again: see the log of `watch`;"
+    " likely are a process without MPS on the GPU, a GPU that needs a reset, or a driver whose"
+    " libraries the MPS pod does not have"
+)
+
 _PASSED_ON = 20
 """Most lines of a daemon's log that are passed on at a time."""
 
 
 def _uuids(look: DaemonLook) -> list[str]:
     return [gpu.uuid for gpu in look.gpus]
-
-
-def _plan_of(look: DaemonLook) -> DaemonLook:
-    gpus = tuple(replace(gpu, server_bytes=None) for gpu in look.gpus)
-    return DaemonLook(gpus=gpus, thread_percentage=look.thread_percentage)
 
 
 class Watcher:
@@ -75,11 +76,14 @@ class Watcher:
         self._control = control
         self._limits = limits
         self._measure = measure
-        self._watched = known or Watched(plan)
-        self._plan = _plan_of(self._look)
+        self.watched = known or Watched(plan)
+        """What is known of the daemon, by now or by the watcher before."""
+        self.looked = False
+        if _uuids(plan) != _uuids(self._look):
+            self.watched = replace(self.watched, look=plan)
+        gpus = tuple(replace(gpu, server_bytes=None) for gpu in self._look.gpus)
+        self._plan = DaemonLook(gpus=gpus, thread_percentage=self._look.thread_percentage)
         self._next = plan
-        if _uuids(plan) != _uuids(self._plan):
-            self._watched, self._plan = replace(self._watched, look=plan), plan
         self._defaults: Defaults | None = None
         self._defaults_at = 0.0
         self._statuses: dict[int, tuple[str, float]] = {}
@@ -88,7 +92,7 @@ class Watcher:
 
     @property
     def _look(self) -> DaemonLook:
-        return self._watched.look
+        return self.watched.look
 
     @property
     def _wanted(self) -> Defaults:
@@ -100,14 +104,12 @@ class Watcher:
         if _uuids(plan) == _uuids(self._plan):
             self._next = plan
 
-    async def run(
-        self, report: Callable[[Watched], None], poll_seconds: float, look_seconds: float
-    ) -> None:
+    async def run(self, poll_seconds: float, look_seconds: float) -> None:
         """Looks again and again, until cancelled."""
         pipe = self._control.directories.pipe
         while True:
             await self.look()
-            report(self._watched)
+            self.looked = True
             generation, wait = self._look.generation, look_seconds
             if self._look.down or self._hangs:
                 wait = poll_seconds
@@ -127,20 +129,18 @@ class Watcher:
         generation = generation_of(self._control.directories.pipe)
         await self._divide(generation)
         found = await self._asked(generation)
-        seen, now = self._watched.log, since_boot()
-        failing = None
-        if seen.failing(now):
-            failing = (
-                "its servers end by an error soon after their start, again and again: see the log"
-                " of `watch`; likely are a process without MPS on the GPU, a GPU that needs a"
-                " reset, or a driver whose libraries the MPS pod does not have"
-            )
+        seen = self.watched.log
+        failing = _FAILING if seen.failing(since_boot()) else None
         found = replace(
             found, waiting=seen.waiting_for_others(), crashes=seen.crashes, failing=failing
         )
-        self._watched = replace(self._watched, look=found)
+        self.watched = replace(self.watched, look=found)
         wrong = found.down or found.problem or found.fault or found.busy
-        self._say(logging.WARNING if wrong else logging.INFO, wrong or self._in_effect())
+        text = wrong or f"limits are in effect: {self._limits}, {self._wanted}"
+        if text != self._said:
+            level = logging.WARNING if wrong else logging.INFO
+            log.log(level, "%s: %s", self._control.directories.name, text)
+            self._said = text
         return found
 
     async def _divide(self, generation: str | None) -> None:
@@ -155,21 +155,13 @@ class Watcher:
                 return
         self._plan = self._next
 
-    def _in_effect(self) -> str:
-        return f"limits are in effect: {self._limits}, {self._wanted}"
-
-    def _say(self, level: int, text: str) -> None:
-        if text != self._said:
-            log.log(level, "%s: %s", self._control.directories.name, text)
-            self._said = text
-
     async def _read_log(self) -> bool:
         """Passes on what the daemon said that people need, but for a flood; whether it did."""
         directories = self._control.directories
         seen, lines = await in_thread(
-            read_on, directories.control_log, self._watched.log, since_boot()
+            read_on, directories.control_log, self.watched.log, since_boot()
         )
-        self._watched = replace(self._watched, log=seen)
+        self.watched = replace(self.watched, log=seen)
         for line in lines[:_PASSED_ON]:
             log.info("%s said: %s", directories.name, line)
         if len(lines) > _PASSED_ON:
@@ -246,12 +238,11 @@ class Watcher:
         }
         problem = problem or (self._overridden(about) if server else None)
         problem = problem or (self._older(statuses) if server else None)
-        now = since_boot()
+        now, known_since = since_boot(), self._statuses
         self._statuses = {
-            pid: (status, old[1] if (old := self._statuses.get(pid)) and old[0] == status else now)
+            pid: (status, old[1] if (old := known_since.get(pid)) and old[0] == status else now)
             for pid, status in statuses.items()
         }
-        since = {pid: at for pid, (_, at) in self._statuses.items()}
         # The daemon may name a GPU by its ordinal.
         uuids = {str(gpu.ordinal): gpu.uuid for gpu in self._plan.gpus}
         clients = answers.parse_clients(about.get(_CLIENTS, ""))
@@ -260,7 +251,7 @@ class Watcher:
             generation=known.generation,
             gpus=await self._with_server_bytes(known, tuple(statuses)),
             problem=problem,
-            fault=answers.fault_of(statuses, since, now),
+            fault=answers.fault_of(self._statuses, now),
             servers=tuple(statuses),
             clients=dict(Counter(uuids.get(name, name) for name in clients)),
         )
@@ -279,22 +270,20 @@ class Watcher:
         """The problem with the defaults, under `server` after they were set as they should be."""
         if self._limits is not MpsLimits.SERVER:
             other = ", ".join(self._wanted.differences(defaults))
-            return (
-                other
-                and (  # they bind every client
-                    f"the MPS daemon has limits of its own ({other}), but VGPU_MPS_LIMITS is"
-                    f" {self._limits}: drain the node and delete its MPS pod"
-                )
-            ) or None
-        same = self._watched.set_to == str(self._wanted) and generation == self._look.generation
+            words = (  # they bind every client
+                f"the MPS daemon has limits of its own ({other}), but VGPU_MPS_LIMITS is"
+                f" {self._limits}: drain the node and delete its MPS pod"
+            )
+            return words if other else None
+        same = self.watched.set_to == str(self._wanted) and generation == self._look.generation
         if not same or self._wanted.differences(defaults):
             ordinals = list(self._wanted.memory_limits)
             lines = set_defaults(self._wanted)
             said = await self._ask([*lines, *get_defaults(ordinals)])
             defaults = self._defaults = read_defaults(ordinals, said[len(lines) :])
-            self._watched = replace(self._watched, set_to=str(self._wanted), set_at=since_boot())
+            self.watched = replace(self.watched, set_to=str(self._wanted), set_at=since_boot())
         other = ", ".join(self._wanted.differences(defaults))
-        return (other and f"the MPS daemon was set to {self._wanted} and says {other}") or None
+        return f"the MPS daemon was set to {self._wanted} and says {other}" if other else None
 
     def _overridden(self, about: Mapping[str, str]) -> str | None:
         """The problem where a server has more than the defaults: its user may set that."""
@@ -327,7 +316,7 @@ class Watcher:
                     f"MPS server {pid} is not in /proc, so its age is unknown: run the MPS pod with"
                     " hostPID: true"
                 )
-            if process.started < self._watched.set_at:
+            if process.started < self.watched.set_at:
                 return (
                     f"MPS server {pid} is older than the limits: its clients have none until it"
                     " ends; drain the GPU and run `vgpu-agent mps restart"

@@ -4,9 +4,9 @@ What is changed of a GPU is remembered first, so that `restore` can undo it.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vgpu_agent import store
 from vgpu_agent.errors import DriverError, MpsSetupError, StoreError
@@ -23,6 +23,12 @@ SetComputeMode = Callable[[str, ComputeMode], bool]
 """Sets the mode of the GPU of that UUID; False where it has none. Blocks; raises DriverError."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    boot_id: str
+    modes: Mapping[str, ComputeMode]
+
+
 class ComputeModes:
     """The compute modes of a node's GPUs, and those that were found before ours, in this boot.
 
@@ -36,11 +42,11 @@ class ComputeModes:
         self._boot_id = store.boot_id()
         self._before: dict[str, ComputeMode] = {}
         try:
-            data: Any = store.read(path)
-            if data is not None and data["boot_id"] == self._boot_id:
-                self._before = {uuid: ComputeMode(mode) for uuid, mode in data["modes"].items()}
-        except (StoreError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s is damaged (%r): the modes found now are remembered", path, error)
+            kept = store.read_as(_Kept, path)
+            if kept is not None and kept.boot_id == self._boot_id:
+                self._before = dict(kept.modes)
+        except StoreError as error:
+            log.warning("%s: the modes found now are remembered", error)
 
     async def take(self, rules: SharingRules) -> None:
         """EXCLUSIVE_PROCESS for the shared GPUs, so that no process can bypass MPS on them."""
@@ -102,7 +108,7 @@ class ComputeModes:
 
     def _remember(self, before: dict[str, ComputeMode]) -> None:
         try:
-            store.write(self._path, {"boot_id": self._boot_id, "modes": before})
+            store.write(self._path, asdict(_Kept(self._boot_id, before)))
         except StoreError as error:
             raise MpsSetupError(
                 f"{error}, so compute modes could not be restored: mount its directory writable, or"

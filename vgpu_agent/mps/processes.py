@@ -34,11 +34,14 @@ def find(pid: int) -> Process | None:
 
 def _stat(pid: int) -> list[str]:
     """What `stat` says after the name, which stands in brackets and may hold anything."""
-    try:
-        text = (PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return []
-    return text.rpartition(")")[2].split()
+    return _read(pid, "stat").rpartition(b")")[2].decode(errors="replace").split()
+
+
+def _read(pid: int, file: str) -> bytes:
+    """A file of a process; nothing where it has ended, or where we may not look."""
+    with suppress(OSError):
+        return (PROC / str(pid) / file).read_bytes()
+    return b""
 
 
 def find_named(name: str) -> Iterator[Process]:
@@ -49,9 +52,8 @@ def find_named(name: str) -> Iterator[Process]:
         names = set()
         with suppress(OSError):
             names.add((directory / "exe").readlink().name)
-        with suppress(OSError):
-            first = (directory / "cmdline").read_bytes().partition(b"\0")[0]
-            names.add(Path(os.fsdecode(first)).name)
+        first = _read(int(directory.name), "cmdline").partition(b"\0")[0]
+        names.add(Path(os.fsdecode(first)).name)
         process = find(int(directory.name)) if name in names else None
         if process is not None:
             yield process
@@ -62,11 +64,7 @@ def variable_of(process: Process, name: str) -> str | None:
 
     None where it has none, or where we may not look (that takes root, or its own user).
     """
-    try:
-        environment = (PROC / str(process.pid) / "environ").read_bytes()
-    except OSError:
-        return None
-    for entry in environment.split(b"\0"):
+    for entry in _read(process.pid, "environ").split(b"\0"):
         key, _, value = entry.partition(b"=")
         if key == name.encode():
             return os.fsdecode(value)
@@ -74,12 +72,9 @@ def variable_of(process: Process, name: str) -> str | None:
 
 
 def is_daemon(process: Process) -> bool:
-    """Whether it is a control daemon, and not somebody who asks one."""
-    try:
-        words = (PROC / str(process.pid) / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return True
-    return not {b"-f", b"-d"}.isdisjoint(words)
+    """Whether it is a control daemon, or gone, and not somebody who asks one."""
+    words = _read(process.pid, "cmdline").split(b"\0")
+    return words == [b""] or not {b"-f", b"-d"}.isdisjoint(words)
 
 
 def owner_of(process: Process) -> int | None:

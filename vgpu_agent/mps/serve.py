@@ -14,21 +14,23 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import anyio
+
 from vgpu_agent import store
-from vgpu_agent.errors import MpsBinaryError, MpsError, MpsSetupError, StoreError
+from vgpu_agent.errors import MpsError, MpsSetupError, StoreError
 from vgpu_agent.mps import processes, trees
+from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.directories import PIPE_MODE, DaemonDirectories, Directories
 from vgpu_agent.mps.processes import Process
-from vgpu_agent.mps.programs import CONTROL, SERVER, cannot_run, locked, open_lock
+from vgpu_agent.mps.programs import CONTROL, SERVER, cannot_run
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def start(
     """Makes this process the daemon, which sees only these GPUs. Raises MpsError and StoreError."""
     binary = shutil.which(CONTROL)
     if binary is None:
-        raise MpsBinaryError(cannot_run(CONTROL, "it is not there"))
+        raise MpsSetupError(cannot_run(CONTROL, "it is not there"))
     with (
         trees.made(directories.root.parent, 0o755) as parent,
         trees.made(directories.root, 0o755, parent) as root,
@@ -170,31 +172,9 @@ def end(directories: DaemonDirectories, binary: str = CONTROL) -> list[Process]:
 
 def _quit(directories: DaemonDirectories, binary: str) -> None:
     """Asks the daemon to end. What is said is of no use: a busy daemon may say nothing too."""
-    with _asking(directories), suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(  # noqa: S603 - the driver's, or a test's
-            [binary],
-            input=f"quit -t {QUIT_SECONDS}\n".encode(),
-            env={**os.environ, **directories.environment()},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=QUIT_SECONDS + 2,
-            check=False,
-        )
-
-
-@contextmanager
-def _asking(directories: DaemonDirectories) -> Iterator[None]:
-    """While no other process of ours asks, if that can be had soon."""
-    try:
-        descriptor = open_lock(directories.lock)
-    except OSError:
-        yield
-        return
-    try:
-        _wait(lambda: locked(descriptor), 2.0)
-        yield
-    finally:
-        os.close(descriptor)
+    control = Control(directories, binary=binary, timeout=QUIT_SECONDS + 2)
+    with suppress(MpsError):
+        anyio.run(control.ask, f"quit -t {QUIT_SECONDS}")
 
 
 def kill(find: Callable[[], list[Process]]) -> list[Process]:

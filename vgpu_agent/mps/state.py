@@ -51,34 +51,25 @@ class State:
     daemons: Mapping[str, Watched] = field(default_factory=dict)
 
 
-def write(path: Path, state: State) -> None:
-    """Replaces the file as a whole. Raises StoreError."""
-    store.write(path, {"format": FORMAT, **asdict(state)})
+def as_data(state: State) -> Mapping[str, object]:
+    """As it is written."""
+    return {"format": FORMAT, **asdict(state)}
 
 
 def read(path: Path) -> State | None:
     """The file, or None where there is none. Raises StoreError where it makes no sense."""
-    found = store.read(path)
-    if found is None:
-        return None
-    if found.get("format") != FORMAT:
-        raise StoreError(
-            f"{path} is of another version of the agent: drain the node and delete its MPS pod"
-        )
-    try:
-        state: State = store.decoded(State, found, "it")
-    except (ValueError, OverflowError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
-    if any(gpu.replicas < 1 for each in state.daemons.values() for gpu in each.look.gpus):
+    hint = ": drain the node and delete its MPS pod"
+    state = store.read_as(State, path, form=FORMAT, hint=hint)
+    looks = () if state is None else (each.look for each in state.daemons.values())
+    if any(gpu.replicas < 1 for look in looks for gpu in look.gpus):
         raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")
     return state
 
 
-def write_division(path: Path, rules: SharingRules) -> None:
-    """Says how the agent divides the GPUs. Raises StoreError."""
+def division(rules: SharingRules) -> Mapping[str, object]:
+    """How the agent divides the GPUs, as it is written."""
     said = {name: getattr(rules, name) for name in DIVISION}
-    said["replicas_by_gpu"] = dict(rules.replicas_by_gpu)  # JSON knows no other mapping
-    store.write(path, said)
+    return {**said, "replicas_by_gpu": dict(rules.replicas_by_gpu)}  # JSON knows no other mapping
 
 
 def with_division(path: Path, rules: SharingRules) -> SharingRules:
@@ -128,15 +119,11 @@ _FLOCK = "hhqqi4x"
 
 def _free(lock: Path) -> bool:
     """Whether nobody holds that lock; not where there is none to look at."""
-    try:
+    with suppress(OSError):
         descriptor = store.open_regular(lock, os.O_RDONLY | os.O_NOFOLLOW)
-        if descriptor is None:
-            return False
-        try:
-            ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-            found: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, ask))[0]
-        finally:
-            os.close(descriptor)
-    except OSError:
-        return False
-    return found == fcntl.F_UNLCK
+        if descriptor is not None:
+            with store.closing(descriptor):
+                ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+                answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, ask)
+            return bool(struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK)
+    return False

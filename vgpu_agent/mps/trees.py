@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vgpu_agent.errors import MpsSetupError
+from vgpu_agent.store import closing
 
 log = logging.getLogger(__name__)
 
@@ -84,23 +85,18 @@ def renew(
 def _in_order(name: str, mode: int, parent: int, ours: Sequence[str]) -> bool:
     """Whether a directory is ours, has that mode and no more rights, and is now empty."""
     try:
-        descriptor = os.open(name, _FLAGS, dir_fd=parent)
+        with closing(os.open(name, _FLAGS, dir_fd=parent)) as descriptor:
+            for each in ours:
+                with suppress(FileNotFoundError):
+                    os.unlink(each, dir_fd=descriptor)
+            found = os.fstat(descriptor)
+            expected = (os.geteuid(), os.getegid(), mode)
+            # Access control lists would be inherited by the daemon's sockets.
+            attributes = {each for each in os.listxattr(descriptor) if each != _LABEL}
+            with os.scandir(descriptor) as entries:
+                empty = next(entries, None) is None
     except OSError:
         return False
-    try:
-        for each in ours:
-            with suppress(FileNotFoundError):
-                os.unlink(each, dir_fd=descriptor)
-        found = os.fstat(descriptor)
-        expected = (os.geteuid(), os.getegid(), mode)
-        # Access control lists would be inherited by the daemon's sockets.
-        attributes = {each for each in os.listxattr(descriptor) if each != _LABEL}
-        with os.scandir(descriptor) as entries:
-            empty = next(entries, None) is None
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
     right = (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == expected
     return right and empty and not attributes
 
@@ -134,7 +130,7 @@ def remove(name: str, parent: int, until: float) -> int:
     Ends at that time of the monotonic clock. Enters no other file system, passes over what cannot
     be removed, and keeps two descriptors and some names, however deep and wide the tree is.
     """
-    if _unlink(name, parent):
+    if _removed(os.unlink, name, parent):
         return 0
     device = os.fstat(parent).st_dev
     top = _enter(name, parent, device)
@@ -142,12 +138,11 @@ def remove(name: str, parent: int, until: float) -> int:
         return 1
     removed, left = 1, 1
     try:
-        while removed and left and time.monotonic() < until:
-            removed, left = _sweep(top, device, until)
+        with closing(top):
+            while removed and left and time.monotonic() < until:
+                removed, left = _sweep(top, device, until)
     except OSError:
         left = 1
-    finally:
-        os.close(top)
     if not left and _removed(os.rmdir, name, parent):
         return 0
     return max(left, 1)
@@ -163,7 +158,7 @@ def _sweep(top: int, device: int, until: float) -> tuple[int, int]:
                 if time.monotonic() > until:
                     return removed, left + len(pending)
                 name = pending.pop()
-                if _unlink(name, top) or _empty(name, top, device, pending, until):
+                if _removed(os.unlink, name, top) or _empty(name, top, device, pending, until):
                     removed += 1
                 else:
                     left += 1
@@ -179,44 +174,31 @@ def _empty(name: str, top: int, device: int, pending: list[str], until: float) -
     if descriptor is None:
         return False
     try:
-        with os.scandir(descriptor) as entries:
+        with closing(descriptor), os.scandir(descriptor) as entries:
             for entry in entries:
                 if time.monotonic() > until:
                     return False
-                if not _unlink(entry.name, descriptor) and len(pending) < _PENDING:
+                if not _removed(os.unlink, entry.name, descriptor) and len(pending) < _PENDING:
                     moved = secrets.token_hex(8)
                     with suppress(OSError):
                         os.rename(entry.name, moved, src_dir_fd=descriptor, dst_dir_fd=top)
                         pending.append(moved)
     except OSError:
         return False
-    finally:
-        os.close(descriptor)
     return _removed(os.rmdir, name, top)
 
 
 def _enter(name: str, parent: int, device: int) -> int | None:
     """A descriptor of a directory on that device that can be read and emptied, if we may."""
-    try:
-        found = os.open(name, os.O_PATH | _FLAGS, dir_fd=parent)
-    except OSError:
-        return None
-    try:
+    flags = os.O_PATH | _FLAGS
+    with suppress(OSError), closing(os.open(name, flags, dir_fd=parent)) as found:
         what = os.fstat(found)
-        if what.st_dev != device:
-            return None
-        if stat.S_IMODE(what.st_mode) & 0o700 != 0o700:
-            with suppress(OSError):
-                Path(f"/proc/self/fd/{found}").chmod(0o700)  # not by its name
-        return os.open(".", _FLAGS, dir_fd=found)
-    except OSError:
-        return None
-    finally:
-        os.close(found)
-
-
-def _unlink(name: str, parent: int) -> bool:
-    return _removed(os.unlink, name, parent)
+        if what.st_dev == device:
+            if stat.S_IMODE(what.st_mode) & 0o700 != 0o700:
+                with suppress(OSError):
+                    Path(f"/proc/self/fd/{found}").chmod(0o700)  # not by its name
+            return os.open(".", _FLAGS, dir_fd=found)
+    return None
 
 
 def _removed(how: Callable[..., None], name: str, parent: int) -> bool:

@@ -5,15 +5,12 @@ servers are the daemons'. A watcher that comes back goes on from what the one be
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import anyio
 
-from vgpu_agent.errors import StoreError
+from vgpu_agent.errors import Once, StoreError
 from vgpu_agent.mps import state
 from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.directories import Directories
@@ -21,6 +18,7 @@ from vgpu_agent.mps.look import Measure, Watcher
 from vgpu_agent.mps.programs import CONTROL, hold
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.pace import since_boot
+from vgpu_agent.store import Said, closing
 from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
@@ -47,14 +45,13 @@ async def watch(
     Whether there is a new daemon, and what one writes, is seen every `poll_seconds`; all else is
     asked for every `look_seconds`, and less often where there is no server.
     """
-    lock = hold(directories.watch)
-    try:
+    with closing(hold(directories.watch)):
         try:
             known = (state.read(directories.state) or plan).daemons
         except StoreError as error:
             log.warning("%s; it is replaced", error)
             known = {}
-        report = _Report(directories.state, plan)
+        said = Said(directories.state, state.read)
         watchers = {
             name: Watcher(
                 planned.look,
@@ -66,67 +63,44 @@ async def watch(
             for name, planned in plan.daemons.items()
         }
         async with anyio.create_task_group() as tasks:
-            for name, one in watchers.items():
-                found = partial(report.found, name)
-                tasks.start_soon(one.run, found, poll_seconds, look_seconds)
+            for one in watchers.values():
+                tasks.start_soon(one.run, poll_seconds, look_seconds)
             if divided is not None:
                 tasks.start_soon(_divide, watchers, divided, look_seconds)
+            trouble = Once(log)
             while True:
                 await anyio.sleep(poll_seconds)
-                await report.beat()
-    finally:
-        os.close(lock)
+                try:
+                    await _say(said, watchers, plan)
+                    trouble.warn()
+                except StoreError as error:
+                    trouble.warn(f"{error}: mount its directory writable, and run this as root")
 
 
 async def _divide(
     watchers: Mapping[str, Watcher], divided: Callable[[], State], seconds: float
 ) -> None:
-    problem = ""
+    trouble = Once(log)
     while True:
         await anyio.sleep(seconds)
         try:
             plan = await in_thread(divided)
         except StoreError as error:
-            if str(error) != problem:
-                log.warning("%s: GPUs stay divided as they are", error)
-            problem = str(error)
+            trouble.warn(f"{error}: GPUs stay divided as they are")
             continue
-        problem = ""
+        trouble.warn()
         for name, planned in plan.daemons.items():
             if name in watchers:
                 watchers[name].divide(planned.look)
 
 
-class _Report:
-    """Keeps `state` as what was seen last; a write that fails is tried again at the next beat."""
-
-    def __init__(self, path: Path, plan: State) -> None:
-        self._path = path
-        self._plan = plan
-        self._daemons: dict[str, Watched] = {}
-        self._written: dict[str, Watched] = {}
-        self._last = 0.0
-        self._problem = ""
-
-    def found(self, name: str, watched: Watched) -> None:
-        """A daemon was looked at."""
-        self._daemons[name] = watched
-
-    async def beat(self) -> None:
-        """Writes what changed, and now and then what did not."""
-        daemons, now = dict(self._daemons), since_boot()
-        same = {name: _known(each) for name, each in daemons.items()}
-        if not daemons or (same == self._written and now - self._last < BEAT):
-            return
-        found = replace(self._plan, beat=now, daemons=daemons)
-        try:
-            await in_thread(state.write, self._path, found)
-        except StoreError as error:
-            if str(error) != self._problem:
-                log.warning("%s: mount its directory writable, and run this as root", error)
-            self._problem = str(error)
-        else:
-            self._written, self._last, self._problem = same, now, ""
+async def _say(said: Said[State], watchers: Mapping[str, Watcher], plan: State) -> None:
+    """Writes what changed, and now and then what did not. Raises StoreError."""
+    daemons = {name: one.watched for name, one in watchers.items() if one.looked}
+    known = {name: _known(each) for name, each in daemons.items()}
+    if daemons and said.is_due(known, BEAT):
+        data = state.as_data(replace(plan, beat=since_boot(), daemons=daemons))
+        await in_thread(said.say, data, known)
 
 
 def _known(watched: Watched) -> Watched:

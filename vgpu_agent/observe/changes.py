@@ -7,8 +7,6 @@ pods, and what to do next.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from types import MappingProxyType
 
 from vgpu_agent.model import advice
 from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
@@ -20,6 +18,7 @@ from vgpu_agent.model.policy import judge_xid, remedy
 from vgpu_agent.model.rules import HealthRules
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe.logs import Repeats
+from vgpu_agent.observe.report import iso
 
 log = logging.getLogger("vgpu_agent")
 
@@ -36,7 +35,7 @@ class LogLine:
 
     level: int
     message: str
-    fields: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    fields: Mapping[str, object] = field(default_factory=dict)
     times: int = 0
 
 
@@ -80,9 +79,9 @@ def _driver(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine
         return
     if new.released_until is not None:
         if old.released_until is None:
-            yield _warning("released all GPUs; reset them now", until=_time(new.released_until))
+            yield _warning("released all GPUs; reset them now", until=iso(new.released_until))
         else:
-            yield _info("the release is longer", until=_time(new.released_until))
+            yield _info("the release is longer", until=iso(new.released_until))
     elif new.error is not None:
         # Where a call for all GPUs hangs, those that answer for themselves are given on.
         answer = any(shared.healthy for shared in after.inventory.gpus)
@@ -95,10 +94,6 @@ def _driver(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine
 
 def _next(what: Advice, rules: Rules) -> str:
     return f"Next: {in_a_line(what, rules.place)}"
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _xids(before: Snapshot, after: Snapshot, rules: HealthRules) -> Iterator[LogLine]:

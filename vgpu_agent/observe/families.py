@@ -6,10 +6,11 @@ labels are known beforehand begins at 0: `increase` sees no step from nothing.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 from prometheus_client.core import Metric
 
-from vgpu_agent.model.devices import Reason, device_id
+from vgpu_agent.model.devices import Gpu, Reason, device_id
 from vgpu_agent.model.share import max_vgpus
 from vgpu_agent.model.snapshot import RegistrationResult, Snapshot
 from vgpu_agent.observe import usage
@@ -25,10 +26,6 @@ from vgpu_agent.observe.family import (
 )
 from vgpu_agent.observe.mps import METRICS as MPS_METRICS
 from vgpu_agent.observe.mps import mps_report
-
-
-def _text(number: int | None) -> str:
-    return "" if number is None else str(number)
 
 
 def _node(of: Source, s: Snapshot) -> Iterator[Metric]:
@@ -60,6 +57,10 @@ def _node(of: Source, s: Snapshot) -> Iterator[Metric]:
     )
 
 
+def _numa(gpu: Gpu) -> str:
+    return "" if gpu.numa_node is None else str(gpu.numa_node)
+
+
 def _gpus(of: Source, s: Snapshot) -> Iterator[Metric]:
     gpus, version = s.inventory.gpus, s.driver.version or ""
 
@@ -75,35 +76,18 @@ def _gpus(of: Source, s: Snapshot) -> Iterator[Metric]:
             if (used := s.memory_used.get(gpu.uuid)) is not None:
                 yield (*of_gpu(gpu), "used"), used
 
-    none_yet = dict.fromkeys(
-        (
-            (g.gpu.uuid, to, reason)
-            for g in gpus
-            for to in ("healthy", "unhealthy")
-            for reason in Reason
-        ),
-        0,
-    )
+    uuids = [shared.gpu.uuid for shared in gpus]
+    none_yet = dict.fromkeys(product(uuids, ("healthy", "unhealthy"), Reason), 0)
     described = len((s.gpus.keys() & s.present) - {each.gpu.uuid for each in s.undescribed})
-    for name, what, count in (
-        ("vgpu_gpus_counted", "How many GPUs the driver counts.", described + len(s.undescribed)),
-        ("vgpu_gpus_described", "How many GPUs of those say what they are.", described),
-    ):
-        yield one(name, what, count)
+    counted = described + len(s.undescribed)
+    yield one("vgpu_gpus_counted", "How many GPUs the driver counts.", counted)
+    yield one("vgpu_gpus_described", "How many GPUs of those say what they are.", described)
     yield family(
         "vgpu_gpu_info",
         "What a GPU is.",
         (*GPU, "model", "driver_version", "numa_node"),
         (
-            (
-                (
-                    *of_gpu(gpu),
-                    gpu.model,
-                    version,
-                    "" if gpu.numa_node is None else str(gpu.numa_node),
-                ),
-                1,
-            )
+            ((*of_gpu(gpu), gpu.model, version, _numa(gpu)), 1)
             for gpu in (shared.gpu for shared in gpus)
         ),
     )

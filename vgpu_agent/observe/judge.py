@@ -33,9 +33,9 @@ NONE = Advice("")
 def checks(report: Report, rules: Rules) -> Iterator[Check]:
     """All that a running agent says. The first cause first."""
     look = [*of_look(report, rules)]
-    yield from (check for check in look if check.gpu is None)
+    yield from (each for each in look if each.gpu is None)
     yield from _agent(report, rules.place)
-    yield from (check for check in look if check.gpu is not None)
+    yield from (each for each in look if each.gpu is not None)
 
 
 def of_look(report: Report, rules: Rules) -> Iterator[Check]:
@@ -54,12 +54,13 @@ def of_look(report: Report, rules: Rules) -> Iterator[Check]:
     for uuid, reason in report.cordoned.items():
         if uuid not in shared:
             detail = f"{uuid} is cordoned, and gives no vGPUs: {reason or 'no reason given'}"
-            yield _check("cordoned", WARN, detail, advice.cordoned(uuid, rules.place))
+            yield check("cordoned", WARN, detail, advice.cordoned(uuid, rules.place))
 
 
-def _check(
+def check(
     name: str, verdict: Verdict, detail: str, what: Advice = NONE, gpu: str | None = None
 ) -> Check:
+    """A check with its advice, where it is not ok."""
     if verdict is OK:
         what = NONE
     return Check(name, verdict, detail, what.what, what.steps, gpu)
@@ -72,39 +73,39 @@ def _driver(report: Report, place: Place) -> Iterator[Check]:
     driver = report.driver
     if driver.released_until is not None:
         detail = f"all GPUs are released for a reset until {utc(driver.released_until)}"
-        yield _check("driver", WARN, detail, advice.released(place))
+        yield check("driver", WARN, detail, advice.released(place))
     elif driver.error is not None:
-        yield _check("driver", FAIL, driver.error, advice.driver_down(place))
+        yield check("driver", FAIL, driver.error, advice.driver_down(place))
     else:
-        yield _check("driver", OK, f"version {driver.version}")
+        yield check("driver", OK, f"version {driver.version}")
     if not report.health_checks:
         detail = "off: pods are put on broken GPUs"
-        yield _check("health checks", WARN, detail, advice.CHECKS_OFF)
+        yield check("health checks", WARN, detail, advice.CHECKS_OFF)
 
 
 def _mps(report: Report, place: Place) -> Iterator[Check]:
     mps = report.mps
     if mps is None:
-        yield _check("sharing", OK, "by time-slicing, without MPS")
+        yield check("sharing", OK, "by time-slicing, without MPS")
         return
     yield _mps_daemons(mps, place)
     if mps.unwatched is not None:
-        yield _check("mps watch", WARN, mps.unwatched, advice.mps(place))
+        yield check("mps watch", WARN, mps.unwatched, advice.mps(place))
     if mps.replacement is not None:
-        yield _check("mps settings", WARN, mps.replacement, advice.mps_replacement(place))
+        yield check("mps settings", WARN, mps.replacement, advice.mps_replacement(place))
     for gpu in report.gpus:
         daemon = mps.daemons[gpu.uuid]
         name = f"GPU {gpu.index} mps"
         if daemon.busy is not None:
-            yield _check(name, WARN, daemon.busy, advice.mps_busy(place), gpu.uuid)
+            yield check(name, WARN, daemon.busy, advice.mps_busy(place), gpu.uuid)
         if daemon.failing is not None:
-            yield _check(name, FAIL, daemon.failing, advice.mps(place), gpu.uuid)
+            yield check(name, FAIL, daemon.failing, advice.mps(place), gpu.uuid)
     if mps.waiting_clients:
         detail = f"{mps.waiting_clients} clients of another user wait until all of the first end"
-        yield _check("mps clients", WARN, detail, advice.MPS_ONE_USER)
+        yield check("mps clients", WARN, detail, advice.MPS_ONE_USER)
     if mps.split_containers:
         detail = f"{mps.split_containers} containers hold vGPUs of several GPUs and cannot start"
-        yield _check("mps containers", FAIL, detail, advice.MPS_SPLIT)
+        yield check("mps containers", FAIL, detail, advice.MPS_SPLIT)
 
 
 def _limits(report: Report, rules: Rules) -> Iterator[Check]:
@@ -114,36 +115,36 @@ def _limits(report: Report, rules: Rules) -> Iterator[Check]:
     if limits.mode is Mode.DRIVER:
         detail = "set by the driver for every container that holds vGPUs"
         some = limits.error and f"not on every GPU: {limits.error}"
-        yield _check(name, WARN if some else OK, some or detail, what)
+        yield check(name, WARN if some else OK, some or detail, what)
     elif limits.mode is Mode.HOOK:
         detail = "by the driver, where the node's container toolkit sets them"
         some = f"; not on every GPU: {limits.error}" if limits.error else ""
-        yield _check(name, OK, f"{detail}{some}")
+        yield check(name, OK, f"{detail}{some}")
     elif limits.mode is Mode.NONE:
         wanted = rules.sharing.memory_limits is MemoryLimits.DRIVER
-        yield _check(name, FAIL if wanted else OK, f"not by the driver: {limits.error}", what)
+        yield check(name, FAIL if wanted else OK, f"not by the driver: {limits.error}", what)
 
 
 def _mps_daemons(mps: MpsReport, place: Place) -> Check:
     if mps.problem is not None:
-        return _check("mps", FAIL, f"no vGPU can be given: {mps.problem}", advice.mps(place))
+        return check("mps", FAIL, f"no vGPU can be given: {mps.problem}", advice.mps(place))
     clients = sum(mps.clients.values())
     serving = sum(daemon.problem is None for daemon in mps.daemons.values())
     detail = f"{serving} of {len(mps.daemons)} GPUs are served, with {clients} clients"
     if serving == len(mps.daemons):
-        return _check("mps", OK, detail)
-    return _check("mps", FAIL, detail, advice.mps(place))
+        return check("mps", OK, detail)
+    return check("mps", FAIL, detail, advice.mps(place))
 
 
 def _overview(report: Report, place: Place) -> Iterator[Check]:
     shared, excluded = len(report.gpus), len(report.excluded)
     detail = f"{shared} of {shared + excluded} GPUs are shared, as {report.vgpus.total} vGPUs"
     if shared:
-        yield _check("GPUs", OK, detail)
+        yield check("GPUs", OK, detail)
     elif excluded:
-        yield _check("GPUs", FAIL, detail, advice.ALL_EXCLUDED)
+        yield check("GPUs", FAIL, detail, advice.ALL_EXCLUDED)
     elif report.driver.up:
-        yield _check("GPUs", FAIL, "the driver lists no GPU", advice.no_gpu(place))
+        yield check("GPUs", FAIL, "the driver lists no GPU", advice.no_gpu(place))
 
 
 def _agent(report: Report, place: Place) -> Iterator[Check]:
@@ -152,28 +153,28 @@ def _agent(report: Report, place: Place) -> Iterator[Check]:
     pods = report.podresources
     if pods.up:
         usage = "" if report.process_metrics else "; usage: off (`VGPU_PROCESS_METRICS`)"
-        yield _check("podresources", OK, f"the kubelet says who holds which vGPU{usage}")
+        yield check("podresources", OK, f"the kubelet says who holds which vGPU{usage}")
     else:
         old = "" if report.orphaned is None else ", what is shown is older"
         why = pods.error or "for an unknown reason"
         detail = f"the kubelet does not say who holds which vGPU{old}: {why}"
-        yield _check("podresources", WARN, detail, advice.podresources(place))
+        yield check("podresources", WARN, detail, advice.podresources(place))
     if report.orphaned:
         detail = f"held, but no longer advertised: {', '.join(report.orphaned)}"
-        yield _check("orphaned", WARN, detail, advice.ORPHANED)
+        yield check("orphaned", WARN, detail, advice.ORPHANED)
     for problem in report.problems:
-        yield _check("agent", WARN, problem, advice.agent_log(place))
+        yield check("agent", WARN, problem, advice.agent_log(place))
 
 
 def _kubelet(kubelet: KubeletReport, place: Place) -> Check:
     if kubelet.connected and kubelet.error is None:
-        return _check("kubelet", OK, "registered, and it follows the list")
+        return check("kubelet", OK, "registered, and it follows the list")
     if kubelet.connected:
         detail = f"connected, after {kubelet.error}"
-        return _check("kubelet", WARN, detail, advice.agent_log(place))
+        return check("kubelet", WARN, detail, advice.agent_log(place))
     state = "it does not follow the list" if kubelet.registered else "not registered"
     what = advice.rival(place) if kubelet.rival else advice.kubelet_away(place)
-    return _check("kubelet", FAIL, f"{state}: {kubelet.error or 'starting'}", what)
+    return check("kubelet", FAIL, f"{state}: {kubelet.error or 'starting'}", what)
 
 
 # GPUs
@@ -185,7 +186,7 @@ def _gpu(gpu: GpuReport, report: Report, rules: Rules) -> Iterator[Check]:
     if gpu.healthy:
         size = f"{_memory(gpu.memory_bytes)}; {gpu.vgpus.total} vGPUs of {_memory(gpu.vgpu_bytes)}"
         detail = f"{gpu.model} {gpu.uuid}, {size}; healthy"
-        yield _check(name, OK, detail, gpu=gpu.uuid)
+        yield check(name, OK, detail, gpu=gpu.uuid)
     else:
         what = advice.for_gpu(gpu.remedy or Remedy.LOOK, gpu.uuid, place, rules.sharing)
         if not report.driver.up:
@@ -193,22 +194,22 @@ def _gpu(gpu: GpuReport, report: Report, rules: Rules) -> Iterator[Check]:
         detail = f"unhealthy: {'; '.join(map(_fault, gpu.faults))}"
         # A cordon is meant: nothing is wrong with the GPU.
         meant = all(fault.reason == Reason.CORDONED for fault in gpu.faults)
-        yield _check(name, WARN if meant else FAIL, detail, what, gpu.uuid)
+        yield check(name, WARN if meant else FAIL, detail, what, gpu.uuid)
     for note in gpu.notes:
-        yield _check(f"{name} note", WARN, note, advice.NOTES, gpu.uuid)
+        yield check(f"{name} note", WARN, note, advice.NOTES, gpu.uuid)
     if gpu.unattributed_processes:
         detail = f"{gpu.unattributed_processes} processes of no pod that holds its vGPUs"
-        yield _check(f"{name} processes", WARN, detail, advice.processes(place), gpu.uuid)
+        yield check(f"{name} processes", WARN, detail, advice.processes(place), gpu.uuid)
     for each in report.allocations or ():
         if each.gpu_uuid == gpu.uuid and each.is_over_share:
             used, share = _memory(each.memory_used_bytes), _memory(each.memory_share_bytes)
             detail = f"{_who(each)}, uses {used} of its share of {share}"
-            yield _check(f"{name} share", WARN, detail, advice.OVER_SHARE, gpu.uuid)
+            yield check(f"{name} share", WARN, detail, advice.OVER_SHARE, gpu.uuid)
         if each.gpu_uuid == gpu.uuid and each.memory_limit_problem is not None:
             detail = f"{_who(each)}, runs without its limit: {each.memory_limit_problem}"
             enforced = report.memory_limits.mode is Mode.DRIVER
             what = advice.no_limits(place, enforced=enforced)
-            yield _check(f"{name} memory limit", WARN, detail, what, gpu.uuid)
+            yield check(f"{name} memory limit", WARN, detail, what, gpu.uuid)
 
 
 def _who(allocation: AllocationReport) -> str:
@@ -228,6 +229,6 @@ def _excluded(gpu: ExcludedReport, place: Place) -> Check:
     detail = f"{gpu.model} {gpu.uuid} is excluded ({gpu.reason}): {gpu.detail}"
     # The detail says what to do; of a GPU that says nothing it is not known what it would be.
     if gpu.reason in ("error", "timeout", "lost"):
-        return _check(name, FAIL, detail, advice.silent_gpu(place), gpu.uuid)
+        return check(name, FAIL, detail, advice.silent_gpu(place), gpu.uuid)
     verdict = OK if gpu.reason == "replicas" else WARN
-    return _check(name, verdict, detail, advice.EXCLUDED, gpu.uuid)
+    return check(name, verdict, detail, advice.EXCLUDED, gpu.uuid)

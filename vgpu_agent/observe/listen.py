@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import anyio
 
 from vgpu_agent.address import Address
-from vgpu_agent.errors import SHORTAGES, ListenError
+from vgpu_agent.errors import SHORTAGES, ListenError, Once
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _open(address: Address) -> socket.socket:
 
 async def listen_when_possible(address: Address, *, wait: float = 1.0) -> socket.socket:
     """A listening socket, once the machine has one to give. Raises ListenError as `listen`."""
-    problem = ""
+    trouble = Once(log)
     while True:
         try:
             listener = listen(address)
@@ -61,9 +61,7 @@ async def listen_when_possible(address: Address, *, wait: float = 1.0) -> socket
             cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in SHORTAGES:
                 raise
-            if str(error) != problem:
-                problem = str(error)
-                log.warning("%s; tried again", problem)
+            trouble.warn(f"{error}; tried again")
         else:
             if ":" in address.host and listener.family == socket.AF_INET:
                 log.info("no IPv6 on this machine: metrics are served by IPv4 only")

@@ -1,6 +1,6 @@
 """What /metrics answers: the families of a snapshot and the duration of calls, in either format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from prometheus_client.core import HistogramMetricFamily, Metric
@@ -9,7 +9,6 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.utils import floatToGoString
 
 from vgpu_agent.model.snapshot import Rules, Snapshot
-from vgpu_agent.observe.exposition import exposed
 from vgpu_agent.observe.families import PARTS
 from vgpu_agent.observe.family import Source
 from vgpu_agent.observe.timings import BUCKETS, CallTimings
@@ -78,3 +77,41 @@ def durations(calls: CallTimings) -> Metric:
     for labels, counts, seconds in calls.totals():
         family.add_metric(labels, [*zip(bounds, counts, strict=True)], seconds)
     return family
+
+
+# As text
+
+
+def exposed(families: Iterable[Metric], *, in_openmetrics: bool) -> bytes:
+    """The text of the families, byte for byte as prometheus_client makes it.
+
+    That looks at every label of every sample as if it might be of any kind: 2400 samples take it
+    17 ms, and 50 ms as OpenMetrics. Ours are of few types, with plain names.
+    """
+    lines: list[str] = []
+    escaped: dict[str, str] = {}
+    for family in families:
+        text = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+        name = family.name
+        if in_openmetrics:
+            text = text.replace('"', r"\"")
+        elif family.type == "counter":
+            name += "_total"
+        lines += (f"# HELP {name} {text}", f"# TYPE {name} {family.type}")
+        for sample in family.samples:
+            pairs = []
+            for label in sorted(sample.labels):
+                value = sample.labels[label]
+                if value not in escaped:
+                    escaped[value] = _escaped(value)
+                pairs.append(f'{label}="{escaped[value]}"')
+            labels = f"{{{','.join(pairs)}}}" if pairs else ""
+            number = floatToGoString(sample.value)  # type: ignore[no-untyped-call]
+            lines.append(f"{sample.name}{labels} {number}")
+    if in_openmetrics:
+        lines.append("# EOF")
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from vgpu_agent.model.acceptance import Acceptance, Counts
@@ -255,6 +256,11 @@ def from_json(text: bytes) -> Report:
     except OverflowError as error:
         raise ValueError("a number is too large") from error
     return report
+
+
+def iso(seconds: float) -> str:
+    """A time of the report, from seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def utc(time: str) -> str:

@@ -1,7 +1,6 @@
 """Makes the report of a snapshot."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from vgpu_agent import __version__
 from vgpu_agent.model.acceptance import Counts, acceptance, counts, gpu_counts
@@ -23,42 +22,34 @@ from vgpu_agent.observe.report import (
     LimitsReport,
     PodResourcesReport,
     Report,
+    iso,
 )
 
 
-def make_report(
-    snapshot: Snapshot,
-    rules: Rules,
-    now: float,
-    *,
-    names_pods: bool = True,
-    version: str = __version__,
-) -> Report:
+def make_report(snapshot: Snapshot, rules: Rules, now: float, *, names_pods: bool = True) -> Report:
     """The report of a snapshot; `now` is in seconds since the epoch.
 
     Without `names_pods` it is not said which containers hold what.
     """
-    report = _report(snapshot, rules, now, names_pods=names_pods, version=version)
-    return replace(report, checks=tuple(judge.checks(report, rules)))
-
-
-def _report(
-    snapshot: Snapshot, rules: Rules, now: float, *, names_pods: bool, version: str
-) -> Report:
     driver, kubelet, gpus = snapshot.driver, snapshot.kubelet, snapshot.inventory.gpus
     known = snapshot.assignments is not None
-    usage = None if snapshot.usage is None else snapshot.usage.problem
     mps = snapshot.mps
     applied = None if mps is None else mps.look.limits
     limited = rules.sharing.with_applied_limits(applied).limits_memory
     place, of_gpus = rules.place, gpu_counts(snapshot)
-    return Report(
+    problems = (
+        snapshot.store_error,
+        snapshot.cordon_error,
+        snapshot.holders.checkpoint_error,
+        None if snapshot.usage is None else snapshot.usage.problem,
+    )
+    report = Report(
         format=FORMAT,
-        version=version,
+        version=__version__,
         node=place.node,
         namespace=place.namespace if place.in_pod else None,
         pod=place.pod if place.in_pod else None,
-        time=_time(now),
+        time=iso(now),
         resource=rules.resource,
         acceptance=acceptance(snapshot, rules.resource, now),
         vgpus=counts(snapshot),
@@ -67,8 +58,8 @@ def _report(
             driver.up,
             driver.version,
             driver.error,
-            _time_or_none(driver.released_until),
-            _time_or_none(driver.since),
+            _time(driver.released_until),
+            _time(driver.since),
         ),
         kubelet=KubeletReport(
             kubelet.connected,
@@ -76,7 +67,7 @@ def _report(
             kubelet.streams,
             kubelet.error,
             kubelet.rival,
-            _time_or_none(kubelet.since),
+            _time(kubelet.since),
         ),
         mps=None if mps is None else mps_report(mps, snapshot, rules.sharing),
         memory_limits=_limits(snapshot.limits),
@@ -84,17 +75,7 @@ def _report(
         health_checks=rules.health.health_checks,
         process_metrics=snapshot.usage is not None,
         names_pods=names_pods,
-        problems=tuple(
-            filter(
-                None,
-                (
-                    snapshot.store_error,
-                    snapshot.cordon_error,
-                    snapshot.holders.checkpoint_error,
-                    usage,
-                ),
-            )
-        ),
+        problems=tuple(filter(None, problems)),
         gpus=tuple(_gpu(shared, of_gpus[shared.gpu.uuid], snapshot) for shared in gpus),
         excluded=tuple(
             ExcludedReport(e.gpu.uuid, e.gpu.index, e.gpu.model, e.reason, e.detail)
@@ -107,6 +88,7 @@ def _report(
         orphaned=snapshot.orphans if known else None,
         checks=(),
     )
+    return replace(report, checks=tuple(judge.checks(report, rules)))
 
 
 def _limits(look: LimitsLook | None) -> LimitsReport:
@@ -131,7 +113,7 @@ def _gpu(shared: SharedGpu, vgpus: Counts, snapshot: Snapshot) -> GpuReport:
         vgpus=vgpus,
         vgpu_bytes=shared.share_bytes(1),
         faults=tuple(
-            FaultReport(f.reason, _time(f.since), f.detail, f.effect.ends) for f in shared.faults
+            FaultReport(f.reason, iso(f.since), f.detail, f.effect.ends) for f in shared.faults
         ),
         remedy=None if shared.healthy else remedy(shared.faults),
         notes=shared.notes,
@@ -164,9 +146,5 @@ def _allocation(part: Part, snapshot: Snapshot, *, limited: bool) -> AllocationR
     )
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def _time_or_none(seconds: float | None) -> str | None:
-    return None if seconds is None else _time(seconds)
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else iso(seconds)

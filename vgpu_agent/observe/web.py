@@ -23,11 +23,9 @@ import h11
 from anyio import CancelScope
 from anyio.abc import TaskStatus
 
-from vgpu_agent.address import Address
 from vgpu_agent.errors import is_shortage
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
-from vgpu_agent.observe.listen import address_of
 from vgpu_agent.observe.logs import Repeats
 from vgpu_agent.observe.metrics import Metrics, prefers_openmetrics
 from vgpu_agent.observe.server import CANCEL, EXCHANGE_SECONDS, Server
@@ -55,10 +53,6 @@ class Answer:
     body: bytes
     content_type: str = PLAIN
     headers: Mapping[str, str] | None = None
-
-
-Page = Callable[[Mapping[str, Any]], Awaitable[Answer]]
-"""Answers a request, whose ASGI scope it is given."""
 
 
 def load_page() -> Answer:
@@ -103,13 +97,6 @@ def _is_served(host: str, names: frozenset[str]) -> bool:
         return name in names
 
 
-def _always(answer: Answer) -> Page:
-    async def page(scope: Mapping[str, Any]) -> Answer:  # noqa: ARG001
-        return answer
-
-    return page
-
-
 class Web:
     """Serves one node's state. Owns the listening socket.
 
@@ -139,19 +126,10 @@ class Web:
         self._rendering = anyio.Lock()
         self._rendered: dict[str, tuple[float, Answer]] = {}
         self._rest_until = 0.0
-        self._pages: dict[str, Page] = {"/": _always(load_page())} if page else {}
-        self._pages |= {
-            "/metrics": self._metrics_page,
-            # That it is answered says that the loop lives.
-            "/healthz": _always(Answer(200, b"ok\n")),
-            "/readyz": self._readyz,
-            "/status.json": self._status_json,
-        }
-
-    @property
-    def address(self) -> Address:
-        """Where it listens, with the port that was found for port 0."""
-        return address_of(self._listener)
+        self._page = load_page() if page else None
+        self._paths = ["/metrics", "/healthz", "/readyz", "/status.json"]
+        if page:
+            self._paths.insert(0, "/")
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled, then lets requests end for a moment."""
@@ -205,27 +183,29 @@ class Web:
 
     async def _answer(self, scope: Mapping[str, Any]) -> Answer:
         method, path = scope["method"], scope["path"]
-        page = self._pages.get(path)
-        if page is None:
+        if path not in self._paths:
             why = "no page here: VGPU_STATUS_PAGE=off" if path == "/" else "no such path"
-            return Answer(404, f"{why}; there are {', '.join(self._pages)}\n".encode())
+            return Answer(404, f"{why}; there are {', '.join(self._paths)}\n".encode())
         if method not in ("GET", "HEAD"):
             return Answer(405, b"only GET and HEAD\n", headers={"allow": "GET, HEAD"})
         if path in ("/", "/status.json") and not _is_served(_header(scope, b"host"), self._hosts):
             return Answer(403, FOREIGN_HOST)
-        return await page(scope)
-
-    async def _metrics_page(self, scope: Mapping[str, Any]) -> Answer:
-        preferred = prefers_openmetrics(_header(scope, b"accept"))
-        return await self._render(
-            "metrics, OpenMetrics" if preferred else "metrics",
-            lambda snapshot: Answer(200, *self._metrics.render(snapshot, in_openmetrics=preferred)),
-        )
-
-    async def _status_json(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
-        return await self._render(
-            "report", lambda snapshot: Answer(200, self._report(snapshot), "application/json")
-        )
+        match path:
+            case "/metrics":
+                preferred = prefers_openmetrics(_header(scope, b"accept"))
+                return await self._render(
+                    "metrics, OpenMetrics" if preferred else "metrics",
+                    lambda now: Answer(200, *self._metrics.render(now, in_openmetrics=preferred)),
+                )
+            case "/status.json":
+                return await self._render(
+                    "report", lambda now: Answer(200, self._report(now), "application/json")
+                )
+            case "/healthz":
+                return Answer(200, b"ok\n")  # that it is answered says that the loop lives
+            case "/readyz":
+                return self._readyz()
+        return self._page or Answer(404, b"")
 
     async def _render(self, name: str, render: Callable[[Snapshot], Answer]) -> Answer:
         """Renders in a worker thread, one after the other.
@@ -245,7 +225,7 @@ class Web:
                 self._rest_until = max(begun, self._rest_until) + took / RENDERING
             return answer
 
-    async def _readyz(self, scope: Mapping[str, Any]) -> Answer:  # noqa: ARG002
+    def _readyz(self) -> Answer:
         """Whether the kubelet is registered with and follows the list, also without any GPU."""
         kubelet = self._node.snapshot.kubelet
         if kubelet.connected:

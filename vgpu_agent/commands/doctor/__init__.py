@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 
 from vgpu_agent import control, store
-from vgpu_agent.agent import make_place, make_rules
+from vgpu_agent.agent import make_place, make_rules, make_watch
 from vgpu_agent.commands import ask
 from vgpu_agent.commands.doctor import preflight
 from vgpu_agent.commands.doctor.checks import (
@@ -25,19 +25,16 @@ from vgpu_agent.commands.doctor.checks import (
     guarded,
     in_thread,
     late,
-    render_json,
-    render_text,
     unexpected,
-    worst,
 )
 from vgpu_agent.errors import NoAgentError, SettingsError, StoreError
 from vgpu_agent.gpu import cordons, memory
 from vgpu_agent.gpu.driver import GpuDriver
-from vgpu_agent.gpu.watch import GpuWatch, Intervals
+from vgpu_agent.gpu.watch import Intervals
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.limiting import make_looker
 from vgpu_agent.model.acceptance import Refusal
-from vgpu_agent.model.advice import agent_log, rival
+from vgpu_agent.model.advice import agent_log
 from vgpu_agent.model.facts import MpsLook
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.limits import shares
@@ -51,9 +48,7 @@ from vgpu_agent.observe.report import Check, Report, Verdict
 from vgpu_agent.observe.reporting import make_report
 from vgpu_agent.settings import TABLE, GpuDriverKind, Settings, variable
 from vgpu_agent.settings_reading import assume
-from vgpu_agent.settings_unknown import unknown_variables
-
-__all__ = ["Check", "Timeouts", "Verdict", "examine", "render_json", "render_text", "worst"]
+from vgpu_agent.settings_unknown import unknown_setting_warnings
 
 OTHER_MPS = Path("/tmp/nvidia-mps")  # noqa: S108 - where CUDA looks for MPS by itself
 
@@ -64,7 +59,6 @@ async def examine(
     environment: Mapping[str, str],
     make_driver: Callable[[Settings], GpuDriver],
     make_daemons: Callable[[Settings], Daemons | None],
-    make_watch: Callable[[Settings, GpuDriver, Node], GpuWatch],
     other_mps: Path = OTHER_MPS,
     timeouts: Timeouts = TIMEOUTS,
 ) -> tuple[Check, ...]:
@@ -85,7 +79,7 @@ async def examine(
         for name, checking in _preflight(settings, report, other_mps, place).items()
     ]
     if report is None:
-        looks.insert(0, look_once(settings, make_driver, make_daemons, make_watch, timeouts))
+        looks.insert(0, look_once(settings, make_driver, make_daemons, timeouts))
     return tuple(chain(checks, answered, *await asyncio.gather(*looks)))
 
 
@@ -98,8 +92,7 @@ def _ask(directory: Path, reports: list[Report], place: Place) -> Iterable[Check
             where = directory / control.SOCKET
             yield Check("agent", Verdict.OK, f"none serves {where}: looking at the node itself")
         else:
-            what = agent_log(place)
-            yield Check("agent", Verdict.WARN, str(error), what.what, what.steps)
+            yield judge.check("agent", Verdict.WARN, str(error), agent_log(place))
         return
     reports.append(report)
     detail = f"version {report.version} runs on node {report.node}, and reports what follows"
@@ -119,7 +112,6 @@ async def look_once(
     settings: Settings,
     make_driver: Callable[[Settings], GpuDriver],
     make_daemons: Callable[[Settings], Daemons | None],
-    make_watch: Callable[[Settings, GpuDriver, Node], GpuWatch],
     timeouts: Timeouts,
 ) -> tuple[Check, ...]:
     """What the agent would report of driver, GPUs and MPS. Raises nothing, and does not hang."""
@@ -207,46 +199,43 @@ def _preflight(
     endpoint = settings.plugin_directory / settings.endpoint
     control_socket = settings.state_directory / control.SOCKET
     sockets = [endpoint, control_socket, settings.kubelet_dir / POD_RESOURCES]
-    checks: dict[str, Checking] = {}
+    checks: dict[str, Checking] = {
+        "socket path": partial(preflight.check_socket_paths, *sockets),
+        "kubelet": partial(preflight.check_kubelet, settings.plugin_directory),
+        "endpoint": partial(
+            preflight.check_endpoint,
+            endpoint,
+            control_socket,
+            report,
+            settings.resource_name,
+            place,
+        ),
+        "other plugins": partial(
+            preflight.check_plugins, settings.plugin_directory, settings.endpoint
+        ),
+        "metrics address": partial(preflight.check_metrics, settings.metrics_address, place),
+        "state directory": partial(
+            preflight.check_kept_directory,
+            "state directory",
+            settings.state_directory,
+            "a restart of the agent would forget which GPUs wait for a reset",
+        ),
+        "cordon directory": partial(
+            preflight.check_kept_directory,
+            "cordon directory",
+            settings.cordon_directory,
+            "no GPU can be cordoned",
+        ),
+    }
     if real and settings.sharing_rules().mps:
-        checks["mps directories"] = lambda: preflight.check_mps_directories(
-            settings.mps_directory, place.mps_log("prepare")
+        checks["mps directories"] = partial(
+            preflight.check_mps_directories, settings.mps_directory, place
         )
     if real:
-        checks["other mps"] = lambda: [preflight.check_other_mps(other_mps)]
+        checks["other mps"] = partial(preflight.check_other_mps, other_mps)
     if report is None or not report.podresources.up:
-        checks["podresources"] = lambda: [preflight.check_podresources(settings.kubelet_dir)]
-    return checks | {
-        "socket path": lambda: preflight.check_socket_paths(*sockets),
-        "kubelet": lambda: preflight.check_kubelet(settings.plugin_directory),
-        "endpoint": lambda: [
-            preflight.check_endpoint(
-                endpoint,
-                control_socket,
-                report,
-                settings.resource_name,
-                rival(place),
-            )
-        ],
-        "other plugins": lambda: [
-            preflight.check_plugins(settings.plugin_directory, settings.endpoint)
-        ],
-        "metrics address": lambda: [
-            preflight.check_metrics(settings.metrics_address, agent_log(place))
-        ],
-        "state directory": lambda: [
-            preflight.check_kept_directory(
-                "state directory",
-                settings.state_directory,
-                "a restart of the agent would forget which GPUs wait for a reset",
-            )
-        ],
-        "cordon directory": lambda: [
-            preflight.check_kept_directory(
-                "cordon directory", settings.cordon_directory, "no GPU can be cordoned"
-            )
-        ],
-    }
+        checks["podresources"] = partial(preflight.check_podresources, settings.kubelet_dir)
+    return checks
 
 
 def check_settings(
@@ -262,7 +251,5 @@ def check_settings(
         known = {variable(name) for name in TABLE}
         count = sum(name.upper() in known for name in environment)
         yield Check("settings", Verdict.OK, f"{count} VGPU_* variables are set, and right")
-    for name, nearest in unknown_variables(environment).items():
-        detail = f"{name}: unknown setting, ignored"
-        advice = f"did you mean {nearest}?" if nearest else "remove it"
-        yield Check("settings", Verdict.WARN, detail, advice)
+    for words in unknown_setting_warnings(environment):
+        yield Check("settings", Verdict.WARN, words, "give it its right name, or remove it")

@@ -29,7 +29,7 @@ class Timeouts:
 
 TIMEOUTS = Timeouts()
 
-Checking = Callable[[], Iterable[Check]]
+Checking = Callable[[], Check | Iterable[Check]]
 """Does one or more checks; may block, and may raise."""
 
 
@@ -92,7 +92,8 @@ def late(name: str, seconds: float, advice: str) -> Check:
 def guarded(name: str, checking: Checking) -> tuple[Check, ...]:
     """Its checks; where it raises, that is the check's failure, and the others go on."""
     try:
-        return tuple(checking())
+        found = checking()
+        return (found,) if isinstance(found, Check) else tuple(found)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is said
         return (unexpected(name, error),)
 

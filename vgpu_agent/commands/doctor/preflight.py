@@ -11,8 +11,9 @@ from vgpu_agent.commands.ask import get
 from vgpu_agent.errors import ListenError, NoAgentError
 from vgpu_agent.kubelet.podresources import SOCKET as POD_RESOURCES
 from vgpu_agent.kubelet.session import KUBELET_SOCKET
-from vgpu_agent.model.place import Advice
-from vgpu_agent.observe.judge import FAIL, OK, WARN
+from vgpu_agent.model.advice import agent_log, rival
+from vgpu_agent.model.place import Place
+from vgpu_agent.observe.judge import FAIL, OK, WARN, check
 from vgpu_agent.observe.listen import listen
 from vgpu_agent.observe.report import Check, Report, Verdict
 from vgpu_agent.unixsocket import MAX_PATH, listener, listener_pid, listeners, refusal
@@ -120,12 +121,11 @@ def _kubelet_at(
 
 
 def check_endpoint(
-    path: Path, control: Path, agent: Report | None, resource: str, what: Advice
+    path: Path, control: Path, agent: Report | None, resource: str, place: Place
 ) -> Check:
     """Our own socket: free, left by an agent that is gone, or served, then by whom.
 
-    `agent` is the report of the running agent and `control` its control socket; `what` to do about
-    a rival.
+    `agent` is the report of the running agent and `control` its control socket.
     """
     name = "endpoint"
     try:
@@ -143,7 +143,7 @@ def check_endpoint(
     if ours:
         return Check(name, OK, f"{path} is served by the running agent")
     detail = f"another process serves {path.parent}/{listener(path)}: a rival for {resource}"
-    return Check(name, FAIL, detail, what.what, what.steps)
+    return check(name, FAIL, detail, rival(place))
 
 
 def check_plugins(directory: Path, endpoint: str) -> Check:
@@ -153,8 +153,8 @@ def check_plugins(directory: Path, endpoint: str) -> Check:
     return Check("other plugins", OK, f"in {directory}: {found}")
 
 
-def check_metrics(address: Address, what: Advice) -> Check:
-    """The metrics address: free, or served by the running agent; `what` to do if that is stuck."""
+def check_metrics(address: Address, place: Place) -> Check:
+    """The metrics address: free, or served by the running agent."""
     name = "metrics address"
     code, body = 0, b""
     with suppress(NoAgentError):
@@ -165,12 +165,12 @@ def check_metrics(address: Address, what: Advice) -> Check:
         return Check(name, OK, f"{address} is served by the running agent")
     if code == 503 and text.startswith("no sign of life"):
         detail = f"the agent at {address} is stuck, its liveness probe restarts it: {text}"
-        return Check(name, FAIL, detail, what.what, what.steps)
+        return check(name, FAIL, detail, agent_log(place))
     try:
         listen(address).close()
     except ListenError as error:
-        advice = "set another VGPU_METRICS_ADDRESS, or end what uses this one"
-        return Check(name, FAIL, str(error).partition("; set another")[0], advice)
+        detail, _, what = str(error).partition("; ")
+        return Check(name, FAIL, detail, what)
     return Check(name, OK, f"{address} is free")
 
 
@@ -202,8 +202,8 @@ def check_other_mps(path: Path) -> Check:
     return Check(name, WARN, detail, advice)
 
 
-def check_mps_directories(directory: Path, prepare_log: str) -> Iterable[Check]:
+def check_mps_directories(directory: Path, place: Place) -> Iterable[Check]:
     """The daemons' directories: containers of every user must get into each `pipe`."""
-    advice = f"`vgpu-agent mps prepare` in the MPS pod makes it: {prepare_log}"
+    what = f"`vgpu-agent mps prepare` in the MPS pod makes it: {place.mps_log('prepare')}"
     for name, path in [("directory", directory), *(("pipe", p) for p in directory.glob("*/pipe"))]:
-        yield _directory(f"mps {name}", path, advice, others=stat.S_IROTH | stat.S_IXOTH)
+        yield _directory(f"mps {name}", path, what, others=stat.S_IROTH | stat.S_IXOTH)
