@@ -197,7 +197,11 @@ def test_what_cannot_be_read_for_want_of_descriptors_is_as_it_was(monkeypatch, t
     (tmp_path / "0000:3b:00.0").mkdir()
     now, opened = [0.0], []
     session = Session(
-        describe=lambda *_: None, proc_root=tmp_path, reopen_seconds=30, monotonic=lambda: now[0]
+        describe=lambda *_: None,
+        proc_root=tmp_path,
+        reopen_seconds=30,
+        wait_seconds=2,
+        monotonic=lambda: now[0],
     )
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: opened.append(now[0]))
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
