@@ -51,8 +51,8 @@ class Requests:
                 return await self._released(seconds)
             case {"command": "release"}:
                 raise ControlError(
-                    f"seconds={request.get('seconds')!r}: allowed is a number above 0, up to"
-                    f" {MAX_RELEASE:.0f}"
+                    f"--for {request.get('seconds')}: allowed is a number of seconds above 0, up to"
+                    f" {MAX_RELEASE:.0f} (1h)"
                 )
             case {"command": "reset-done", "gpu": str(name)}:
                 text = await self._reset_done(self._find(name))

@@ -1,4 +1,4 @@
-"""How a person names a GPU to a command: one rule for all of them."""
+"""How a person names a GPU to a command, one rule for all of them; and how things are counted."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +23,11 @@ class GpuName:
 
     def __str__(self) -> str:
         return self.uuid if self.index is None else f"GPU {self.index} ({self.uuid})"
+
+
+def number_of(count: int, thing: str) -> str:
+    """`1 vGPU`, `2 vGPUs`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def known_gpus(inputs: Inputs) -> tuple[GpuName, ...]:

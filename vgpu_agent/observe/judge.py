@@ -9,6 +9,7 @@ from vgpu_agent.model import advice
 from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.limits import Mode
+from vgpu_agent.model.names import number_of
 from vgpu_agent.model.place import Advice, Place
 from vgpu_agent.model.rules import MIB, MemoryLimits
 from vgpu_agent.model.snapshot import Rules
@@ -129,7 +130,8 @@ def _mps_daemons(mps: MpsReport, place: Place) -> Check:
         return _check("mps", FAIL, f"no vGPU can be given: {mps.problem}", advice.mps(place))
     clients = sum(mps.clients.values())
     serving = sum(daemon.problem is None for daemon in mps.daemons.values())
-    detail = f"{serving} of {len(mps.daemons)} GPUs are served, with {clients} clients"
+    served = f"{serving} of {len(mps.daemons)} GPUs are served"
+    detail = f"{served}, with {number_of(clients, 'client')}"
     if serving == len(mps.daemons):
         return _check("mps", OK, detail)
     return _check("mps", FAIL, detail, advice.mps(place))
@@ -137,7 +139,8 @@ def _mps_daemons(mps: MpsReport, place: Place) -> Check:
 
 def _overview(report: Report, place: Place) -> Iterator[Check]:
     shared, excluded = len(report.gpus), len(report.excluded)
-    detail = f"{shared} of {shared + excluded} GPUs are shared, as {report.vgpus.total} vGPUs"
+    vgpus = number_of(report.vgpus.total, "vGPU")
+    detail = f"{shared} of {shared + excluded} GPUs are shared, as {vgpus}"
     if shared:
         yield _check("GPUs", OK, detail)
     elif excluded:
@@ -157,10 +160,12 @@ def _agent(report: Report, place: Place) -> Iterator[Check]:
         old = "" if report.orphaned is None else ", what is shown is older"
         why = pods.error or "for an unknown reason"
         detail = f"the kubelet does not say who holds which vGPU{old}: {why}"
-        yield _check("podresources", WARN, detail, advice.podresources(place))
+        away = not report.kubelet.connected and report.kubelet.rival is None
+        what = advice.AS_FOR_KUBELET if away else advice.podresources(place)
+        yield _check("podresources", WARN, detail, what)
     if report.orphaned:
         detail = f"held, but no longer advertised: {', '.join(report.orphaned)}"
-        yield _check("orphaned", WARN, detail, advice.ORPHANED)
+        yield _check("orphaned", WARN, detail, advice.orphaned(report.orphaned, place))
     for problem in report.problems:
         yield _check("agent", WARN, problem, advice.agent_log(place))
 
@@ -183,7 +188,8 @@ def _gpu(gpu: GpuReport, report: Report, rules: Rules) -> Iterator[Check]:
     """One check says how it is, with one advice, whatever is wrong with it; then what is odd."""
     name, place = f"GPU {gpu.index}", rules.place
     if gpu.healthy:
-        size = f"{_memory(gpu.memory_bytes)}; {gpu.vgpus.total} vGPUs of {_memory(gpu.vgpu_bytes)}"
+        vgpus = number_of(gpu.vgpus.total, "vGPU")
+        size = f"{_memory(gpu.memory_bytes)}; {vgpus} of {_memory(gpu.vgpu_bytes)}"
         detail = f"{gpu.model} {gpu.uuid}, {size}; healthy"
         yield _check(name, OK, detail, gpu=gpu.uuid)
     else:
