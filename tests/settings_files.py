@@ -56,7 +56,8 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
         case {"anyOf": kinds}:
             return {"anyOf": [*kinds, {"type": "null"}]}
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    return {**schema, "type": [*types, "null"]}
+    of_map = {each: _or_null(schema[each]) for each in ("additionalProperties",) if each in schema}
+    return {**schema, "type": [*types, "null"], **of_map}
 
 
 def _comment(name: str) -> str:
