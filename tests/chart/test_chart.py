@@ -204,7 +204,7 @@ def test_the_schema_is_closed_at_every_level() -> None:
         ({"repicas": 4}, ["repicas is not allowed"]),
         ({"health": {"intervall": 5}}, ["health: Additional property intervall"]),
         ({"mps": {"directory": "/run/../mps"}}, ["mps.directory", "Does not match pattern"]),
-        ({"metrics": None}, ["metrics is required"]),
+        ({"image": None}, ["image is required"]),
         ({"image": {"repository": "r.example/vgpu-agent:0.1.0"}}, ["image.repository"]),
         ({"image": {"repository": "REGISTRY/vgpu-agent"}}, ["image.repository"]),
         ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),

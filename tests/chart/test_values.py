@@ -288,8 +288,8 @@ def test_null_drops_a_limit_or_all_resources() -> None:
 KEYS = [
     path
     for path, _ in values_table.documented(values_table.VALUES.read_text("utf-8"))
-    # Without these there is no chart: see the next test.
-    if path not in {("image", "repository"), ("metrics", "address"), ("metrics", "port")}
+    # Without it there is no chart: see below.
+    if path != ("image", "repository")
 ]
 
 
@@ -308,7 +308,7 @@ def test_null_for_everything_is_the_agents_own_defaults_and_no_more() -> None:
         spec = pod(workload)
         assert spec["serviceAccountName"] == "default"
         assert not {"tolerations", "priorityClassName", "affinity", "imagePullSecrets"} & set(spec)
-    groups = ("serviceAccount", "service", "monitoring", "networkPolicy")
+    groups = ("serviceAccount", "service", "monitoring", "networkPolicy", "metrics")
     assert helm.render(nothing | dict.fromkeys(groups)) == helm.render(nothing)
     in_pool = {key: nothing[key] for key in list(nothing) if key in POOL_KEYS}
     again = of_kind(helm.render({"pools": [{"name": "a", **in_pool}]}), "DaemonSet")
@@ -320,10 +320,8 @@ POOL_KEYS = json.loads((CHART / "values.schema.json").read_text())["properties"]
 ]
 
 
-@pytest.mark.parametrize("key", ["image.repository", "metrics.address", "metrics.port"])
-def test_null_for_what_has_no_default_elsewhere_is_refused(key: str) -> None:
-    group, _, name = key.partition(".")
-    assert f"{group}: {name} is required" in helm.refusal({}, f"{key}=null")
+def test_null_for_what_has_no_default_elsewhere_is_refused() -> None:
+    assert "image: repository is required" in helm.refusal({}, "image.repository=null")
 
 
 def test_null_in_labels_and_annotations_is_none(parent: Path) -> None:
@@ -342,7 +340,7 @@ def test_values_of_an_older_release_that_lack_new_keys_are_taken(tmp_path: Path)
     # As `helm upgrade --reuse-values` has them: no default of this chart is under them.
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)
-    needed = {"image": {"repository": "x"}, "metrics": {"address": "::", "port": 9408}}
+    needed = {"image": {"repository": "x"}}
     (chart / "values.yaml").write_text(json.dumps(needed))
     found = of_kind(known(helm.render(chart=chart)), "DaemonSet")
     assert environment(containers(found["r-vgpu-agent"])["agent"]) == variables()
