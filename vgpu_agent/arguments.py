@@ -15,7 +15,7 @@ _FAULTS = {
     SimulatedFault.LOSE: "it falls off the bus",
     SimulatedFault.ECC: "it has an uncorrectable memory error",
     SimulatedFault.HANG: "it no longer answers",
-    SimulatedFault.HEAL: "it is reset, and well; without --gpu all are",
+    SimulatedFault.HEAL: "it is reset, and well; without --gpu all that have a fault",
 }
 
 

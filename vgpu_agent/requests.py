@@ -148,7 +148,8 @@ class Requests:
             case str(name):
                 gpus = [find_gpu(name, gpus)]
             case None if fault is SimulatedFault.HEAL:
-                pass
+                # A reset of a GPU that is well would make it unhealthy for a moment.
+                gpus = [gpu for gpu in gpus if self._needs_healing(self.driver, gpu.uuid)]
             case other:
                 raise ControlError(f"gpu={other!r}: which GPU is it? Say --gpu INDEX")
         match request.get("xid"):
@@ -169,7 +170,11 @@ class Requests:
             SimulatedFault.HANG: "no longer answers",
             SimulatedFault.HEAL: "was reset, and is well",
         }[fault]
-        return "\n".join(f"{gpu} {done}" for gpu in gpus)
+        return "\n".join(f"{gpu} {done}" for gpu in gpus) or "no GPU has a fault"
+
+    def _needs_healing(self, driver: SimulatedDriver, uuid: str) -> bool:
+        health = self.node.snapshot.health.get(uuid)
+        return not driver.is_well(uuid) or (health is not None and bool(health.faults))
 
 
 def _probed(snapshot: Snapshot, uuid: str) -> bool:
