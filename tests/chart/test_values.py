@@ -632,16 +632,16 @@ def test_both_pods_have_the_users_security_context_and_dns_policy() -> None:
         ({"extraEnv": [{"name": "A", "valueFrom": {"secret": {}}}]}, ["extraEnv.0.valueFrom"]),
         (
             {"extraEnv": [{"name": "VGPU_REPLICAS", "value": "4"}]},
-            ["extraEnv: name VGPU_REPLICAS is set by the chart", "set the value"],
+            ["extraEnv: name VGPU_REPLICAS is the chart's own", "set the value"],
         ),
         (
             # The agent reads its variables in any case.
             {"pools": [{"name": "a", "extraEnv": [{"name": "vgpu_replicas", "value": "4"}]}]},
-            ['extraEnv: name vgpu_replicas in pool "a" is set by the chart'],
+            ['extraEnv: name vgpu_replicas in pool "a" is the chart'],
         ),
         (
             {"extraEnv": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "0"}]},
-            ["extraEnv: name NVIDIA_VISIBLE_DEVICES is set by the chart"],
+            ["extraEnv: name NVIDIA_VISIBLE_DEVICES is the chart's own"],
         ),
         (
             {"extraEnv": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]},
