@@ -136,7 +136,10 @@ def _of_gpus(snapshot: Snapshot, now: float) -> list[Why]:
         return [(Refusal.NO_GPU, why if excluded else "the driver lists no GPU")]
     reasons = ", ".join(dict.fromkeys(fault.reason for each in ill for fault in each.faults))
     if len(ill) == len(gpus):
-        which = "the only GPU is" if len(gpus) == 1 else f"all {len(gpus)} GPUs are"
+        of_more = " shared" if snapshot.excluded else ""
+        which = (
+            f"the only{of_more} GPU is" if len(gpus) == 1 else f"all {len(gpus)}{of_more} GPUs are"
+        )
         return [(Refusal.UNHEALTHY, f"{which} unhealthy ({reasons})")]
     if not number.total:
         return [(Refusal.NO_GPU, "no GPU has a vGPU")]
