@@ -153,6 +153,7 @@ def report(**changes: Any) -> Report:
         excluded=(),
         cordoned={},
         allocations=(allocation(0),),
+        gone=(),
         orphaned=(),
         checks=(),
     )

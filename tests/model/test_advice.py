@@ -26,6 +26,7 @@ NODE_ADVICE = (
     advice.released,
     advice.no_gpu,
     advice.silent_gpu,
+    advice.gone,
     advice.kubelet_away,
     advice.rival,
     advice.podresources,

@@ -75,6 +75,8 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
         ),
         ({"health_checks": False}, "health checks", WARN, "VGPU_HEALTH_CHECKS=on"),
         ({"gpus": ()}, "GPUs", FAIL, "lists no GPU"),
+        ({"gpus": (), "gone": ("GPU-x",)}, "GPUs", FAIL, "no GPU drain the node and reboot it"),
+        ({"gone": ("GPU-x",)}, "gone", WARN, "GPU-x drain the node and reboot it, unless"),
         ({"gpus": (), "excluded": (MIG,)}, "GPUs", FAIL, "0 of 1 GPUs are shared"),
         ({"excluded": (MIG,)}, "GPUs", OK, "2 of 3 GPUs are shared"),
         ({"excluded": (MIG,)}, "GPU 2", WARN, "is excluded (mig): MIG is on: turn it off"),

@@ -218,6 +218,15 @@ def silent_gpu(place: Place) -> Advice:
     )
 
 
+def gone(place: Place) -> Advice:
+    """GPUs that the driver listed in this boot, and lists no longer."""
+    what = (
+        "drain the node and reboot it, unless they were taken out; have those replaced that do not"
+        " come back"
+    )
+    return Advice(what, tuple(_reboot(place)))
+
+
 def kubelet_away(place: Place) -> Advice:
     """No kubelet listens, or it refuses us."""
     steps = (

@@ -39,6 +39,17 @@ def known_gpus(inputs: Inputs) -> tuple[GpuName, ...]:
     return tuple(names.values())
 
 
+def gone_gpus(inputs: Inputs) -> tuple[str, ...]:
+    """The GPUs, by UUID, that were seen in this boot of the node and are no longer listed.
+
+    None while the driver cannot be asked, or where a GPU does not say which one it is.
+    """
+    others = {each.gpu.uuid for each in inputs.undescribed}
+    if not inputs.driver.up or "" in others:
+        return ()
+    return tuple(sorted(inputs.first_seen.keys() - inputs.gpus.keys() - others))
+
+
 def find_gpu(text: str, gpus: Collection[GpuName]) -> GpuName:
     """The GPU of that index, UUID, PCI bus ID, or beginning of a UUID that no other has.
 

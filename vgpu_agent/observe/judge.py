@@ -45,6 +45,9 @@ def of_look(report: Report, rules: Rules) -> Iterator[Check]:
     yield from _mps(report, rules.place)
     yield from _limits(report, rules)
     yield from _overview(report, rules.place)
+    if report.gone:
+        detail = f"listed since the boot of the node, and no longer: {', '.join(report.gone)}"
+        yield _check("gone", WARN, detail, advice.gone(rules.place))
     every: list[GpuReport | ExcludedReport] = [*report.gpus, *report.excluded]
     for each in sorted(every, key=lambda each: each.index):
         if isinstance(each, ExcludedReport):
@@ -146,7 +149,8 @@ def _overview(report: Report, place: Place) -> Iterator[Check]:
     elif excluded:
         yield _check("GPUs", FAIL, detail, advice.ALL_EXCLUDED)
     elif report.driver.up:
-        yield _check("GPUs", FAIL, "the driver lists no GPU", advice.no_gpu(place))
+        what = advice.gone(place) if report.gone else advice.no_gpu(place)
+        yield _check("GPUs", FAIL, "the driver lists no GPU", what)
 
 
 def _agent(report: Report, place: Place) -> Iterator[Check]:
