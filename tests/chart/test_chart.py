@@ -273,6 +273,16 @@ POOLS = {"nodeSelector": {"kind": "a"}}
             ['"a" and "b" can select the same node', '"kind":"b"', "affinity"],
         ),
         (
+            # The same label, as a number and as text.
+            {
+                "pools": [
+                    {"name": "a", "nodeSelector": {"kind": 1000000}},
+                    {"name": "b", "nodeSelector": {"kind": "1000000"}},
+                ]
+            },
+            ['"a" and "b" can select the same node'],
+        ),
+        (
             {"pools": [{"name": "a", **POOLS}, {"name": "b", **POOLS}]},
             ['"a" and "b" can select the same node'],
         ),

@@ -484,6 +484,11 @@ def test_annotations_do_not_make_the_pod_of_helm_test_another_hook() -> None:
         ),
         ({"tolerations": [{"effect": "Noschedule"}]}, ["tolerations.0.effect", '"NoSchedule"']),
         ({"tolerations": [{"toleration": "x"}]}, ["toleration is not allowed"]),
+        ({"affinity": {"nodeAffinty": {}}}, ["affinity", "nodeAffinty is not allowed"]),
+        (
+            {"networkPolicy": {"from": [{"matchLabels": {"a": "b"}}]}},
+            ["networkPolicy.from.0", "matchLabels is not allowed"],
+        ),
         ({"tolerations": {"key": "a"}}, ["tolerations", "given: object"]),
     ],
 )
