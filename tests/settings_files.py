@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from vgpu_agent.address import parse_address
 from vgpu_agent.settings import TABLE, allowed, kind_of, variable
 
 
@@ -56,7 +57,8 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
         case {"anyOf": kinds}:
             return {"anyOf": [*kinds, {"type": "null"}]}
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    return {**schema, "type": [*types, "null"]}
+    of_map = {each: _or_null(schema[each]) for each in ("additionalProperties",) if each in schema}
+    return {**schema, "type": [*types, "null"], **of_map}
 
 
 def _comment(name: str) -> str:
@@ -196,7 +198,8 @@ def _depth(value: object) -> int:
 
 def _defaults() -> dict[str, Any]:
     """The default of every value of the chart that has one."""
-    defaults: dict[str, Any] = {}
+    listens = parse_address(TABLE["metrics_address"].default)
+    defaults: dict[str, Any] = {"metrics": {"address": listens.host, "port": listens.port}}
     for value in values():
         if not value.nullable:
             *group, name = value.key

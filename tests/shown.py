@@ -147,7 +147,10 @@ def a_rival(shown: Shown) -> Agent:
     other = {**shown.variables, "VGPU_STATE_DIRECTORY": str(shown.root / "other")}
     first = shown.stack.enter_context(running(shown.root / "kubelet", **other))
     first.wait_line("registered with the kubelet")
-    return shown.start()
+    agent = shown.start()
+    # The agent itself is never well.
+    shown.well = first.get("/metrics")[1]
+    return agent
 
 
 def no_driver(shown: Shown) -> Agent:

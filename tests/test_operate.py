@@ -177,7 +177,7 @@ WRONG = {
     "uncordon GPU-0000000": "'GPU-0000000' names several GPUs: GPU 0 (",
     "drain-list x": "there is no GPU 'x': GPU 0 (",
     "release --reset-done 7": "there is no GPU '7': GPU 0 (",
-    "release --for 2h": "seconds=7200.0: allowed is a number above 0, up to 3600",
+    "release --for 2h": "--for 7200.0: allowed is a number of seconds above 0, up to 3600 (1h)",
     "simulate hang --gpu 7": "there is no GPU '7': GPU 0 (",
     f"cordon 0 --reason {'x' * 201}": "reason='xxx",
     f"cordon 0 --reason {'x' * 5000}": "cordon: the request has 50",

@@ -153,6 +153,7 @@ def report(**changes: Any) -> Report:
         excluded=(),
         cordoned={},
         allocations=(allocation(0),),
+        gone=(),
         orphaned=(),
         checks=(),
     )
@@ -290,6 +291,7 @@ def test_commands_are_folded_so_that_they_can_be_pasted(remedy, width, mps):
         ),
         ({"gpus": ()}, "No GPU is shared."),
         ({"allocations": ()}, "No vGPU is held."),
+        ({"allocations": (), "orphaned": ("GPU-x::3",)}, "No vGPU that the node has is held."),
         ({"allocations": (allocation(0, memory_used_bytes=10 * GIB),)}, "10 GiB, over its share"),
         ({"allocations": (allocation(0, memory_limited=False),)}, "9 GiB, no limit"),
         # What is judged for all views, each kind of check once: test_judge.py has them all.

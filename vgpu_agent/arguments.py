@@ -15,7 +15,7 @@ _FAULTS = {
     SimulatedFault.LOSE: "it falls off the bus",
     SimulatedFault.ECC: "it has an uncorrectable memory error",
     SimulatedFault.HANG: "it no longer answers",
-    SimulatedFault.HEAL: "it is reset, and well; without --gpu all are",
+    SimulatedFault.HEAL: "it is reset, and well; without --gpu all that have a fault",
 }
 
 
@@ -87,9 +87,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     faults = simulate.add_subparsers(dest="fault", required=True)
     for name, text in _FAULTS.items():
-        fault = faults.add_parser(name, help=text)
+        # As text: where there is no such fault, all of them are named.
+        fault = faults.add_parser(name.value, help=text)
         if name is SimulatedFault.XID:
-            fault.add_argument("xid", type=int, metavar="XID", help="number of the XID")
+            fault.add_argument("xid", type=_number, metavar="XID", help="number of the XID")
         fault.add_argument(
             "--gpu", required=name is not SimulatedFault.HEAL, metavar="GPU", help=_GPU
         )
@@ -133,6 +134,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="end after so many seconds; exit code 0 only if all of it worked",
     )
     return parser.parse_args(arguments)
+
+
+def _number(text: str) -> int:
+    with suppress(ValueError):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not the number of an XID, such as 79")
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}

@@ -75,7 +75,7 @@ def load() -> Settings:
 
 def release(ask: Callable[..., bytes], options: argparse.Namespace) -> None:
     """`vgpu-agent release`."""
-    from vgpu_agent.observe.report import from_json
+    from vgpu_agent.observe.report import from_json, utc
 
     if options.reset_done is not None:
         which = {"gpu": options.reset_done} if options.reset_done else {}
@@ -83,7 +83,7 @@ def release(ask: Callable[..., bytes], options: argparse.Namespace) -> None:
         if options.seconds is None:
             return
     answer = ask("release", seconds=options.seconds or RELEASE_SECONDS)
-    until = from_json(answer).driver.released_until
+    until = utc(from_json(answer).driver.released_until or "")
     _say(f"released all GPUs until {until}; reset them now, on the node:")
     _say("    nvidia-smi --gpu-reset -i INDEX")
     _say("and then, for each GPU that was reset:")

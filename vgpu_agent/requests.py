@@ -51,8 +51,8 @@ class Requests:
                 return await self._released(seconds)
             case {"command": "release"}:
                 raise ControlError(
-                    f"seconds={request.get('seconds')!r}: allowed is a number above 0, up to"
-                    f" {MAX_RELEASE:.0f}"
+                    f"--for {request.get('seconds')}: allowed is a number of seconds above 0, up to"
+                    f" {MAX_RELEASE:.0f} (1h)"
                 )
             case {"command": "reset-done", "gpu": str(name)}:
                 text = await self._reset_done(self._find(name))
@@ -145,7 +145,10 @@ class Requests:
         name, xid = request.get("gpu"), request.get("xid")
         if isinstance(name, str):
             gpus = [find_gpu(name, gpus)]
-        elif name is not None or fault is not SimulatedFault.HEAL:
+        elif name is None and fault is SimulatedFault.HEAL:
+            # A reset of a GPU that is well would make it unhealthy for a moment.
+            gpus = [gpu for gpu in gpus if self._needs_healing(self.driver, gpu.uuid)]
+        else:
             raise ControlError(f"gpu={name!r}: which GPU is it? Say --gpu INDEX")
         if not isinstance(xid, int) or not 0 < xid < MAX_XID:
             if fault is SimulatedFault.XID:
@@ -160,7 +163,11 @@ class Requests:
             SimulatedFault.HANG: "no longer answers",
             SimulatedFault.HEAL: "was reset, and is well",
         }[fault]
-        return "\n".join(f"{gpu} {done}" for gpu in gpus)
+        return "\n".join(f"{gpu} {done}" for gpu in gpus) or "no GPU has a fault"
+
+    def _needs_healing(self, driver: SimulatedDriver, uuid: str) -> bool:
+        health = self.node.snapshot.health.get(uuid)
+        return not driver.is_well(uuid) or (health is not None and bool(health.faults))
 
 
 def _probed(snapshot: Snapshot, uuid: str) -> bool:

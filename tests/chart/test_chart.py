@@ -204,7 +204,7 @@ def test_the_schema_is_closed_at_every_level() -> None:
         ({"repicas": 4}, ["repicas is not allowed"]),
         ({"health": {"intervall": 5}}, ["health: Additional property intervall"]),
         ({"mps": {"directory": "/run/../mps"}}, ["mps.directory", "Does not match pattern"]),
-        ({"metrics": None}, ["metrics is required"]),
+        ({"image": None}, ["image is required"]),
         ({"image": {"repository": "r.example/vgpu-agent:0.1.0"}}, ["image.repository"]),
         ({"image": {"repository": "REGISTRY/vgpu-agent"}}, ["image.repository"]),
         ({"metrics": {"address": "127.0.0.1"}}, ["metrics.address", '"0.0.0.0", "::"']),
@@ -271,6 +271,16 @@ POOLS = {"nodeSelector": {"kind": "a"}}
         (
             {"pools": [{"name": "a"}, {"name": "b", "nodeSelector": {"kind": "b"}}]},
             ['"a" and "b" can select the same node', '"kind":"b"', "affinity"],
+        ),
+        (
+            # The same label, as a number and as text.
+            {
+                "pools": [
+                    {"name": "a", "nodeSelector": {"kind": 1000000}},
+                    {"name": "b", "nodeSelector": {"kind": "1000000"}},
+                ]
+            },
+            ['"a" and "b" can select the same node'],
         ),
         (
             {"pools": [{"name": "a", **POOLS}, {"name": "b", **POOLS}]},

@@ -113,6 +113,7 @@ def test_names_and_labels_that_are_numbers_or_switches_are_text() -> None:
         "pools[0].name=1",
         "monitoring.podMonitor.enabled=true",
         "monitoring.podMonitor.labels.release=2",
+        "monitoring.podMonitor.interval=1m30s",
         "monitoring.dashboards.enabled=true",
         "monitoring.dashboards.annotations.folder=3",
     ]
@@ -171,6 +172,57 @@ def test_numbers_of_kubernetes_itself_have_no_exponents() -> None:
         assert workload["spec"]["revisionHistoryLimit"] == 1000000
 
 
+def test_what_is_text_in_a_tree_is_text_and_what_is_counted_is_not() -> None:
+    sets = [
+        "tolerations[0].key=5",
+        "tolerations[0].value=true",
+        "tolerations[0].effect=NoExecute",
+        "tolerations[0].tolerationSeconds=60",
+        "imagePullSecrets[0].name=7",
+        "networkPolicy.enabled=true",
+        "networkPolicy.from[0].podSelector.matchLabels.team=7",
+        "networkPolicy.from[1].namespaceSelector.matchLabels.on=true",
+    ]
+    term = {"key": "zone", "operator": "In", "values": [1, True, "b"], "dropped": None}
+    preferred = {"weight": 5, "preference": {"matchExpressions": [term]}}
+    affinity = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]}}
+    objects = known(helm.render({"affinity": affinity}, sets=sets))
+    toleration = {"key": "5", "value": "true", "effect": "NoExecute", "tolerationSeconds": 60}
+    (test,) = of_kind(objects, "Pod").values()
+    for spec in (test["spec"], *map(pod, of_kind(objects, "DaemonSet").values())):
+        assert spec["tolerations"] == [toleration]
+        assert spec["imagePullSecrets"] == [{"name": "7"}]
+    found = pod(of_kind(objects, "DaemonSet")["r-vgpu-agent"])["affinity"]["nodeAffinity"]
+    (one,) = found["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert one["weight"] == 5
+    assert one["preference"]["matchExpressions"] == [
+        {"key": "zone", "operator": "In", "values": ["1", "true", "b"]}
+    ]
+    policy = of_kind(objects, "NetworkPolicy")["r-vgpu-agent-metrics"]
+    assert policy["spec"]["ingress"][0]["from"] == [
+        {"podSelector": {"matchLabels": {"team": "7"}}},
+        {"namespaceSelector": {"matchLabels": {"on": "true"}}},
+    ]
+
+
+def test_zero_is_a_name_too() -> None:
+    keys = ("fullnameOverride", "image.tag", "serviceAccount.name", "priorityClassName")
+    (agent, mps) = workloads(*(f"{key}=0" for key in (*keys, "runtimeClassName", "nameOverride")))
+    assert [agent["metadata"]["name"], mps["metadata"]["name"]] == ["0", "0-mps"]
+    for workload in (agent, mps):
+        spec = pod(workload)
+        assert workload["metadata"]["labels"]["app.kubernetes.io/name"] == "0"
+        names = ("serviceAccountName", "priorityClassName", "runtimeClassName")
+        assert [spec[name] for name in names] == ["0"] * 3
+        assert {each["image"] for each in containers(workload).values()} == {"vgpu-agent:0"}
+
+
+@pytest.mark.parametrize("quantity", ["1e9", "1.5E9", ".5Gi", "5.", "+1Gi", "100m", "1E", 0.5])
+def test_quantities_are_taken_as_kubernetes_takes_them(quantity: object) -> None:
+    (agent, _) = workloads(resources={"agent": {"limits": {"memory": quantity}}})
+    assert containers(agent)["agent"]["resources"]["limits"] == {"memory": str(quantity)}
+
+
 def test_quantities_are_text_without_exponents() -> None:
     limits = {"cpu": 1.5, "memory": 268435456}
     (agent, mps) = workloads(
@@ -212,6 +264,9 @@ def test_null_drops_what_others_have_in_a_map() -> None:
     pools = [{"name": "a", "nodeSelector": {label: None, "kind": "a"}}]
     for workload in workloads(pools=pools):
         assert pod(workload)["nodeSelector"] == {**LINUX, "kind": "a"}
+    pools = [{"name": "a", "replicasByGpu": {"0": None, "1": 2}}]
+    found = variables(pools=pools, replicasByGpu={"0": 4, "2": 3})
+    assert found["VGPU_REPLICAS_BY_GPU"] == '{"1":2,"2":3}'
 
 
 def test_null_drops_a_limit_or_all_resources() -> None:
@@ -233,8 +288,8 @@ def test_null_drops_a_limit_or_all_resources() -> None:
 KEYS = [
     path
     for path, _ in values_table.documented(values_table.VALUES.read_text("utf-8"))
-    # Without these there is no chart: see the next test.
-    if path not in {("image", "repository"), ("metrics", "address"), ("metrics", "port")}
+    # Without it there is no chart: see below.
+    if path != ("image", "repository")
 ]
 
 
@@ -253,6 +308,8 @@ def test_null_for_everything_is_the_agents_own_defaults_and_no_more() -> None:
         spec = pod(workload)
         assert spec["serviceAccountName"] == "default"
         assert not {"tolerations", "priorityClassName", "affinity", "imagePullSecrets"} & set(spec)
+    groups = ("serviceAccount", "service", "monitoring", "networkPolicy", "metrics")
+    assert helm.render(nothing | dict.fromkeys(groups)) == helm.render(nothing)
     in_pool = {key: nothing[key] for key in list(nothing) if key in POOL_KEYS}
     again = of_kind(helm.render({"pools": [{"name": "a", **in_pool}]}), "DaemonSet")
     assert environment(containers(again["r-vgpu-agent-a"])["agent"]) == variables()
@@ -263,10 +320,8 @@ POOL_KEYS = json.loads((CHART / "values.schema.json").read_text())["properties"]
 ]
 
 
-@pytest.mark.parametrize("key", ["image.repository", "metrics.address", "metrics.port"])
-def test_null_for_what_has_no_default_elsewhere_is_refused(key: str) -> None:
-    group, _, name = key.partition(".")
-    assert f"{group}: {name} is required" in helm.refusal({}, f"{key}=null")
+def test_null_for_what_has_no_default_elsewhere_is_refused() -> None:
+    assert "image: repository is required" in helm.refusal({}, "image.repository=null")
 
 
 def test_null_in_labels_and_annotations_is_none(parent: Path) -> None:
@@ -285,9 +340,8 @@ def test_values_of_an_older_release_that_lack_new_keys_are_taken(tmp_path: Path)
     # As `helm upgrade --reuse-values` has them: no default of this chart is under them.
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)
-    needed = {"image": {"repository": "x"}, "metrics": {"address": "::", "port": 9408}}
-    groups = {"serviceAccount": {"create": True}, "monitoring": {}, "networkPolicy": {}}
-    (chart / "values.yaml").write_text(json.dumps(needed | groups))
+    needed = {"image": {"repository": "x"}}
+    (chart / "values.yaml").write_text(json.dumps(needed))
     found = of_kind(known(helm.render(chart=chart)), "DaemonSet")
     assert environment(containers(found["r-vgpu-agent"])["agent"]) == variables()
 
@@ -397,6 +451,7 @@ def test_annotations_do_not_make_the_pod_of_helm_test_another_hook() -> None:
         ({"runtimeClassName": "nvidia_runc"}, ["runtimeClassName", "Does not match pattern"]),
         ({"imagePullSecrets": [{"name": "My Secret"}]}, ["imagePullSecrets.0.name"]),
         ({"imagePullSecrets": [{}]}, ["imagePullSecrets.0", "name is required"]),
+        ({"imagePullSecrets": [{"name": ""}]}, ["imagePullSecrets.0.name", "length"]),
         ({"image": {"tag": "1.0 beta"}}, ["image.tag", "Does not match pattern"]),
         ({"image": {"tag": 1.1}}, ["image.tag", "given: number"]),
         ({"resourceName": "vgpu"}, ["resourceName", "Does not match pattern"]),
@@ -421,6 +476,20 @@ def test_annotations_do_not_make_the_pod_of_helm_test_another_hook() -> None:
         ),
         ({"resources": {"agent": {"limits": {"memory": "1 Gi"}}}}, ["limits.memory"]),
         ({"resources": {"agent": {"limits": {"a b": 1}}}}, ['Property name of "a b"']),
+        ({"resources": {"agent": {"limits": {"gpu": 1}}}}, ['Property name of "gpu"']),
+        ({"tolerations": [{"key": "a b"}]}, ["tolerations.0.key", "Does not match pattern"]),
+        (
+            {"tolerations": [{"operator": "exists"}]},
+            ["tolerations.0.operator", '"Exists", "Equal"'],
+        ),
+        ({"tolerations": [{"effect": "Noschedule"}]}, ["tolerations.0.effect", '"NoSchedule"']),
+        ({"tolerations": [{"toleration": "x"}]}, ["toleration is not allowed"]),
+        ({"affinity": {"nodeAffinty": {}}}, ["affinity", "nodeAffinty is not allowed"]),
+        (
+            {"networkPolicy": {"from": [{"matchLabels": {"a": "b"}}]}},
+            ["networkPolicy.from.0", "matchLabels is not allowed"],
+        ),
+        ({"tolerations": {"key": "a"}}, ["tolerations", "given: object"]),
     ],
 )
 def test_what_kubernetes_would_refuse_helm_refuses_before(values: Object, words: list[str]) -> None:
@@ -568,22 +637,44 @@ def test_both_pods_have_the_users_security_context_and_dns_policy() -> None:
         ({"extraEnv": [{"name": "A", "valueFrom": {"secret": {}}}]}, ["extraEnv.0.valueFrom"]),
         (
             {"extraEnv": [{"name": "VGPU_REPLICAS", "value": "4"}]},
-            ["extraEnv: name VGPU_REPLICAS is set by the chart", "set the value"],
+            ["extraEnv: name VGPU_REPLICAS is the chart's own", "set the value"],
         ),
         (
             # The agent reads its variables in any case.
             {"pools": [{"name": "a", "extraEnv": [{"name": "vgpu_replicas", "value": "4"}]}]},
-            ['extraEnv: name vgpu_replicas in pool "a" is set by the chart'],
+            ['extraEnv: name vgpu_replicas in pool "a" is the chart'],
         ),
         (
             {"extraEnv": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "0"}]},
-            ["extraEnv: name NVIDIA_VISIBLE_DEVICES is set by the chart"],
+            ["extraEnv: name NVIDIA_VISIBLE_DEVICES is the chart's own"],
         ),
         (
             {"extraEnv": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]},
             ["extraEnv: name A is there twice"],
         ),
+        (
+            {"extraEnv": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s"}}}]},
+            ["extraEnv.0.valueFrom.secretKeyRef", "key is required"],
+        ),
+        ({"extraEnv": [{"name": "A", "valueFrom": {"fieldRef": "x"}}]}, ["fieldRef", "object"]),
         ({"extraVolumes": [{"name": "x"}]}, ["extraVolumes.0", "at least 2 properties"]),
+        (
+            {"extraVolumes": [{"name": "x", "emptyDir": {}, "configMap": {"name": "a"}}]},
+            ["extraVolumes.0", "at most 2 properties"],
+        ),
+        ({"extraVolumes": [{"name": "x", "hostPath": "/x"}]}, ["hostPath", "given: string"]),
+        (
+            {"tolerations": [{"key": "a", "operator": "Exists", "value": "x"}]},
+            ['tolerations: {"key":"a","operator":"Exists","value":"x"}: with operator Exists'],
+        ),
+        (
+            {"pools": [{"name": "a", "tolerations": [{"effect": "NoExecute"}]}]},
+            ['in pool "a": without a key', "the operator must be Exists"],
+        ),
+        (
+            {"tolerations": [{"key": "a", "tolerationSeconds": 0}]},
+            ["tolerationSeconds are allowed with effect NoExecute only"],
+        ),
         ({"extraVolumes": [{"name": "X", "emptyDir": {}}]}, ["extraVolumes.0.name", "pattern"]),
         (
             {"extraVolumes": [{"name": "state", "emptyDir": {}}]},

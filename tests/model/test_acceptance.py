@@ -124,6 +124,22 @@ FOUR = ((), (), (), ())
             ("unhealthy",),
         ),
         (node((ECC,)), "No new vGPU pods: the only GPU is unhealthy (ecc)", ("unhealthy",)),
+        (
+            node((ECC,), excluded=(Excluded(a_gpu(1), "mig", "on"),)),
+            "No new vGPU pods: the only shared GPU is unhealthy (ecc)",
+            ("unhealthy",),
+        ),
+        # A release keeps no vGPU of a healthy GPU from a pod, and is not why none is free.
+        (
+            node((), held=(10,), driver=Driver("550", "released for a reset", NOW + 600)),
+            "No new vGPU pods: all 10 vGPUs are held",
+            ("full",),
+        ),
+        (
+            node((), held=(10,), inventory=Inventory((a_shared_gpu(a_gpu(0), 1),))),
+            "No new vGPU pods: the only vGPU is held",
+            ("full",),
+        ),
         (node((), (), held=(10, 10)), "No new vGPU pods: all 20 vGPUs are held", ("full",)),
         (
             node((), (ECC,), held=(10, 3)),

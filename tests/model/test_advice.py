@@ -26,6 +26,7 @@ NODE_ADVICE = (
     advice.released,
     advice.no_gpu,
     advice.silent_gpu,
+    advice.gone,
     advice.kubelet_away,
     advice.rival,
     advice.podresources,
@@ -38,6 +39,7 @@ EVERY = [
     *(for_gpu(each, UUID, PLACE, sharing) for each in Remedy for sharing in SHARING),
     *(make(PLACE) for make in NODE_ADVICE),
     advice.cordoned(UUID, PLACE),
+    advice.orphaned((f"{UUID}::3", f"{UUID}::4"), PLACE),
     *(advice.no_limits(PLACE, enforced=each) for each in (True, False)),
     *(each for each in vars(advice).values() if isinstance(each, Advice)),
 ]
@@ -115,7 +117,9 @@ def test_every_fact_that_marks_a_gpu_has_a_remedy_of_its_own_kind():
 
 def test_each_advice_of_the_node_is_checked_here():
     made = {name for name, each in vars(advice).items() if getattr(each, "__annotations__", {}).get("return") is Advice}  # fmt: skip # noqa: E501
-    assert made - {"for_gpu", "cordoned", "no_limits"} == {each.__name__ for each in NODE_ADVICE}
+    assert made - {"for_gpu", "cordoned", "orphaned", "no_limits"} == {
+        each.__name__ for each in NODE_ADVICE
+    }
 
 
 names = st.from_regex(r"[a-z0-9]([-a-z0-9.]{0,60}[a-z0-9])?", fullmatch=True)

@@ -16,6 +16,7 @@ from vgpu_agent.model.facts import (
 )
 from vgpu_agent.model.health import HealthEvent, Moment, Probed, ResetDone
 from vgpu_agent.model.holders import Assignment, Holder, Holders, Usage
+from vgpu_agent.model.names import gone_gpus
 from vgpu_agent.model.node import MAX_UNLISTED, Node
 from vgpu_agent.model.rules import HealthRules, SharingRules
 from vgpu_agent.model.snapshot import (
@@ -140,12 +141,21 @@ def test_a_lost_gpu_stays_listed_with_its_vgpus_and_leaves_after_its_time():
     for node.now in (5, 64):
         node.looked(TWO)
         assert (node.listed, node.healthy) == (["gpu-0", "gpu-1"], ["gpu-1"])
+        assert gone_gpus(node.snapshot) == ()
     node.now = 65
     node.looked(TWO)
     assert node.listed == ["gpu-1"]
     assert node.snapshot.health.keys() == {"gpu-1"}
+    assert gone_gpus(node.snapshot) == ("gpu-0",)
+    node.driver_looked(Driver("1", "hangs"), None, {})
+    assert gone_gpus(node.snapshot) == ()
+    # One that does not say which it is may be the other.
+    nameless = Excluded(replace(ONE, uuid=""), "error", "dead")
+    node.driver_looked(Driver("1", None), Scan("1", (TWO,), (nameless,)), {})
+    assert gone_gpus(node.snapshot) == ()
     node.looked(ONE, TWO)
     assert node.healthy == ["gpu-0", "gpu-1"]  # it is a new one
+    assert gone_gpus(node.snapshot) == ()
 
 
 @pytest.mark.parametrize("away", ["lost for long", "excluded", "not listed yet"])

@@ -85,6 +85,15 @@ CASES = [
         {"driver": Driver("1", "broken")},
         [f"ERROR the driver cannot be asked about all GPUs: broken. Next: {DRIVER}"],
     ),
+    # The advice is what `status` says: that of the driver, where it does not answer.
+    (
+        {},
+        {"driver": Driver("1", "broken"), **ill(PROBE)},
+        [
+            f"ERROR no GPU can be used: broken. Next: {DRIVER}",
+            "WARNING 2 vGPUs are unhealthy: probe: no. Next: as for the driver",
+        ],
+    ),
     ({}, {"xids": {("gpu-0", 13): 1}}, ["INFO XID 13 (Graphics Engine Exception): counted"]),
     ({}, {"xids": {("gpu-0", 79): 1}}, ["INFO XID 79 (GPU has fallen off the bus): counted"]),
     ({}, {"xids": {("gpu-0", 74): 1}}, []),

@@ -54,6 +54,7 @@ def test_a_report_where_all_is_well_is_all_ok():
 
 ILL = gpu(0, healthy=False, faults=(FAULT,), remedy=Remedy.REBOOT, vgpus=Counts(10, 0, 4, 6, 4))
 OUT = KubeletReport(False, False, 0, None, None, None)
+NO_PODS = PodResourcesReport(False, "no dir")
 MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
 
 
@@ -74,6 +75,8 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
         ),
         ({"health_checks": False}, "health checks", WARN, "VGPU_HEALTH_CHECKS=on"),
         ({"gpus": ()}, "GPUs", FAIL, "lists no GPU"),
+        ({"gpus": (), "gone": ("GPU-x",)}, "GPUs", FAIL, "no GPU drain the node and reboot it"),
+        ({"gone": ("GPU-x",)}, "gone", WARN, "GPU-x drain the node and reboot it, unless"),
         ({"gpus": (), "excluded": (MIG,)}, "GPUs", FAIL, "0 of 1 GPUs are shared"),
         ({"excluded": (MIG,)}, "GPUs", OK, "2 of 3 GPUs are shared"),
         ({"excluded": (MIG,)}, "GPU 2", WARN, "is excluded (mig): MIG is on: turn it off"),
@@ -93,14 +96,15 @@ MIG = ExcludedReport("GPU-m", 2, "L4", "mig", "MIG is on: turn it off")
         ({"kubelet": replace(OUT, registered=True)}, "kubelet", FAIL, "follow the list"),
         ({"kubelet": replace(OUT, connected=True, error="odd")}, "kubelet", WARN, "odd"),
         (
-            {"podresources": PodResourcesReport(False, "no dir")},
+            {"podresources": NO_PODS},
             "podresources",
             WARN,
-            "older: no dir",
+            "older: no dir mount the kubelet's pod-resources directory",
         ),
+        ({"podresources": NO_PODS, "kubelet": OUT}, "podresources", WARN, "as for the kubelet"),
         ({"process_metrics": False}, "podresources", OK, "usage: off (`VGPU_PROCESS_METRICS`)"),
         ({"mps": None}, "sharing", OK, "by time-slicing"),
-        ({"orphaned": ("GPU-x::3",)}, "orphaned", WARN, "GPU-x::3"),
+        ({"orphaned": ("GPU-x::3",)}, "orphaned", WARN, "vgpu-agent drain-list GPU-x"),
         ({"problems": ("cannot write /x",)}, "agent", WARN, "cannot write /x"),
         ({"mps": MPS}, "mps", OK, "with 3 clients"),
         ({"mps": replace(MPS, problem="nobody")}, "mps", FAIL, "given: nobody"),

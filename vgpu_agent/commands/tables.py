@@ -213,7 +213,8 @@ def _holders(report: Report) -> Iterator[RenderableType]:
         yield _line(f"Who holds which vGPUs is {why}.")
         return
     if not allocations:
-        yield _line("No vGPU is held.")
+        lost = " that the node has" if report.orphaned else ""
+        yield _line(f"No vGPU{lost} is held.")
         return
     totals = {gpu.uuid: gpu.vgpus.total for gpu in report.gpus}
     columns = ["GPU", "VGPUS", "OF GPU", "POD", "CONTAINER", "MEMORY SHARE"]

@@ -189,6 +189,12 @@ class SimulatedDriver(GpuDriver):
         again = _SimulatedGpu(self._gpus[uuid].gpu, self._gpus[uuid].epoch + 1)
         self._replace(uuid, again)
 
+    def is_well(self, uuid: str) -> bool:
+        """Whether no fault was made on demand that a probe finds, since it was last enumerated."""
+        shared = self._gpus[uuid]
+        faulty = shared.reading.uncorrectable_ecc or shared.reading.error
+        return shared.on_the_bus and not shared.hangs and not faulty
+
     def show(self, uuid: str, reading: Reading) -> None:
         """Every probe of the GPU reads this from now on."""
         self._change(uuid, reading=reading)

@@ -122,27 +122,32 @@ def _of_gpus(snapshot: Snapshot, now: float) -> list[Why]:
     driver, gpus, number = snapshot.driver, snapshot.inventory.gpus, counts(snapshot)
     if any(shared.healthy for shared in gpus) and number.free != 0:
         return []
-    if driver.released_until is not None:
+    # Neither a release nor a driver that does not answer keeps the vGPUs of healthy GPUs from pods.
+    ill = [shared for shared in gpus if not shared.healthy]
+    if driver.released_until is not None and len(ill) == len(gpus):
         until = moment(driver.released_until, now)
         return [(Refusal.RELEASED, f"GPUs are released for a reset until {until}")]
-    if not driver.up and not any(shared.healthy for shared in gpus):
+    if not driver.up and len(ill) == len(gpus):
         why = f"the NVIDIA driver does not answer {_since(driver.since, now)}"
         return [(Refusal.DRIVER, why)]
     if not gpus:
         excluded = len(snapshot.excluded)
         why = f"all {excluded} GPUs are excluded" if excluded > 1 else "the only GPU is excluded"
         return [(Refusal.NO_GPU, why if excluded else "the driver lists no GPU")]
-    ill = [shared for shared in gpus if not shared.healthy]
     reasons = ", ".join(dict.fromkeys(fault.reason for each in ill for fault in each.faults))
     if len(ill) == len(gpus):
-        which = "the only GPU is" if len(gpus) == 1 else f"all {len(gpus)} GPUs are"
+        of_more = " shared" if snapshot.excluded else ""
+        which = (
+            f"the only{of_more} GPU is" if len(gpus) == 1 else f"all {len(gpus)}{of_more} GPUs are"
+        )
         return [(Refusal.UNHEALTHY, f"{which} unhealthy ({reasons})")]
     if not number.total:
         return [(Refusal.NO_GPU, "no GPU has a vGPU")]
-    held = f"all {number.total} vGPUs are held"
+    of_healthy = sum(shared.replicas for shared in gpus if shared.healthy)
+    every = "the only vGPU" if of_healthy == 1 else f"all {of_healthy} vGPUs"
+    of_which = " of healthy GPUs" if ill else ""
+    held = f"{every}{of_which} {'is' if of_healthy == 1 else 'are'} held"
     if ill:
-        of_healthy = sum(shared.replicas for shared in gpus if shared.healthy)
-        held = f"all {of_healthy} vGPUs of healthy GPUs are held"
         held += f"; unhealthy: GPU {', '.join(str(each.gpu.index) for each in ill)}"
     return [(Refusal.FULL, held)]
 

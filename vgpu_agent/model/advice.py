@@ -1,8 +1,10 @@
 """What to do about what is wrong: the only place that words it, as commands that can be pasted."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Self
 
+from vgpu_agent.model.devices import split_device_id
 from vgpu_agent.model.place import Advice, Place, Step
 from vgpu_agent.model.rules import SharingRules
 
@@ -95,7 +97,7 @@ def for_gpu(remedy: Remedy, uuid: str, place: Place, sharing: SharingRules) -> A
 
 
 def _drain_list(uuid: str, place: Place) -> Step:
-    words = "lists the pods that hold it, as commands that delete them"
+    words = "lists the pods that hold the GPU's vGPUs, as commands that delete them"
     return Step(words, f"{place.agent} vgpu-agent drain-list {uuid}")
 
 
@@ -212,6 +214,15 @@ def silent_gpu(place: Place) -> Advice:
     )
 
 
+def gone(place: Place) -> Advice:
+    """GPUs that the driver listed in this boot, and lists no longer."""
+    what = (
+        "drain the node and reboot it, unless they were taken out; have those replaced that do not"
+        " come back"
+    )
+    return Advice(what, tuple(_reboot(place)))
+
+
 def kubelet_away(place: Place) -> Advice:
     """No kubelet listens, or it refuses us."""
     steps = (
@@ -275,6 +286,16 @@ def mps_busy(place: Place) -> Advice:
     return Advice("end that process, or the pod it belongs to", (shell,))
 
 
+def orphaned(vgpus: Iterable[str], place: Place) -> Advice:
+    """Containers hold vGPUs that the node no longer has."""
+    what = (
+        "delete the pods that hold them; where fewer vGPUs are made than before,"
+        " `VGPU_REPLICAS` (`replicas`) set back makes them again"
+    )
+    uuids = dict.fromkeys(split[0] for each in vgpus if (split := split_device_id(each)))
+    return Advice(what, tuple(_drain_list(uuid, place) for uuid in uuids))
+
+
 def no_limits(place: Place, *, enforced: bool) -> Advice:
     """A container runs without its memory limits."""
     what = "delete its pod where it must not go on so; docs/memory-limits.md has what to look at"
@@ -286,11 +307,11 @@ MPS_SPLIT = Advice(
     "delete their pods, for ones that ask for fewer vGPUs, or set `VGPU_MPS_DAEMONS=node`"
     " (`mps.daemons`)"
 )
-ORPHANED = Advice("delete the pods that hold them, or set `VGPU_REPLICAS` (`replicas`) back")
 CHECKS_OFF = Advice("set `VGPU_HEALTH_CHECKS=on` (`health.checks`)")
 EXCLUDED = Advice("do that, or leave it to others")
 ALL_EXCLUDED = Advice("see below why each GPU is excluded")
 AS_FOR_DRIVER = Advice("as for the driver")
+AS_FOR_KUBELET = Advice("as for the kubelet")
 OVER_SHARE = Advice(
     "give its program less memory (`VGPU_MEMORY_BYTES` says how much), or its container more vGPUs"
 )

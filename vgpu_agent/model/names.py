@@ -1,4 +1,4 @@
-"""How a person names a GPU to a command: one rule for all of them."""
+"""How a person names a GPU to a command, one rule for all of them; and how things are counted."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -25,6 +25,11 @@ class GpuName:
         return self.uuid if self.index is None else f"GPU {self.index} ({self.uuid})"
 
 
+def number_of(count: int, thing: str) -> str:
+    """`1 vGPU`, `2 vGPUs`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def known_gpus(inputs: Inputs) -> tuple[GpuName, ...]:
     """All GPUs of the node, also those that are lost, excluded or only remembered."""
     described = [*inputs.gpus.values(), *(each.gpu for each in inputs.undescribed)]
@@ -32,6 +37,17 @@ def known_gpus(inputs: Inputs) -> tuple[GpuName, ...]:
     for uuid in (*inputs.first_seen, *inputs.health, *inputs.cordons):
         names.setdefault(uuid, GpuName(uuid))
     return tuple(names.values())
+
+
+def gone_gpus(inputs: Inputs) -> tuple[str, ...]:
+    """The GPUs, by UUID, that were seen in this boot of the node and are no longer listed.
+
+    None while the driver cannot be asked, or where a GPU does not say which one it is.
+    """
+    others = {each.gpu.uuid for each in inputs.undescribed}
+    if not inputs.driver.up or "" in others:
+        return ()
+    return tuple(sorted(inputs.first_seen.keys() - inputs.gpus.keys() - others))
 
 
 def find_gpu(text: str, gpus: Collection[GpuName]) -> GpuName:

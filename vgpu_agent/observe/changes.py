@@ -13,6 +13,7 @@ from vgpu_agent.model.devices import Effect, Gpu, Reason, SharedGpu
 from vgpu_agent.model.facts import DaemonLook
 from vgpu_agent.model.holders import split_containers
 from vgpu_agent.model.limits import LimitsLook, Mode
+from vgpu_agent.model.names import number_of
 from vgpu_agent.model.place import Advice, in_a_line
 from vgpu_agent.model.policy import judge_xid, remedy
 from vgpu_agent.model.rules import HealthRules
@@ -116,10 +117,12 @@ def _gpus(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
         known = before.inventory.find(shared.gpu.uuid)
         gpu = _fields(shared.gpu)
         if known is None:
-            yield _info(f"advertising {shared.replicas} vGPUs", **gpu, model=shared.gpu.model)
+            vgpus = number_of(shared.replicas, "vGPU")
+            yield _info(f"advertising {vgpus}", **gpu, model=shared.gpu.model)
         elif known.replicas != shared.replicas:
-            yield _info(f"advertising {shared.replicas} vGPUs instead of {known.replicas}", **gpu)
-        yield from _faults(known, shared, rules)
+            vgpus = number_of(shared.replicas, "vGPU")
+            yield _info(f"advertising {vgpus} instead of {known.replicas}", **gpu)
+        yield from _faults(known, shared, rules, driver_up=after.driver.up)
         for note in shared.notes:
             if known is None or note not in known.notes:
                 yield _warning(note, **gpu)
@@ -136,7 +139,9 @@ def _gpus(before: Snapshot, after: Snapshot, rules: Rules) -> Iterator[LogLine]:
             yield _warning(f"GPU excluded: {each.detail}", **_fields(each.gpu), reason=each.reason)
 
 
-def _faults(known: SharedGpu | None, shared: SharedGpu, rules: Rules) -> Iterator[LogLine]:
+def _faults(
+    known: SharedGpu | None, shared: SharedGpu, rules: Rules, *, driver_up: bool
+) -> Iterator[LogLine]:
     """A new fault with what to do about it, or the end of some."""
     gpu = _fields(shared.gpu)
     old = {} if known is None else {each.reason: each for each in known.faults}
@@ -149,18 +154,24 @@ def _faults(known: SharedGpu | None, shared: SharedGpu, rules: Rules) -> Iterato
         or (each.reason is Reason.CORDONED and old[each.reason].detail != each.detail)
     ]
     if news:
-        next_ = advice.for_gpu(remedy(shared.faults), shared.gpu.uuid, rules.place, rules.sharing)
+        what = advice.for_gpu(remedy(shared.faults), shared.gpu.uuid, rules.place, rules.sharing)
+        if not driver_up:
+            what = advice.AS_FOR_DRIVER
         yield _warning(
-            f"{shared.replicas} vGPUs are unhealthy: {shared.fault_text}. {_next(next_, rules)}",
+            f"{_vgpus(shared)} unhealthy: {shared.fault_text}. {_next(what, rules)}",
             **gpu,
             reason=",".join(each.reason for each in news),
         )
     elif old and not new:
         ended = "; ".join(f"no longer {each.reason}: {each.detail}" for each in old.values())
-        yield _info(f"{shared.replicas} vGPUs are healthy again ({ended})", **gpu)
+        yield _info(f"{_vgpus(shared)} healthy again ({ended})", **gpu)
     elif old.keys() - new.keys():
         ended = ", ".join(reason for reason in old if reason not in new)
         yield _info(f"no longer {ended}; still unhealthy: {shared.fault_text}", **gpu)
+
+
+def _vgpus(shared: SharedGpu) -> str:
+    return f"{number_of(shared.replicas, 'vGPU')} {'is' if shared.replicas == 1 else 'are'}"
 
 
 def _fields(gpu: Gpu) -> dict[str, object]:

@@ -9,6 +9,7 @@ from vgpu_agent.model import advice
 from vgpu_agent.model.advice import Remedy
 from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.limits import Mode
+from vgpu_agent.model.names import number_of
 from vgpu_agent.model.place import Advice, Place
 from vgpu_agent.model.rules import MIB, MemoryLimits
 from vgpu_agent.model.snapshot import Rules
@@ -44,6 +45,9 @@ def of_look(report: Report, rules: Rules) -> Iterator[Check]:
     yield from _mps(report, rules.place)
     yield from _limits(report, rules)
     yield from _overview(report, rules.place)
+    if report.gone:
+        detail = f"listed since the boot of the node, and no longer: {', '.join(report.gone)}"
+        yield check("gone", WARN, detail, advice.gone(rules.place))
     every: list[GpuReport | ExcludedReport] = [*report.gpus, *report.excluded]
     for each in sorted(every, key=lambda each: each.index):
         if isinstance(each, ExcludedReport):
@@ -130,7 +134,8 @@ def _mps_daemons(mps: MpsReport, place: Place) -> Check:
         return check("mps", FAIL, f"no vGPU can be given: {mps.problem}", advice.mps(place))
     clients = sum(mps.clients.values())
     serving = sum(daemon.problem is None for daemon in mps.daemons.values())
-    detail = f"{serving} of {len(mps.daemons)} GPUs are served, with {clients} clients"
+    served = f"{serving} of {len(mps.daemons)} GPUs are served"
+    detail = f"{served}, with {number_of(clients, 'client')}"
     if serving == len(mps.daemons):
         return check("mps", OK, detail)
     return check("mps", FAIL, detail, advice.mps(place))
@@ -138,13 +143,15 @@ def _mps_daemons(mps: MpsReport, place: Place) -> Check:
 
 def _overview(report: Report, place: Place) -> Iterator[Check]:
     shared, excluded = len(report.gpus), len(report.excluded)
-    detail = f"{shared} of {shared + excluded} GPUs are shared, as {report.vgpus.total} vGPUs"
+    vgpus = number_of(report.vgpus.total, "vGPU")
+    detail = f"{shared} of {shared + excluded} GPUs are shared, as {vgpus}"
     if shared:
         yield check("GPUs", OK, detail)
     elif excluded:
         yield check("GPUs", FAIL, detail, advice.ALL_EXCLUDED)
     elif report.driver.up:
-        yield check("GPUs", FAIL, "the driver lists no GPU", advice.no_gpu(place))
+        what = advice.gone(place) if report.gone else advice.no_gpu(place)
+        yield check("GPUs", FAIL, "the driver lists no GPU", what)
 
 
 def _agent(report: Report, place: Place) -> Iterator[Check]:
@@ -158,10 +165,12 @@ def _agent(report: Report, place: Place) -> Iterator[Check]:
         old = "" if report.orphaned is None else ", what is shown is older"
         why = pods.error or "for an unknown reason"
         detail = f"the kubelet does not say who holds which vGPU{old}: {why}"
-        yield check("podresources", WARN, detail, advice.podresources(place))
+        away = not report.kubelet.connected and report.kubelet.rival is None
+        what = advice.AS_FOR_KUBELET if away else advice.podresources(place)
+        yield check("podresources", WARN, detail, what)
     if report.orphaned:
         detail = f"held, but no longer advertised: {', '.join(report.orphaned)}"
-        yield check("orphaned", WARN, detail, advice.ORPHANED)
+        yield check("orphaned", WARN, detail, advice.orphaned(report.orphaned, place))
     for problem in report.problems:
         yield check("agent", WARN, problem, advice.agent_log(place))
 
@@ -184,7 +193,8 @@ def _gpu(gpu: GpuReport, report: Report, rules: Rules) -> Iterator[Check]:
     """One check says how it is, with one advice, whatever is wrong with it; then what is odd."""
     name, place = f"GPU {gpu.index}", rules.place
     if gpu.healthy:
-        size = f"{_memory(gpu.memory_bytes)}; {gpu.vgpus.total} vGPUs of {_memory(gpu.vgpu_bytes)}"
+        vgpus = number_of(gpu.vgpus.total, "vGPU")
+        size = f"{_memory(gpu.memory_bytes)}; {vgpus} of {_memory(gpu.vgpu_bytes)}"
         detail = f"{gpu.model} {gpu.uuid}, {size}; healthy"
         yield check(name, OK, detail, gpu=gpu.uuid)
     else:

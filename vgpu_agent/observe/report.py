@@ -192,6 +192,7 @@ class Report:
     name, and null, where they are not set. `resource` is the name of the vGPUs in Kubernetes.
     `checks` are what `status`, `doctor` and the page say of all this, and what to do. `cordoned`
     has the reason, which may be empty, of every GPU that is cordoned, listed or not, by its UUID.
+    `gone` has the UUIDs of GPUs that were seen in this boot of the node and are no longer listed.
 
     `health_checks` and `process_metrics`: whether GPUs are probed, and processes looked at;
     `names_pods`: whether this document names pods that hold vGPUs. `problems` are troubles of the
@@ -224,6 +225,7 @@ class Report:
     gpus: tuple[GpuReport, ...]
     excluded: tuple[ExcludedReport, ...]
     cordoned: dict[str, str]
+    gone: tuple[str, ...]
     allocations: tuple[AllocationReport, ...] | None
     orphaned: tuple[str, ...] | None
     checks: tuple[Check, ...]

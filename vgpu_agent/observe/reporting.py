@@ -7,6 +7,7 @@ from vgpu_agent.model.acceptance import Counts, acceptance, counts, gpu_counts
 from vgpu_agent.model.devices import SharedGpu
 from vgpu_agent.model.holders import Part, Used
 from vgpu_agent.model.limits import LimitsLook, Mode, is_held_to
+from vgpu_agent.model.names import gone_gpus
 from vgpu_agent.model.policy import remedy
 from vgpu_agent.model.snapshot import Rules, Snapshot
 from vgpu_agent.observe import judge
@@ -82,6 +83,7 @@ def make_report(snapshot: Snapshot, rules: Rules, now: float, *, names_pods: boo
             for e in snapshot.excluded
         ),
         cordoned={uuid: each.reason for uuid, each in sorted(snapshot.cordons.items())},
+        gone=gone_gpus(snapshot),
         allocations=tuple(_allocation(part, snapshot, limited=limited) for part in snapshot.parts)
         if known and names_pods
         else None,

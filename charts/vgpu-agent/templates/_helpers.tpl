@@ -3,6 +3,39 @@
 {{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end }}
 {{- end }}
 
+{{/* The first of a list that is there, as such text: a name may be 0. */}}
+{{- define "vgpu-agent.first" -}}
+{{- $found := "" }}
+{{- range . }}
+{{- if not (or $found (kindIs "invalid" .)) }}{{ $found = include "vgpu-agent.string" . }}{{ end }}
+{{- end }}
+{{- $found }}
+{{- end }}
+
+{{/* JSON of {is: ...}: what it is given, with text for each number and switch but for those that Kubernetes
+counts with, and without nulls. */}}
+{{- define "vgpu-agent.texts" -}}
+{{- $is := . }}
+{{- if kindIs "map" . }}
+{{- $is = dict }}
+{{- range $key, $value := . }}
+{{- if has $key (list "tolerationSeconds" "weight") }}{{ $_ := set $is $key $value }}
+{{- else if not (kindIs "invalid" $value) }}{{ $_ := set $is $key (include "vgpu-agent.texts" $value | fromJson).is }}
+{{- end }}
+{{- end }}
+{{- else if kindIs "slice" . }}
+{{- $is = list }}
+{{- range . }}{{ $is = append $is (include "vgpu-agent.texts" . | fromJson).is }}{{ end }}
+{{- else }}{{ $is = include "vgpu-agent.string" . }}
+{{- end }}
+{{- dict "is" $is | toJson }}
+{{- end }}
+
+{{/* The same as YAML. */}}
+{{- define "vgpu-agent.yaml" -}}
+{{- (include "vgpu-agent.texts" . | fromJson).is | toYaml }}
+{{- end }}
+
 {{/* YAML of a map whose values are all text, without those that are null. */}}
 {{- define "vgpu-agent.strings" -}}
 {{- $all := dict }}
@@ -30,7 +63,7 @@
 
 {{/* Names. 59 characters leave room for "-mps"; validate.yaml looks at those with a pool's name. */}}
 {{- define "vgpu-agent.name" -}}
-{{- include "vgpu-agent.string" (.Values.nameOverride | default .Chart.Name) | trunc 59 | trimSuffix "-" }}
+{{- include "vgpu-agent.first" (list .Values.nameOverride .Chart.Name) | trunc 59 | trimSuffix "-" }}
 {{- end }}
 
 {{- define "vgpu-agent.fullname" -}}
@@ -38,7 +71,7 @@
 {{- /* A Service's name has no dots, and a release's may. */}}
 {{- $release := replace "." "-" .Release.Name }}
 {{- if not (contains $name $release) }}{{ $name = printf "%s-%s" $release $name }}{{ else }}{{ $name = $release }}{{ end }}
-{{- include "vgpu-agent.string" (.Values.fullnameOverride | default $name) | trunc 59 | trimSuffix "-" }}
+{{- include "vgpu-agent.first" (list .Values.fullnameOverride $name) | trunc 59 | trimSuffix "-" }}
 {{- end }}
 
 {{/* A DaemonSet's name, from (dict "root" "pool" "component"). */}}
@@ -50,13 +83,14 @@
 {{- end }}
 
 {{- define "vgpu-agent.serviceAccountName" -}}
-{{- $own := ternary (include "vgpu-agent.fullname" .) "default" (.Values.serviceAccount.create | default false) }}
-{{- include "vgpu-agent.string" (.Values.serviceAccount.name | default $own) }}
+{{- $account := .Values.serviceAccount | default dict }}
+{{- $own := ternary (include "vgpu-agent.fullname" .) "default" ($account.create | default false) }}
+{{- include "vgpu-agent.first" (list $account.name $own) }}
 {{- end }}
 
 {{- define "vgpu-agent.image" -}}
 {{- with .Values.image }}
-{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ include "vgpu-agent.string" (.tag | default $.Chart.AppVersion) }}{{ end }}
+{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ include "vgpu-agent.first" (list .tag $.Chart.AppVersion) }}{{ end }}
 {{- end }}
 {{- end }}
 
@@ -205,21 +239,21 @@ securityContext:
 {{- with .dnsPolicy }}
 dnsPolicy: {{ . }}
 {{- end }}
-{{- with .runtimeClassName }}
-runtimeClassName: {{ include "vgpu-agent.string" . | quote }}
+{{- with include "vgpu-agent.first" (list .runtimeClassName) }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
-{{- with .priorityClassName }}
-priorityClassName: {{ include "vgpu-agent.string" . | quote }}
+{{- with include "vgpu-agent.first" (list .priorityClassName) }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 nodeSelector:
   {{- include "vgpu-agent.over" (list .nodeSelector (dict "kubernetes.io/os" "linux")) | fromJson | include "vgpu-agent.strings" | nindent 2 }}
 {{- with .affinity }}
 affinity:
-  {{- toYaml . | nindent 2 }}
+  {{- include "vgpu-agent.yaml" . | nindent 2 }}
 {{- end }}
 {{- with .tolerations }}
 tolerations:
-  {{- toYaml . | nindent 2 }}
+  {{- include "vgpu-agent.yaml" . | nindent 2 }}
 {{- end }}
 {{- end }}
 

@@ -2,6 +2,7 @@
 and the values that are used where there is none. */}}
 {{- define "vgpu-agent.defaults" -}}
 {
+  "metrics": {"address": "::", "port": 9408},
   "gpuDriver": "nvml",
   "sharing": "mps",
   "mps": {
