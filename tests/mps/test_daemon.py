@@ -284,6 +284,7 @@ seen = st.builds(
     st.lists(st.tuples(st.integers(), st.integers())).map(tuple),
     st.integers(0),
     st.lists(st.floats(0, 1e9)).map(tuple),
+    st.lists(st.integers()).map(tuple),
 )
 
 

@@ -1,6 +1,7 @@
 """What `mps watch` reads in a daemon's log."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -47,9 +48,12 @@ def test_clients_of_another_user_wait_until_their_server_is_ready(text, waiting)
     assert after(text).waiting_for_others() == waiting
 
 
-CRASH = line("Starting new server 9 for user 7") + line("Server 9 exited with status 1")
+START, READY = line("Starting new server 9 for user 7"), line("NEW SERVER 9: Ready")
+CRASH = START + line("Server 9 exited with status 1")
+KILLED = START + line("Server 9 exited with status 0")  # as after SIGKILL or SIGSEGV
 
 
+@pytest.mark.parametrize("crash", [CRASH, CRASH.replace(START, START + READY), KILLED])
 @pytest.mark.parametrize(
     ("times", "now", "failing"),
     [
@@ -59,12 +63,13 @@ CRASH = line("Starting new server 9 for user 7") + line("Server 9 exited with st
         ((0, 10, 20), 301, False),
     ],
 )
-def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, failing):
+def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, failing, crash):
     seen = Seen()
     for at in times:
-        seen = after(CRASH, seen, at)
+        seen = after(crash, seen, at)
     assert (seen.crashes, seen.failing(now)) == (len(times), failing)
-    assert after(END, seen, now).crashes == len(times)  # a good end is none
+    good = KILLED.replace(START, START + READY)
+    assert after(good + END, seen, now).crashes == len(times)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,7 @@ def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, faili
         ("Accepting connection...", False),
         ("NEW UI", False),
         ("Cmd:get_server_list fatal error", False),  # what a client says is nothing to pass on
+        ("Cmd:Server 60 exited with status 1", False),
         ('Unknown command "fatal"', False),
         ("No default pinned memory limit set for the device!", False),
         ("100.0", False),
@@ -121,6 +127,20 @@ def test_a_log_that_grows_faster_than_it_is_read_is_given_up_with_a_word(tmp_pat
     seen, told = read_on(log, Seen(), 0)
     assert told == [f"{BACKLOG + 10} bytes of the log were not read"]
     assert log.stat().st_size == seen.offset == 0
+
+
+@pytest.mark.parametrize("between", ["", "x\v", "x\r", "x\x85", "x\u2028", "x\x1c"])
+@pytest.mark.parametrize("text", [CRASH, OWN + FOREIGN, line("Starting control daemon")])
+def test_nothing_is_believed_that_clients_say_in_the_words_of_the_daemon(tmp_path, between, text):
+    """What they send stands in the log as it is, of all that ends a line but the line feed."""
+    known = after(OWN + FOREIGN)
+    log = tmp_path / "control.log"
+    commands = "".join(
+        line(f"Cmd:{between}{said.partition('] ')[2]}") for said in text.splitlines()
+    )
+    log.write_text(commands)
+    seen, told = read_on(log, known, 0)
+    assert (replace(seen, offset=0), told) == (known, [])
 
 
 def test_what_is_no_log_says_nothing(tmp_path):

@@ -38,7 +38,8 @@ class Seen:
 
     `owners` are the UIDs of servers by their PID, `running` that of the server that serves now.
     `waiting` are PID and UID of clients that have to wait. `crashes` counts servers that ended
-    by an error, `recent` are the times of the last of them, in seconds since the boot.
+    by an error or before they were ready, `recent` are the times of the last of them, in seconds
+    since the boot. `starting` are the PIDs of servers that are not ready yet.
     """
 
     offset: int = 0
@@ -47,6 +48,7 @@ class Seen:
     waiting: tuple[tuple[int, int], ...] = ()
     crashes: int = 0
     recent: tuple[float, ...] = ()
+    starting: tuple[int, ...] = ()
 
     def waiting_for_others(self) -> int:
         """Clients of another user than the running server's: they wait for its end."""
@@ -76,10 +78,11 @@ _HEAD = re.compile(r"^\[[^\]]*\]\s*")
 def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
     """What is known after a line, and the line where people need it; `None` for the many others.
 
-    A client that waited is served when a server of its user is ready: no line says so.
+    A client that waited is served when a server of its user is ready: no line says so. A server
+    that a signal has ended has the status 0 (seen): one that was not ready by then has crashed.
     """
     text = _HEAD.sub("", line).strip()
-    match = _LINE.search(text)
+    match = _LINE.match(text)
     if match is None:
         # What clients say of commands stands behind "Cmd:".
         trouble = _TROUBLE.search(text) and not text.startswith(("Cmd:", "Unknown command"))
@@ -96,14 +99,19 @@ def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
     if match["started"]:
         owners[match["started"]] = int(match["owner"])
         owners = dict(list(owners.items())[-MANY:])
-        return replace(seen, owners=owners, running=int(match["owner"])), text
+        starting = (*seen.starting, int(match["started"]))[-MANY:]
+        seen = replace(seen, owners=owners, running=int(match["owner"]), starting=starting)
+        return seen, text
+    pid = int(match["ready"] or match["ended"])
+    never_ready = pid in seen.starting
+    seen = replace(seen, starting=tuple(each for each in seen.starting if each != pid))
     if match["ready"]:
         running = owners.get(match["ready"], seen.running)
         waiting = tuple(each for each in seen.waiting if each[1] != running)
         return replace(seen, running=running, waiting=waiting), text
     owners.pop(match["ended"], None)
     seen = replace(seen, owners=owners, running=next(reversed(owners.values()), None))
-    if int(match["status"]) != 0:
+    if int(match["status"]) != 0 or never_ready:
         recent = (*seen.recent, now)[-CRASHES:]
         seen = replace(seen, crashes=seen.crashes + 1, recent=recent)
     return seen, text
@@ -131,7 +139,8 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
             content = os.pread(descriptor, READ, seen.offset)
             end = content.rfind(b"\n") + 1
             whole = content[:end] if end or len(content) < READ else content
-            for line in whole.decode(errors="replace").splitlines():
+            # Not by `splitlines`: what clients say may hold all that it takes for the end of one.
+            for line in whole.decode(errors="replace").split("\n"):
                 seen, text = read_line(seen, line[:500], now)
                 said += [text] if text else []
             seen = replace(seen, offset=seen.offset + len(whole))
