@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import pytest
@@ -19,12 +21,13 @@ from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
-from vgpu_agent.mps import state
+from vgpu_agent.mps import processes, state
 from vgpu_agent.mps.answers import UNREPORTED, fault_of
 from vgpu_agent.mps.daemon import RealDaemons
 from vgpu_agent.mps.look import Watcher
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
+from vgpu_agent.pace import since_boot
 
 pytestmark = pytest.mark.slow
 
@@ -145,16 +148,26 @@ async def test_a_limit_where_there_should_be_none_is_a_problem(any_mps):
     [
         ({"answers": {"get_default_device_pinned_mem_limit 0": "1G"}}, "and says 1024 MiB on GPU"),
         ({"answers": {"get_default_active_thread_percentage": "all"}}, "no thread percentage"),
+        (
+            {"answers": {"get_default_active_thread_percentage": "x" * 2**19}},
+            "no thread percentage",
+        ),
+        ({"answers": {"get_default_device_pinned_mem_limit 0": "x" * 2**19}}, "no limit of memory"),
         ({"answers": {"get_server_list": "No servers"}}, "lists no PIDs"),
         ({"servers": [2**22 - 1]}, "hostPID: true"),
     ],
-    ids=["another limit is read back", "no number", "no PIDs", "/proc does not know its server"],
+    ids=[
+        *("another limit is read back", "no number", "much text", "much text of memory", "no PIDs"),
+        "/proc does not know its server",
+    ],
 )
 async def test_a_daemon_has_a_problem_as_long_as(fake_mps, behaviour, words):
     fake_mps.start()
     fake_mps.behave(**behaviour)
     async with watching(fake_mps, SERVER):
         await becomes(fake_mps, lambda look: words in (look.problem or ""))
+        # Who poses as a daemon makes no file that is too large for the others to be read.
+        assert fake_mps.directories.state.stat().st_size < 4096
         fake_mps.behave()
         await becomes(fake_mps, well)
 
@@ -280,18 +293,24 @@ async def test_a_fault_of_a_server_and_its_clients_are_told(fake_mps):
     fake_mps.start()
     pid = fake_mps.start_server()
     async with watching(fake_mps, CLIENT):
-        fake_mps.behave(status="FAULT", clients="GPU-a 71\n0 72\n")
+        others = "".join(f"GPU-of-others-{number} {number}\n" for number in range(20_000))
+        fake_mps.behave(status="FAULT", clients=f"GPU-a 71\n0 72\n{others}")
         found = await becomes(fake_mps, lambda look: look.fault)
         assert found.fault == f"MPS server {pid} has the status FAULT"
-        assert (found.servers, found.clients) == ((pid,), {A: 2})
+        assert (found.servers, found.clients) == ((pid,), {A: 2, "": 20_000})
         fake_mps.behave()
         await becomes(fake_mps, lambda look: well(look) and not look.clients)
 
 
-async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, caplog):
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [("exit 1", 1), ("exit 139", 139), ("kill -KILL $$", 0), ("kill -SEGV $$", 0)],
+)
+async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, caplog, does, status):
+    """The daemon says 0 of one that a signal has ended, such as that of a lack of memory."""
     caplog.set_level("INFO")
     any_mps.start()
-    any_mps.servers_do("exit 1")
+    any_mps.servers_do(does)
     async with watching(any_mps, CLIENT):
         for _ in range(3):
             any_mps.ask(f"start_server -uid {USER}")
@@ -300,7 +319,22 @@ async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, cap
     assert found.crashes >= 3
     assert "end by an error soon after their start" in found.failing
     assert well(found)
-    assert "exited with status 1" in caplog.text
+    assert f"exited with status {status}" in caplog.text
+
+
+async def test_a_client_that_ends_while_it_waits_waits_no_more(fake_mps):
+    """The daemon has no word for it, and nobody would be served for a client that is gone."""
+    fake_mps.start()
+    client = fake_mps.run("import time; time.sleep(60)")
+    waits = "NEW CLIENT {} from user 0: Server is not ready, push client to pending list"
+    said = ["Starting new server 7 for user 1000", *map(waits.format, (client.pid, 0))]
+    with fake_mps.output.open("a") as log:
+        log.writelines(f"[2026-05-31 23:48:21.671 Control 1] {each}\n" for each in said)
+    async with watching(fake_mps, CLIENT):
+        await becomes(fake_mps, lambda look: look.waiting == 2)
+        client.kill()
+        client.wait()
+        await becomes(fake_mps, lambda look: look.waiting == 1)
 
 
 # Who asks
@@ -322,6 +356,25 @@ async def test_a_tenant_who_keeps_the_connection_makes_no_vgpu_unhealthy(any_mps
         after = await becomes(any_mps, lambda look: not look.busy, seconds=15)
     assert after == before
     assert said == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "named"), [(1, 9, 1), (3, 9, 3), (5, 9, 3), (5, 0, 0)]
+)
+def test_of_those_that_may_hold_a_connection_some_are_named_that_last(count, seconds, named):
+    """Who comes and goes would be another warning at every look."""
+    program = f"held-{os.getpid()}"
+    script = f"exec -a {program} sleep 60"
+    started = [subprocess.Popen(["bash", "-c", script]) for _ in range(count)]
+    try:
+        eventually(lambda: len(list(processes.find_named(program))) == count)
+        words = processes.holders(program, Path("/pipe"), since_boot() + seconds)
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    assert words.count(f"of user {os.getuid()}") == named
+    assert ("not seen" in words, "and others" in words) == (named == 0, 0 < named < count)
 
 
 @pytest.mark.parametrize(("plan", "healthy"), [(CLIENT, True), (SERVER, False)])

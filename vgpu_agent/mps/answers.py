@@ -11,6 +11,11 @@ from vgpu_agent.errors import MpsRefusedError
 from vgpu_agent.model.rules import GIB, MIB
 
 
+def _shown(text: str) -> str:
+    """Of whatever length: it is kept beside what is known of all other daemons."""
+    return repr(text[:200])
+
+
 def parse_pids(text: str) -> tuple[int, ...]:
     """PIDs, one or several a line, none for nothing.
 
@@ -19,7 +24,7 @@ def parse_pids(text: str) -> tuple[int, ...]:
     """
     words = text.split()
     if not all(re.fullmatch(r"[0-9]{1,10}", word) for word in words):
-        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {text[:200]!r}")
+        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {_shown(text)}")
     return tuple(map(int, words))
 
 
@@ -82,7 +87,7 @@ def parse_percentage(text: str) -> int:
     """A percentage such as `50.0` (seen). Raises MpsRefusedError for anything else."""
     match = re.fullmatch(r"([0-9]{1,3})(?:\.[0-9]+)?\s*%?", text.strip())
     if match is None or not 0 <= int(match[1]) <= 100:
-        raise MpsRefusedError(f"the MPS daemon answers no thread percentage, but {text!r}")
+        raise MpsRefusedError(f"the MPS daemon answers no thread percentage, but {_shown(text)}")
     return int(match[1])
 
 
@@ -100,7 +105,7 @@ def parse_memory(text: str) -> int | None:
         return None
     match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)I?B?", text)
     if match is None:
-        raise MpsRefusedError(f"the MPS daemon answers no limit of memory, but {text!r}")
+        raise MpsRefusedError(f"the MPS daemon answers no limit of memory, but {_shown(text)}")
     return int(match[1]) * _UNITS[match[2]] or None
 
 

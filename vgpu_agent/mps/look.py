@@ -128,17 +128,21 @@ class Watcher:
         await self._divide(generation)
         found = await self._asked(generation)
         seen, now = self._watched.log, since_boot()
+        # No line says that a client has ended while it waited; PID 0 is one that cannot be seen.
+        waiting = [each for each in seen.waiting if not each[0] or processes.find(each[0])]
+        seen = replace(seen, waiting=tuple(waiting))
         failing = None
         if seen.failing(now):
             failing = (
                 "its servers end by an error soon after their start, again and again: see the log"
                 " of `watch`; likely are a process without MPS on the GPU, a GPU that needs a"
-                " reset, or a driver whose libraries the MPS pod does not have"
+                " reset, too little memory for the MPS pod's container `daemon`, or a driver whose"
+                " libraries it does not have"
             )
         found = replace(
             found, waiting=seen.waiting_for_others(), crashes=seen.crashes, failing=failing
         )
-        self._watched = replace(self._watched, look=found)
+        self._watched = replace(self._watched, look=found, log=seen)
         wrong = found.down or found.problem or found.fault or found.busy
         self._say(logging.WARNING if wrong else logging.INFO, wrong or self._in_effect())
         return found
@@ -190,7 +194,7 @@ class Watcher:
         try:
             found = await self._round(known)
         except MpsBusyError as error:
-            return replace(known, busy=f"{error}{self._holders()}")
+            return replace(known, busy=f"{error}{processes.holders(CONTROL, pipe, since_boot())}")
         except MpsHungError as error:
             self._hangs += 1
             return replace(known, down=str(error) if self._hangs >= _HANGS else known.down)
@@ -201,16 +205,6 @@ class Watcher:
         self._hangs = 0
         # Where the daemon was replaced meanwhile, what was found is of nobody.
         return found if generation_of(pipe) == generation else replace(self._plan, down="it ended")
-
-    def _holders(self) -> str:
-        """Who may hold the connection: the control programs that run, and whose they are."""
-        ours = str(self._control.directories.pipe)
-        found = []
-        for process in processes.find_named(CONTROL):
-            pipe = processes.variable_of(process, "CUDA_MPS_PIPE_DIRECTORY")
-            if pipe in (None, ours) and not processes.is_daemon(process):
-                found.append(f"process {process.pid} of user {processes.owner_of(process)}")
-        return f": {', '.join(found)}" if found else ", which is not seen among the processes"
 
     async def _ask(self, lines: Sequence[str]) -> list[str]:
         """The answers; a daemon that is busy is asked again for some seconds."""
@@ -252,8 +246,8 @@ class Watcher:
             for pid, status in statuses.items()
         }
         since = {pid: at for pid, (_, at) in self._statuses.items()}
-        # The daemon may name a GPU by its ordinal.
-        uuids = {str(gpu.ordinal): gpu.uuid for gpu in self._plan.gpus}
+        # The daemon may name a GPU by its ordinal. A client can pose as the daemon and name any.
+        uuids = {name: gpu.uuid for gpu in self._plan.gpus for name in (gpu.uuid, str(gpu.ordinal))}
         clients = answers.parse_clients(about.get(_CLIENTS, ""))
         return replace(
             self._plan,
@@ -262,7 +256,7 @@ class Watcher:
             problem=problem,
             fault=answers.fault_of(statuses, since, now),
             servers=tuple(statuses),
-            clients=dict(Counter(uuids.get(name, name) for name in clients)),
+            clients=dict(Counter(uuids.get(name, "") for name in clients)),
         )
 
     def _about(self, servers: Sequence[int]) -> list[str]:
@@ -313,8 +307,8 @@ class Watcher:
                 continue  # such as the words of a server that is gone
             if more:
                 return (
-                    f"MPS server {words[0]} was given {said.strip()} instead of {self._wanted}: its"
-                    " user can do that; end the pods of the GPU"
+                    f"MPS server {words[0]} was given {said.strip()[:40]} instead of"
+                    f" {self._wanted}: its user can do that; end the pods of the GPU"
                 )
         return None
 
