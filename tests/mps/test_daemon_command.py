@@ -258,6 +258,25 @@ def test_the_end_is_bounded_whatever_hangs(any_node, hung):
     assert not any_node.lives(server)
 
 
+def test_a_control_program_that_cannot_be_ended_holds_no_end_up(node, monkeypatch):
+    """As in a call to the driver that does not return: a signal does not reach it."""
+    node.start_daemons()
+    ended = node.process(FIRST)
+    Path(node.programs.program).write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck: list[subprocess.Popen[bytes]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(serve, "QUIT_SECONDS", 0)
+        patched.setattr(serve.subprocess.Popen, "kill", lambda each: stuck.append(each))
+        began = time.monotonic()
+        assert serve.end(node.directories.daemon(FIRST), node.programs.program) == []
+        assert time.monotonic() - began < 12
+    assert not node.lives(ended)
+    assert stuck
+    for each in stuck:
+        each.kill()
+        each.wait()
+
+
 def test_daemons_that_a_killed_supervisor_left_are_ended_by_the_next_one(node):
     supervisor = node.start_daemons()
     server = node.start_server(FIRST)

@@ -169,17 +169,23 @@ def end(directories: DaemonDirectories, binary: str = CONTROL) -> list[Process]:
 
 
 def _quit(directories: DaemonDirectories, binary: str) -> None:
-    """Asks the daemon to end. What is said is of no use: a busy daemon may say nothing too."""
-    with _asking(directories), suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(  # noqa: S603 - the driver's, or a test's
+    """Asks the daemon to end. What is said is of no use: a busy daemon may say nothing too.
+
+    A program that a call to the driver holds is left behind, killed: nobody waits for it.
+    """
+    with _asking(directories), suppress(OSError):
+        asking = subprocess.Popen(  # noqa: S603 - the driver's, or a test's
             [binary],
-            input=f"quit -t {QUIT_SECONDS}\n".encode(),
             env={**os.environ, **directories.environment()},
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=QUIT_SECONDS + 2,
-            check=False,
         )
+        try:
+            asking.communicate(f"quit -t {QUIT_SECONDS}\n".encode(), QUIT_SECONDS + 2)
+        except subprocess.TimeoutExpired:
+            asking.kill()
+            _wait(lambda: asking.poll() is not None, KILL_SECONDS)
 
 
 @contextmanager
