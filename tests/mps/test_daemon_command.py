@@ -264,9 +264,13 @@ def test_a_control_program_that_cannot_be_ended_holds_no_end_up(node, monkeypatc
     ended = node.process(FIRST)
     Path(node.programs.program).write_text("#!/bin/sh\nexec sleep 60\n")
     stuck: list[subprocess.Popen[bytes]] = []
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        stuck.append(process)
+
     with monkeypatch.context() as patched:
         patched.setattr(serve, "QUIT_SECONDS", 0)
-        patched.setattr(serve.subprocess.Popen, "kill", lambda each: stuck.append(each))
+        patched.setattr(serve.subprocess.Popen, "kill", kill)
         began = time.monotonic()
         assert serve.end(node.directories.daemon(FIRST), node.programs.program) == []
         assert time.monotonic() - began < 12
