@@ -42,8 +42,8 @@ WELL = a_look(**{ONE: 10, TWO: 10})
 APPLIED = {uuid: (AppliedGpu(uuid, 0, 10, None),) for uuid in (ONE, TWO)}
 
 
-def make_node(limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
-    rules = Rules(SharingRules(mps_limits=limits, replicas=replicas))
+def make_node(limits: MpsLimits = MpsLimits.CLIENT, **sharing: object) -> Node:
+    rules = Rules(SharingRules(mps_limits=limits, **{"replicas": 10, **sharing}))
 
     def published(before, after) -> None:
         changes.write(changes.changes(before, after, rules))
@@ -89,13 +89,20 @@ def test_a_daemon_concerns_its_own_gpu_and_busy_is_not_down(look, expected):
     assert bool(problem) is all(Reason.MPS in each for each in expected)
 
 
-def test_what_was_applied_is_served_until_the_pod_is_replaced():
-    node = make_node(replicas=20)
-    node.set_mps(a_look(**{ONE: 10, TWO: 20}))
-    assert [shared.replicas for shared in node.snapshot.inventory.gpus] == [10, 20]
-    assert node.snapshot.mps.replacement == (
-        "GPU 0 has 10 vGPUs instead of 20 until its MPS daemon is restarted"
-    )
+@pytest.mark.parametrize(
+    ("of_one", "served", "words"),
+    [
+        (20, [20, 20], None),
+        (10, [10, 20], "GPU 0 has 10 vGPUs instead of 20 until its MPS daemon is restarted"),
+        (0, [20], "GPU 0 is excluded, and its MPS daemon stays until the MPS pod is replaced"),
+    ],
+)
+def test_what_was_applied_is_served_until_it_is_replaced(of_one, served, words):
+    """The other GPU has what the settings say."""
+    node = make_node(replicas=20, replicas_by_gpu={} if of_one else {ONE: 0})
+    node.set_mps(a_look(**{ONE: of_one or 10, TWO: 20}))
+    assert [shared.replicas for shared in node.snapshot.inventory.gpus] == served
+    assert node.snapshot.mps.replacement == words
 
 
 @pytest.mark.parametrize("applied", MpsLimits)

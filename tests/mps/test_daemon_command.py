@@ -142,6 +142,27 @@ def test_a_daemon_that_was_killed_is_started_again_alone(any_node):
     assert SECOND not in any_node.said
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_loop_that_somebody_ends_is_begun_again(any_node, number):
+    supervisor = any_node.start_daemons()
+    ended, other = map(any_node.process, GPUS)
+    os.kill(parent_of(ended.pid), number)
+    eventually(lambda: any_node.process(FIRST) != ended and any_node.answers(FIRST), 10)
+    assert not any_node.lives(ended)
+    assert any_node.process(SECOND) == other
+    assert f"the loop of MPS daemon {FIRST} was ended" in any_node.said
+    # And it is ended with all others.
+    last = any_node.process(FIRST)
+    supervisor.terminate()
+    assert supervisor.wait(10) == 0
+    assert not any(map(any_node.lives, (last, other)))
+    assert "did not end in order" not in any_node.said.partition("was ended")[2]
+
+
 def test_what_ends_a_daemon_at_once_is_tried_again_later_and_later(node):
     program = Path(node.programs.program)
     works = program.read_text()
