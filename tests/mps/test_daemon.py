@@ -351,19 +351,28 @@ def test_whatever_a_tenant_leaves_in_the_pipe_directory_is_looked_at_without_wai
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="requires root, who may drop capabilities")
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [0, 0o600, 0o777])
-def test_a_mode_that_a_tenant_gave_the_pipe_directory_is_set_back(directories, mode):
+@pytest.mark.parametrize(
+    ("mode", "owner"), [(0, 0), (0o600, 0), (0o777, 0), (0o755, 1000), (0, 1000), (0o700, 65534)]
+)
+def test_a_mode_that_a_tenant_gave_the_pipe_directory_is_set_back(directories, mode, owner):
+    """Where it gave the directory to somebody else and closed it, that is said, and the way out."""
     pipe = directories.daemon(ONE).pipe
     look = f"""
 from pathlib import Path
-from vgpu_agent.mps.state import generation_of
-print(generation_of(Path({str(pipe)!r})))
+from vgpu_agent.mps.state import absence, generation_of
+pipe = Path({str(pipe)!r})
+print(generation_of(pipe) or absence(pipe))
 """
     with serving(pipe):
         pipe.chmod(mode)
+        os.chown(pipe, owner, owner)
         program = [*limited("-all"), sys.executable, "-c", look]
         found = subprocess.run(program, capture_output=True, text=True, check=True)
-        assert found.stdout.strip() == generation_of(pipe)
+        if mode & 0o1 or not owner:
+            assert found.stdout.strip() == generation_of(pipe)
+        else:
+            assert f"given to user {owner}: run `vgpu-agent mps restart {ONE}`" in found.stdout
+            return
     assert stat.S_IMODE(pipe.stat().st_mode) == PIPE_MODE
 
 

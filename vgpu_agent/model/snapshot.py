@@ -350,7 +350,8 @@ def _replacement(look: MpsLook, inputs: Inputs, sharing: SharingRules) -> str | 
         wanted = divided.replicas if isinstance(divided, Divided) else 0
         if has is not None and wanted == 0:
             differing.append(
-                f"GPU {gpu.index} is excluded, and its MPS daemon stays until the MPS pod is replaced"
+                f"GPU {gpu.index} is excluded, and its MPS daemon stays until the MPS pod is"
+                " replaced"
             )
         elif has is not None and has.replicas != wanted:
             differing.append(

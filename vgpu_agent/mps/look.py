@@ -26,7 +26,7 @@ from vgpu_agent.mps import answers, processes
 from vgpu_agent.mps.control import Control, Defaults, get_defaults, read_defaults, set_defaults
 from vgpu_agent.mps.log import read_on
 from vgpu_agent.mps.programs import CONTROL
-from vgpu_agent.mps.state import Watched, generation_of
+from vgpu_agent.mps.state import Watched, absence, generation_of
 from vgpu_agent.pace import since_boot
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class Watcher:
         known = replace(known, generation=generation)
         pipe = self._control.directories.pipe
         if generation is None:
-            return replace(self._plan, down=f"no MPS daemon serves {pipe}")
+            return replace(self._plan, down=absence(pipe))
         if generation != self._look.generation:
             self._defaults = None
             if self._limits is MpsLimits.SERVER:  # otherwise there is nothing to set

@@ -111,6 +111,21 @@ def generation_of(pipe_directory: Path) -> str | None:
     return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
 
 
+def absence(pipe_directory: Path) -> str:
+    """Says that no daemon is seen there, and what is to be done if it cannot be seen."""
+    words = f"no MPS daemon serves {pipe_directory}"
+    try:
+        owner = pipe_directory.stat().st_uid
+    except OSError:
+        return words
+    if owner == os.geteuid():
+        return words
+    return (
+        f"{words}, which a client has given to user {owner}: run `vgpu-agent mps restart"
+        f" {pipe_directory.parent.name}` in the MPS pod, which replaces it"
+    )
+
+
 def _open_to_all(directory: Path) -> None:
     """Sets the mode of a pipe directory back, which clients of its owner's UID can change.
 
