@@ -183,6 +183,12 @@ def closed(pipe: Path) -> None:
     pipe.chmod(0)
 
 
+def given_away(pipe: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(pipe, 1000, 1000)
+    pipe.chmod(0)
+
+
 def filled(pipe: Path) -> None:
     (pipe / "deep").mkdir()
     (pipe / "deep/link").symlink_to("/")
@@ -207,18 +213,21 @@ def test_records_in_what_clients_could_write_to_end_nobody(node):
         victim.kill()
 
 
-@pytest.mark.parametrize("attack", [closed, filled, replaced])
-def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(node, attack):
+@pytest.mark.parametrize("how", ["kill", "restart"])
+@pytest.mark.parametrize("attack", [closed, given_away, filled, replaced])
+def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(
+    node, attack, how
+):
     node.start_daemons()
     killed = node.process(FIRST)
     attack(node.pipe(FIRST))
-    os.kill(killed.pid, signal.SIGKILL)
+    if how == "kill":
+        os.kill(killed.pid, signal.SIGKILL)
+    else:
+        assert node.run("restart", FIRST).returncode == 0
     eventually(lambda: node.process(FIRST) != killed and node.answers(FIRST))
-    assert sorted(path.name for path in node.pipe(FIRST).parent.iterdir()) == [
-        "log",
-        "pipe",
-        "process",
-    ]
+    left = {path.name for path in node.pipe(FIRST).parent.iterdir()}
+    assert left - {"lock"} == {"log", "pipe", "process"}
 
 
 # End
