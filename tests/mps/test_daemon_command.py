@@ -215,9 +215,7 @@ def test_records_in_what_clients_could_write_to_end_nobody(node):
 
 @pytest.mark.parametrize("how", ["kill", "restart"])
 @pytest.mark.parametrize("attack", [closed, given_away, filled, replaced])
-def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(
-    node, attack, how
-):
+def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(node, attack, how):
     node.start_daemons()
     killed = node.process(FIRST)
     attack(node.pipe(FIRST))
