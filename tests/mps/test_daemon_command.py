@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from tests.mps import node as nodes
@@ -15,8 +16,10 @@ from tests.mps.fixtures import SOME, eventually
 from tests.mps.node import GPUS, Node
 from vgpu_agent import store
 from vgpu_agent.commands.mps import serves_users
+from vgpu_agent.errors import MpsDownError
 from vgpu_agent.model.facts import Scan
 from vgpu_agent.mps import processes, serve
+from vgpu_agent.mps.control import Control
 
 pytestmark = pytest.mark.slow
 
@@ -225,7 +228,27 @@ def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(node
         assert node.run("restart", FIRST).returncode == 0
     eventually(lambda: node.process(FIRST) != killed and node.answers(FIRST))
     left = {path.name for path in node.pipe(FIRST).parent.iterdir()}
-    assert left - {"lock"} == {"log", "pipe", "process"}
+    assert left - {"lock", "asking"} == {"log", "pipe", "process"}
+
+
+def test_a_link_in_the_place_of_a_socket_leads_to_no_other_daemon(any_node):
+    """Who asks is root, and has the sockets of all daemons."""
+    any_node.start_daemons()
+    ended, other = map(any_node.process, GPUS)
+    for name in ("control", "control_privileged"):
+        socket = any_node.pipe(FIRST) / name
+        socket.unlink()
+        socket.symlink_to(any_node.pipe(SECOND) / name)
+    one = any_node.directories.daemon(FIRST)
+    control = Control(one, binary=any_node.programs.program)
+    with pytest.raises(MpsDownError):
+        anyio.run(control.ask, "set_default_active_thread_percentage 50")
+    assert any_node.run("restart", FIRST).returncode == 0
+    eventually(lambda: any_node.process(FIRST) != ended and any_node.answers(FIRST))
+    assert not any_node.lives(ended)
+    assert any_node.lives(other)
+    assert any_node.answers(SECOND)  # with the limits that it had
+    assert anyio.run(control.ask, "get_server_list") == [""]
 
 
 # End

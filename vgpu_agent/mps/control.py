@@ -27,7 +27,7 @@ from vgpu_agent.errors import (
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps import answers
 from vgpu_agent.mps.directories import DaemonDirectories
-from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock
+from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock, to_ask
 
 _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC)
 
@@ -135,7 +135,11 @@ class Control:
                 f"{self._binary} hangs in the kernel and cannot be ended: drain and reboot the node"
             )
         try:
-            code, out, err = await self._run(text)
+            environment = to_ask(self.directories)
+        except OSError as error:
+            raise MpsBusyError(f"the MPS daemon of {pipe} cannot be asked now: {error}") from error
+        try:
+            code, out, err = await self._run(text, environment)
         except TimeoutError:
             raise MpsHungError(
                 f"the MPS daemon of {pipe} does not answer within {self._timeout:g} s: see"
@@ -169,12 +173,11 @@ class Control:
             " a time, and somebody else has it"
         )
 
-    async def _run(self, text: str) -> tuple[int, bytes, bytes]:
+    async def _run(self, text: str, environment: Mapping[str, str]) -> tuple[int, bytes, bytes]:
         """Exit code, output and errors of the program, MAX_OUTPUT bytes of them at most.
 
         Raises OSError, and TimeoutError.
         """
-        environment = {**os.environ, **self.directories.environment()}
         with _standard_input(text) as stdin:
             # Of asyncio's own processes one whose children keep its pipes open is never done with.
             process = Popen(  # noqa: ASYNC220, S603 - a fork takes a millisecond; no shell

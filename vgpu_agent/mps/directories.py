@@ -46,10 +46,15 @@ class DaemonDirectories:
         """Is held (`flock`) by whoever asks the daemon: it takes one connection at a time."""
         return self.root / "lock"
 
-    def environment(self) -> Mapping[str, str]:
+    @property
+    def asking(self) -> Path:
+        """Where its sockets have a second name, for whoever asks it (`programs.to_ask`)."""
+        return self.root / "asking"
+
+    def environment(self, pipe: Path | None = None) -> Mapping[str, str]:
         """The variables by which programs of MPS find this daemon."""
         return {
-            "CUDA_MPS_PIPE_DIRECTORY": str(self.pipe),
+            "CUDA_MPS_PIPE_DIRECTORY": str(pipe or self.pipe),
             "CUDA_MPS_LOG_DIRECTORY": str(self.log),
         }
 

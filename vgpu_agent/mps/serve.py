@@ -28,7 +28,7 @@ from vgpu_agent.errors import MpsBinaryError, MpsError, MpsSetupError, StoreErro
 from vgpu_agent.mps import processes, trees
 from vgpu_agent.mps.directories import PIPE_MODE, DaemonDirectories, Directories
 from vgpu_agent.mps.processes import Process
-from vgpu_agent.mps.programs import CONTROL, SERVER, cannot_run, locked, open_lock
+from vgpu_agent.mps.programs import CONTROL, SERVER, cannot_run, locked, open_lock, to_ask
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _quit(directories: DaemonDirectories, binary: str) -> None:
     with _asking(directories), suppress(OSError):
         asking = subprocess.Popen(  # noqa: S603 - the driver's, or a test's
             [binary],
-            env={**os.environ, **directories.environment()},
+            env=to_ask(directories),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

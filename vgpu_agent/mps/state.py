@@ -108,7 +108,8 @@ def generation_of(pipe_directory: Path) -> str | None:
         return None
     if _free(pipe_directory / "control_lock"):
         return None
-    return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
+    # Not when it was changed last: it gets other names (`programs.to_ask`).
+    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}"
 
 
 def absence(pipe_directory: Path) -> str:
