@@ -185,7 +185,7 @@ def _quit(directories: DaemonDirectories, binary: str) -> None:
             asking.communicate(f"quit -t {QUIT_SECONDS}\n".encode(), QUIT_SECONDS + 2)
         except subprocess.TimeoutExpired:
             asking.kill()
-            _wait(lambda: asking.poll() is not None, KILL_SECONDS)
+            _wait(lambda: asking.poll() is not None, 0.5)
 
 
 @contextmanager
