@@ -26,7 +26,7 @@ from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
-from vgpu_agent.model.rules import MpsLimits, SharingRules
+from vgpu_agent.model.rules import MAX_REPLICAS, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.daemon import STALE, MpsGuard, RealDaemons, SimulatedDaemons
@@ -246,6 +246,33 @@ async def test_a_state_that_makes_no_sense_gives_no_vgpu_and_says_so(directories
     assert look.daemons == {}
 
 
+DAMAGES = {
+    "beat": float("nan"),
+    "beat ": 10**400,
+    "daemons.x.set_at": float("inf"),
+    "daemons.x.log.waiting": [[7]],
+    "daemons.x.log.waiting ": [[7, 0, 0]],
+    "daemons.x.log.owners": {"7": "root"},
+    "daemons.x.look.servers": [True],
+    "daemons.x.look.gpus.0.replicas": 10**9,
+    "daemons.x.look.gpus.0.replicas ": 0,
+}
+
+
+@pytest.mark.parametrize("field", DAMAGES)
+def test_a_state_that_a_look_could_not_be_made_of_is_damaged(directories, field):
+    wrote(directories, x=DaemonLook(gpus=APPLIED[ONE]))
+    found = json.loads(directories.state.read_text())
+    *inner, last = field.strip().split(".")
+    place = found
+    for key in inner:
+        place = place[int(key) if key.isdecimal() else key]
+    place[last] = DAMAGES[field]
+    directories.state.write_text(json.dumps(found))
+    with pytest.raises(StoreError, match="is damaged"):
+        state.read(directories.state)
+
+
 DIVIDED = SharingRules(replicas=7, replicas_by_gpu=MappingProxyType({"0": 3}), mps_threads=1.5)
 
 
@@ -275,9 +302,9 @@ def test_a_division_that_makes_no_sense_is_refused_as_a_whole(tmp_path, change):
 looks = st.builds(
     DaemonLook,
     st.none() | st.text(),
-    st.lists(st.builds(AppliedGpu, st.text(), st.integers(0), st.integers(1), st.none())).map(
-        tuple
-    ),
+    st.lists(
+        st.builds(AppliedGpu, st.text(), st.integers(0), st.integers(1, MAX_REPLICAS), st.none())
+    ).map(tuple),
     st.none() | st.integers(1, 99),
     down=st.none() | st.text(),
     clients=st.dictionaries(st.text(), st.integers(0)),

@@ -101,6 +101,7 @@ def test_a_log_is_read_on_from_where_it_was_and_emptied_when_it_has_grown(tmp_pa
     log = tmp_path / "control.log"
     assert read_on(log, Seen(), 0) == (Seen(), [])
     log.write_text(OWN + "half a line")
+    assert read_on(log, Seen(10**30), 0) == read_on(log, Seen(-5), 0) == read_on(log, Seen(), 0)
     seen, told = read_on(log, Seen(), 0)
     assert (seen.offset, len(told)) == (len(OWN), 3)
     with log.open("a") as file:

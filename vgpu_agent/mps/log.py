@@ -130,7 +130,7 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
             return seen, said
         try:
             found = os.fstat(descriptor)
-            if found.st_size < seen.offset:  # it is another one
+            if not 0 <= seen.offset <= found.st_size:  # it is another one
                 seen = replace(seen, offset=0)
             if found.st_size - seen.offset > BACKLOG:
                 said.append(f"{found.st_size - seen.offset} bytes of the log were not read")

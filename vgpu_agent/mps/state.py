@@ -17,7 +17,7 @@ from typing import get_type_hints
 from vgpu_agent import store
 from vgpu_agent.errors import StoreError
 from vgpu_agent.model.facts import DaemonLook
-from vgpu_agent.model.rules import DIVISION, MpsLimits, SharingRules
+from vgpu_agent.model.rules import DIVISION, MAX_REPLICAS, MpsLimits, SharingRules
 from vgpu_agent.mps.directories import PIPE_MODE
 from vgpu_agent.mps.log import Seen
 
@@ -69,8 +69,9 @@ def read(path: Path) -> State | None:
         state: State = store.decoded(State, found, "it")
     except (ValueError, OverflowError) as error:
         raise StoreError(f"{path} is damaged: {error}") from error
-    if any(gpu.replicas < 1 for each in state.daemons.values() for gpu in each.look.gpus):
-        raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")
+    for gpu in (gpu for each in state.daemons.values() for gpu in each.look.gpus):
+        if not 1 <= gpu.replicas <= MAX_REPLICAS:
+            raise StoreError(f"{path} is damaged: it has a GPU of {gpu.replicas} vGPUs")
     return state
 
 
