@@ -20,6 +20,7 @@ from vgpu_agent.errors import (
 )
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps.answers import (
+    BUSY,
     GIB,
     UNREPORTED,
     parse_clients,
@@ -197,7 +198,8 @@ def test_what_makes_no_sense_is_refused(parse, texts):
         ("FAULT", "FAULT"),
         ("Server 12 not found", None),
         ('Unknown command "get_server_status"', UNREPORTED),
-        ("Server 12 is <busy>", "Server 12 is <busy>"),
+        ("Server 12 is <busy>\n", BUSY),
+        ("Server 12 is gone", "Server 12 is gone"),
         ("", ""),
     ],
 )

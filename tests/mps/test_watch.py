@@ -22,7 +22,7 @@ from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.mps import processes, state
-from vgpu_agent.mps.answers import UNREPORTED, fault_of
+from vgpu_agent.mps.answers import BUSY, UNREPORTED, fault_of
 from vgpu_agent.mps.daemon import RealDaemons
 from vgpu_agent.mps.look import Watcher
 from vgpu_agent.mps.state import State, Watched
@@ -278,6 +278,8 @@ async def test_what_a_server_was_given_beyond_the_limits_is_a_problem(fake_mps, 
         (UNREPORTED, 1e6, None),
         ("INITIALIZING", 59, None),
         ("INITIALIZING", 61, "is INITIALIZING for over 60 s"),
+        (BUSY, 59, None),
+        (BUSY, 61, "is <busy> for over 60 s"),
         ("FAULT", 0, "has the status FAULT"),
         ("UNKNOWN", 0, "has the status UNKNOWN"),
         ("SOMETHING NEW", 0, "has the status SOMETHING NEW"),

@@ -31,18 +31,25 @@ def parse_pids(text: str) -> tuple[int, ...]:
 def parse_status(text: str) -> str | None:
     """A server's status, such as ACTIVE (documented); None for a server that is gone (seen).
 
-    UNREPORTED where the daemon does not know the question (535, seen).
+    UNREPORTED where the daemon does not know the question (535, seen). BUSY where it says so of the
+    server; when it does is not known (the words are in 535, 550 and 555).
     """
+    text = text.strip()
     if "not found" in text.lower():
         return None
     words = text.split()
     if text.startswith("Unknown command"):
         return UNREPORTED
-    return words[0].upper() if len(words) == 1 else text.strip()
+    if text.endswith("<busy>"):
+        return BUSY
+    return words[0].upper() if len(words) == 1 else text
 
 
 UNREPORTED = "unreported"
 """The status of a server whose daemon does not report it."""
+
+BUSY = "<busy>"
+"""The status of a server that does not answer its daemon now."""
 
 
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z-]+")
@@ -121,8 +128,9 @@ def same_limit(wanted: int | None, found: int | None) -> bool:
     return found in {wanted, wanted // GIB * GIB}
 
 
-_INITIALIZING_SECONDS = 60.0
-"""A server that needs longer to start does not serve."""
+_MOMENTARY = ("INITIALIZING", BUSY)
+_MOMENTARY_SECONDS = 60.0
+"""A server that needs longer to start, or to answer, does not serve."""
 
 
 def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float) -> str | None:
@@ -130,8 +138,8 @@ def fault_of(statuses: Mapping[int, str], since: Mapping[int, float], now: float
     for pid, status in statuses.items():
         if status in ("ACTIVE", UNREPORTED):
             continue
-        if status != "INITIALIZING":
+        if status not in _MOMENTARY:
             return f"MPS server {pid} has the status {status[:40]}"
-        if now - since[pid] > _INITIALIZING_SECONDS:
-            return f"MPS server {pid} is INITIALIZING for over {_INITIALIZING_SECONDS:.0f} s"
+        if now - since[pid] > _MOMENTARY_SECONDS:
+            return f"MPS server {pid} is {status} for over {_MOMENTARY_SECONDS:.0f} s"
     return None
