@@ -319,6 +319,7 @@ seen = st.builds(
     st.integers(0),
     st.lists(st.floats(0, 1e9)).map(tuple),
     st.lists(st.integers()).map(tuple),
+    st.booleans(),
 )
 
 

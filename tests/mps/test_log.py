@@ -48,6 +48,21 @@ def test_clients_of_another_user_wait_until_their_server_is_ready(text, waiting)
     assert after(text).waiting_for_others() == waiting
 
 
+ACCEPTING, CALLER = line("Accepting connection..."), line("NEW UI")
+
+
+@pytest.mark.parametrize(
+    ("text", "accepting"),
+    [(ACCEPTING, True), (CALLER + ACCEPTING, True), (ACCEPTING + CALLER, False), (OWN, False)],
+)
+def test_somebody_who_has_connected_and_says_nothing_is_seen(tmp_path, text, accepting):
+    log = tmp_path / "control.log"
+    log.write_text(text)
+    seen, _ = read_on(log, Seen(), 0)
+    assert read_on(log, seen, 0)[0] == seen
+    assert seen.accepting is accepting
+
+
 START, READY = line("Starting new server 9 for user 7"), line("NEW SERVER 9: Ready")
 CRASH = START + line("Server 9 exited with status 1")
 KILLED = START + line("Server 9 exited with status 0")  # as after SIGKILL or SIGSEGV

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -358,6 +359,30 @@ async def test_a_tenant_who_keeps_the_connection_makes_no_vgpu_unhealthy(any_mps
         after = await becomes(any_mps, lambda look: not look.busy, seconds=15)
     assert after == before
     assert said == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"get_server_list\n"])
+async def test_a_tenant_who_connects_and_says_nothing_makes_no_vgpu_unhealthy(
+    any_mps, caplog, said
+):
+    """The daemon waits for it, and answers nobody: that looks like a daemon that hangs."""
+    if isinstance(any_mps, FakeMps):
+        pytest.skip("seen of the real daemon only")
+    any_mps.start()
+    async with watching(any_mps, SERVER):
+        before = await becomes(any_mps, well)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as holder:
+            holder.connect(str(any_mps.pipe / "control"))
+            if said:
+                holder.send(said)
+            found = await becomes(any_mps, lambda look: look.busy, seconds=15)
+            assert "has connected to it and says nothing" in found.busy
+            for _ in range(12):
+                await anyio.sleep(0.5)
+                assert well(await becomes(any_mps, lambda _: True))
+        after = await becomes(any_mps, lambda look: not look.busy, seconds=15)
+    assert after == before
+    assert caplog.text.count("says nothing") == 1
 
 
 @pytest.mark.parametrize(

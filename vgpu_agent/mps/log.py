@@ -39,7 +39,8 @@ class Seen:
     `owners` are the UIDs of servers by their PID, `running` that of the server that serves now.
     `waiting` are PID and UID of clients that have to wait. `crashes` counts servers that ended
     by an error or before they were ready, `recent` are the times of the last of them, in seconds
-    since the boot. `starting` are the PIDs of servers that are not ready yet.
+    since the boot. `starting` are the PIDs of servers that are not ready yet. `accepting`: nothing
+    was said since somebody has connected, who has not said yet what it is.
     """
 
     offset: int = 0
@@ -49,6 +50,7 @@ class Seen:
     crashes: int = 0
     recent: tuple[float, ...] = ()
     starting: tuple[int, ...] = ()
+    accepting: bool = False
 
     def waiting_for_others(self) -> int:
         """Clients of another user than the running server's: they wait for its end."""
@@ -72,6 +74,7 @@ _TROUBLE = re.compile(
     r"\b(fatal|failed|failure|error|exception|ignoring|insufficient|cannot|warning|fault)\b",
     re.IGNORECASE,
 )
+_ACCEPTING = "Accepting connection"
 _HEAD = re.compile(r"^\[[^\]]*\]\s*")
 
 
@@ -82,6 +85,8 @@ def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
     that a signal has ended has the status 0 (seen): one that was not ready by then has crashed.
     """
     text = _HEAD.sub("", line).strip()
+    if seen.accepting is not text.startswith(_ACCEPTING):
+        seen = replace(seen, accepting=not seen.accepting)
     match = _LINE.match(text)
     if match is None:
         # What clients say of commands stands behind "Cmd:".
@@ -140,7 +145,7 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
             end = content.rfind(b"\n") + 1
             whole = content[:end] if end or len(content) < READ else content
             # Not by `splitlines`: what clients say may hold all that it takes for the end of one.
-            for line in whole.decode(errors="replace").split("\n"):
+            for line in filter(None, whole.decode(errors="replace").split("\n")):
                 seen, text = read_line(seen, line[:500], now)
                 said += [text] if text else []
             seen = replace(seen, offset=seen.offset + len(whole))

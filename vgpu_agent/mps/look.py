@@ -46,6 +46,12 @@ _DEFAULTS_SECONDS = 60.0
 _IDLE = 5
 """So many times as long between two looks where there is no server: each costs lines of log."""
 
+_SILENT = (
+    "the MPS daemon waits for a process that has connected to it and says nothing, in a pod that"
+    " holds a vGPU of the GPU; new CUDA processes wait until it ends"
+)
+"""Whoever it is, it cannot be seen from here: sockets are seen in their own network."""
+
 _CLIENTS = "get_device_client_list"
 
 _PASSED_ON = 20
@@ -196,6 +202,9 @@ class Watcher:
         except MpsBusyError as error:
             return replace(known, busy=f"{error}{processes.holders(CONTROL, pipe, since_boot())}")
         except MpsHungError as error:
+            await self._read_log()
+            if self._watched.log.accepting:
+                return replace(known, busy=f"{_SILENT}: {pipe}")
             self._hangs += 1
             return replace(known, down=str(error) if self._hangs >= _HANGS else known.down)
         except MpsDownError as error:
