@@ -253,6 +253,10 @@ PS = """PID ID SERVER DEVICE NAMESPACE COMMAND
     [
         ("", []),
         (PS, ["GPU-cb1213a3-d6a4-be7f"] * 2),
+        (
+            PS.replace("DEVICE", "STATUS DEVICE").replace(" GPU", " ACTIVE GPU"),
+            ["GPU-cb1213a3-d6a4-be7f"] * 2,
+        ),
         ("GPU-a 71\n72 GPU-b\n", ["GPU-a", "GPU-b"]),
         ("GPU-a: 71, 72", ["GPU-a", "GPU-a"]),
         ("0 71\n72 1\n", ["0", "1"]),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.mps.fixtures import USER, Mps, eventually
+from tests.mps.fixtures import PROGRAMS, USER, Mps, eventually
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +38,31 @@ NO_STATUS = 'Unknown command "get_server_status"'
 
 def said(done: subprocess.CompletedProcess[str]) -> Answer:
     return done.returncode, done.stdout, done.stderr
+
+
+# What cannot be brought about without a GPU
+
+WORDS = {
+    "INITIALIZING": "535",
+    "ACTIVE": "535",
+    "FAULT": "535",
+    "Server %d is <busy>": "",
+    "NEW CLIENT %d from user %d: Server already exists": "",
+    "NEW CLIENT %d from user %d: Server is not ready, push client to pending list": "",
+    "NEW SERVER %d: Ready": "",
+    "Server encountered a fatal exception. Shutting down": "",
+}
+"""Words that ours take for those of the daemon, and the beginning of the version without them."""
+
+
+@pytest.mark.parametrize("version", PROGRAMS)
+def test_words_that_no_test_has_heard_a_real_daemon_say_stand_in_its_program(version):
+    path = PROGRAMS[version]
+    if path is None:
+        pytest.skip("no nvidia-cuda-mps-control: tests/mps/get-real-daemon gets it")
+    said = path.read_bytes().split(b"\0")
+    missing = {word for word in WORDS if word.encode() not in [each.rstrip(b"\n") for each in said]}
+    assert missing == {word for word, old in WORDS.items() if old and version.startswith(old)}
 
 
 # Commands: in one connection, in this order

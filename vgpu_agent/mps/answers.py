@@ -59,24 +59,26 @@ def parse_clients(text: str) -> tuple[str, ...]:
     """The GPU of each client, as the daemon names it: by UUID or ordinal, empty where unclear.
 
     The form of the list is documented only for the command `ps`. Taken are its table (`PID ID
-    SERVER DEVICE NAMESPACE COMMAND`), and, as guesses, lines of a device and PIDs (either first,
-    the device a UUID or, as the smaller number, an ordinal) and lines of a device alone above lines
-    of PIDs. What is left counts: each line that begins with a number is a client.
+    SERVER DEVICE NAMESPACE COMMAND`, or with STATUS before DEVICE), and, as guesses, lines of a
+    device and PIDs (either first, the device a UUID or, as the smaller number, an ordinal) and
+    lines of a device alone above lines of PIDs. What is left counts: each line that begins with a
+    number is a client.
     """
     clients: list[str] = []
-    table = False
+    column: int | None = None
     device = ""
     for line in text.splitlines():
         words = line.replace(":", " ").replace(",", " ").split()
         if not words:
             continue
         if words[0].upper() == "PID":
-            table = "SERVER" in (word.upper() for word in words)
+            heads = [word.upper() for word in words]
+            column = heads.index("DEVICE") if "DEVICE" in heads else None
             continue
         uuid = next((word for word in words if _UUID.fullmatch(word)), None)
         numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,10}", word)]
-        if table and len(words) >= 4 and len(numbers) >= 3:
-            clients.append(words[3])
+        if column is not None and len(words) > column and len(numbers) >= 3:
+            clients.append(words[column])
         elif re.match(r"(?i)device\b", line.strip()) and len(numbers) == 1:
             device = str(numbers[0])
         elif uuid is not None:
