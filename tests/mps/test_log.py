@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vgpu_agent.mps.log import BACKLOG, READ, Seen, read_line, read_on
+from vgpu_agent.mps.log import BACKLOG, LINES, READ, PassedOn, Seen, read_line, read_on
 
 
 def line(text: str) -> str:
@@ -136,13 +136,26 @@ def test_a_log_is_read_on_from_where_it_was_and_emptied_when_it_has_grown(tmp_pa
     assert (seen.offset, len(told)) == (len(END), 1)
 
 
-def test_a_log_that_grows_faster_than_it_is_read_is_given_up_with_a_word(tmp_path):
+@pytest.mark.parametrize("unread", [BACKLOG + 10, 5])
+def test_a_log_that_grows_faster_than_it_is_read_is_given_up_with_a_word(tmp_path, unread):
+    """Whether it gets ahead or is read as fast as it is written: it would grow for ever."""
     log = tmp_path / "control.log"
     log.touch()
     os.truncate(log, BACKLOG + 10)
-    seen, told = read_on(log, Seen(), 0)
-    assert told == [f"{BACKLOG + 10} bytes of the log were not read"]
+    seen, told = read_on(log, Seen(BACKLOG + 10 - unread), 0)
+    assert told == [f"{unread} bytes of the log were not read"]
     assert log.stat().st_size == seen.offset == 0
+
+
+def test_a_flood_of_lines_is_passed_on_in_part_and_counted():
+    """Any user can make a daemon refuse as many commands as it likes."""
+    passed = PassedOn()
+    assert passed.take(["one"], 100) == ["one"]
+    assert passed.take(["x"] * 1000, 101) == ["x"] * (LINES - 1)
+    assert passed.take(["x"] * 1000, 159) == []
+    assert passed.take([], 161) == [f"{2001 - LINES} more such lines"]
+    assert passed.take(["x"], 162) == ["x"]
+    assert passed.take([], 300) == []
 
 
 @pytest.mark.parametrize("between", ["", "x\v", "x\r", "x\x85", "x\u2028", "x\x1c"])

@@ -12,7 +12,7 @@ Its lines are not documented. These were seen of 535 and 550, or stand in report
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +23,13 @@ READ = 2**20
 """Most bytes of the log that are read at a time, and its size from which it is truncated."""
 
 BACKLOG = 8 * READ
-"""Unread bytes from which a log is given up: it grows faster than it can be read."""
+"""Size from which a log is given up: it grows so fast that it is never read to its end."""
 
 MANY = 256
 """Most servers and clients that are remembered; more are not distinguished."""
+
+LINES = 60
+"""Most lines of a daemon that are passed on in a minute."""
 
 CRASHES, CRASH_SECONDS = 3, 300.0
 """So many servers that ended by an error within that time end again and again."""
@@ -122,6 +125,26 @@ def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
     return seen, text
 
 
+@dataclass
+class PassedOn:
+    """Lines that were passed on in the minute from `since` on, and others: any user makes some."""
+
+    lines: int = 0
+    others: int = 0
+    since: float = 0.0
+
+    def take(self, lines: Sequence[str], now: float) -> list[str]:
+        """What is to be passed on of these, and how many were not in the minute before."""
+        said = []
+        if now - self.since >= 60:
+            said += [f"{self.others} more such lines"] if self.others else []
+            self.lines, self.others, self.since = 0, 0, now
+        room = LINES - self.lines
+        self.lines += len(lines[:room])
+        self.others += len(lines[room:])
+        return [*said, *lines[:room]]
+
+
 def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
     """Reads what was written since; the lines that people need.
 
@@ -137,7 +160,7 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
             found = os.fstat(descriptor)
             if not 0 <= seen.offset <= found.st_size:  # it is another one
                 seen = replace(seen, offset=0)
-            if found.st_size - seen.offset > BACKLOG:
+            if found.st_size > BACKLOG:
                 said.append(f"{found.st_size - seen.offset} bytes of the log were not read")
                 os.ftruncate(descriptor, 0)
                 return replace(seen, offset=0), said

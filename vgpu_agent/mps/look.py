@@ -24,7 +24,7 @@ from vgpu_agent.model.facts import AppliedGpu, DaemonLook
 from vgpu_agent.model.rules import MpsLimits
 from vgpu_agent.mps import answers, processes
 from vgpu_agent.mps.control import Control, Defaults, get_defaults, read_defaults, set_defaults
-from vgpu_agent.mps.log import read_on
+from vgpu_agent.mps.log import PassedOn, read_on
 from vgpu_agent.mps.programs import CONTROL
 from vgpu_agent.mps.state import Watched, absence, generation_of
 from vgpu_agent.pace import since_boot
@@ -53,9 +53,6 @@ _SILENT = (
 """Whoever it is, it cannot be seen from here: sockets are seen in their own network."""
 
 _CLIENTS = "get_device_client_list"
-
-_PASSED_ON = 20
-"""Most lines of a daemon's log that are passed on at a time."""
 
 
 def _uuids(look: DaemonLook) -> list[str]:
@@ -91,6 +88,7 @@ class Watcher:
         self._statuses: dict[int, tuple[str, float]] = {}
         self._hangs = 0
         self._said = ""
+        self._passed_on = PassedOn()
 
     @property
     def _look(self) -> DaemonLook:
@@ -180,11 +178,9 @@ class Watcher:
             read_on, directories.control_log, self._watched.log, since_boot()
         )
         self._watched = replace(self._watched, log=seen)
-        for line in lines[:_PASSED_ON]:
+        for line in (passed_on := self._passed_on.take(lines, since_boot())):
             log.info("%s said: %s", directories.name, line)
-        if len(lines) > _PASSED_ON:
-            log.info("%s said %d more such lines", directories.name, len(lines) - _PASSED_ON)
-        return bool(lines)
+        return bool(passed_on)
 
     async def _asked(self, generation: str | None) -> DaemonLook:
         """What is in effect now. Any failure has a meaning."""
