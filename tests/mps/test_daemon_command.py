@@ -228,7 +228,7 @@ def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(node
         assert node.run("restart", FIRST).returncode == 0
     eventually(lambda: node.process(FIRST) != killed and node.answers(FIRST))
     left = {path.name for path in node.pipe(FIRST).parent.iterdir()}
-    assert left - {"lock", "asking"} == {"log", "pipe", "process"}
+    assert left - {"lock", "ask"} == {"log", "pipe", "process"}
 
 
 def test_a_link_in_the_place_of_a_socket_leads_to_no_other_daemon(any_node):

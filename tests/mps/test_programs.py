@@ -14,9 +14,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import anyio
 import pytest
 
 from tests.mps.fixtures import PROGRAMS, USER, Mps, eventually
+from vgpu_agent.model.rules import MAX_DAEMON_NAME
+from vgpu_agent.mps.directories import Directories
+from vgpu_agent.settings import fits
 
 pytestmark = pytest.mark.slow
 
@@ -341,6 +345,26 @@ def killed_server(mps: Mps) -> object:
     return status, mps.start_server() != server
 
 
+def longest(mps: Mps) -> object:
+    """In the longest directory that a setting may name, and in one of a letter more."""
+
+    def in_directory(letters: int) -> Mps:
+        other = mps.of("")
+        other.directories = Directories(mps.root / (letters * "x"))
+        other.one = other.directories.daemon("n" * MAX_DAEMON_NAME)
+        other.make_directories()
+        return other
+
+    letters = 1
+    while fits("mps_directory", mps.root / ((letters + 1) * "x"), {}):
+        letters += 1
+    one, other = map(in_directory, (letters, letters + 1))
+    daemon = one.start()
+    asked = anyio.run(one.control().ask, "get_default_active_thread_percentage")
+    daemon.kill()
+    return asked, other.run_program("-f").returncode
+
+
 PRIVATE = {
     "control": "srw-rw-rw-",
     "control_lock": "-rw-rw-rw-",
@@ -390,6 +414,7 @@ SITUATIONS = [
     Seen(quits_in_time, ((0, "", ""), 0, [], True)),
     Seen(quits_with_a_server, ((None, True), 0)),
     Seen(failing_server, ((0, "", ""), (0, "", ""))),
+    Seen(longest, (["100.0"], 1)),
     Seen(killed_server, ("Server PID not found\n", True), {"535": (f"{NO_STATUS}\n", True)}),
 ]
 

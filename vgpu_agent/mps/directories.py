@@ -48,8 +48,11 @@ class DaemonDirectories:
 
     @property
     def asking(self) -> Path:
-        """Where its sockets have a second name, for whoever asks it (`programs.to_ask`)."""
-        return self.root / "asking"
+        """Where its sockets have a second name, for whoever asks it (`programs.to_ask`).
+
+        Its own is no longer than that of `pipe`, which settings leave room for.
+        """
+        return self.root / "ask"
 
     def environment(self, pipe: Path | None = None) -> Mapping[str, str]:
         """The variables by which programs of MPS find this daemon."""
