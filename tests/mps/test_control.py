@@ -227,7 +227,9 @@ def test_limits_of_memory_are_read_back(number, unit):
     assert parse_memory(f"{number}{unit[0]}\n") == number * unit[1]
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "0", "0G", "0M"])
+@pytest.mark.parametrize(
+    "text", ["", "  \n", "0", "0G", "0M", "No default pinned memory limit set for the device!"]
+)
 def test_nothing_and_zero_are_no_limit(text):
     assert parse_memory(text) is None
 

@@ -182,6 +182,16 @@ def test_what_ends_a_daemon_at_once_is_tried_again_later_and_later(node):
     eventually(lambda: node.answers(FIRST), 10)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_named(node, make):
+    log = node.directories.daemon(FIRST).control_log
+    log.parent.mkdir(parents=True, mode=0o700)
+    make(log)
+    node.start("daemon")
+    eventually(lambda: node.log.exists() and "'control.log'" in node.said, 10)
+    eventually(lambda: node.answers(SECOND), 10)
+
+
 def closed(pipe: Path) -> None:
     pipe.chmod(0)
 

@@ -106,11 +106,11 @@ _UNITS = {"": 1, "K": 1024, "M": MIB, "G": GIB, "T": 1024 * GIB}
 def parse_memory(text: str) -> int | None:
     """A limit of memory such as `8G` (seen) or `512M`, in bytes.
 
-    None, no limit, for zero or nothing: seen where none is set.
+    None, no limit, for zero or nothing: seen where none is set; and for what the daemon logs then.
     Raises MpsRefusedError for anything else.
     """
     text = text.strip().upper()
-    if not text:
+    if not text or text.startswith("NO DEFAULT PINNED MEMORY LIMIT SET"):
         return None
     match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)I?B?", text)
     if match is None:
