@@ -26,7 +26,7 @@ from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
-from vgpu_agent.model.rules import MAX_REPLICAS, MpsLimits, SharingRules
+from vgpu_agent.model.rules import MAX_REPLICAS, MpsDaemons, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.daemon import STALE, MpsGuard, RealDaemons, SimulatedDaemons
@@ -87,6 +87,14 @@ def test_a_daemon_concerns_its_own_gpu_and_busy_is_not_down(look, expected):
     assert reasons(node) == expected
     problem = node.snapshot.mps.problem
     assert bool(problem) is all(Reason.MPS in each for each in expected)
+
+
+def test_daemons_that_were_set_up_in_another_way_give_no_vgpu_until_their_pod_is_replaced():
+    node = make_node(mps_daemons=MpsDaemons.NODE)
+    node.set_mps(WELL)
+    assert reasons(node) == [[Reason.MPS], [Reason.MPS]]
+    words = "no MPS daemon was set up for this GPU: delete the MPS pod of the node, once drained"
+    assert [gpu.faults[0].detail for gpu in node.snapshot.inventory.gpus] == [words, words]
 
 
 @pytest.mark.parametrize(
