@@ -32,7 +32,7 @@ from vgpu_agent.mps import state
 from vgpu_agent.mps.daemon import STALE, MpsGuard, RealDaemons, SimulatedDaemons
 from vgpu_agent.mps.directories import PIPE_MODE, Directories
 from vgpu_agent.mps.log import Seen
-from vgpu_agent.mps.state import State, Watched, generation_of
+from vgpu_agent.mps.state import State, Watched, absence, generation_of
 from vgpu_agent.observe import changes
 from vgpu_agent.pace import since_boot
 
@@ -343,6 +343,17 @@ def test_what_is_written_is_read_back(tmp_path_factory, daemons):
         return
     state.write(path, written)
     assert state.read(path) == written
+
+
+@pytest.mark.slow
+def test_a_socket_that_a_client_removed_is_said_with_the_way_out(directories):
+    pipe = directories.daemon(ONE).pipe
+    assert absence(pipe) == f"no MPS daemon serves {pipe}"
+    with serving(pipe):
+        (pipe / "control").unlink()
+        assert generation_of(pipe) is None
+        assert f"the one that lives: run `vgpu-agent mps restart {ONE}`" in absence(pipe)
+    assert absence(pipe) == f"no MPS daemon serves {pipe}"
 
 
 def nothing(_pipe: Path) -> None:

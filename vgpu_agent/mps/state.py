@@ -114,18 +114,20 @@ def generation_of(pipe_directory: Path) -> str | None:
 
 
 def absence(pipe_directory: Path) -> str:
-    """Says that no daemon is seen there, and what is to be done if it cannot be seen."""
-    words = f"no MPS daemon serves {pipe_directory}"
+    """Says that no daemon is seen there, and what is to be done where one lives all the same."""
+    lock = pipe_directory / "control_lock"
     try:
         owner = pipe_directory.stat().st_uid
+        if owner != os.geteuid():
+            why = f"which a client has given to user {owner}"
+        elif lock.exists() and not _free(lock):
+            why = "where a client has removed the socket of the one that lives"
+        else:
+            why = ""
     except OSError:
-        return words
-    if owner == os.geteuid():
-        return words
-    return (
-        f"{words}, which a client has given to user {owner}: run `vgpu-agent mps restart"
-        f" {pipe_directory.parent.name}` in the MPS pod, which replaces it"
-    )
+        why = ""
+    restart = f"run `vgpu-agent mps restart {pipe_directory.parent.name}` in the MPS pod"
+    return f"no MPS daemon serves {pipe_directory}" + (f", {why}: {restart}" if why else "")
 
 
 def _open_to_all(directory: Path) -> None:
