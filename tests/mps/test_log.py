@@ -74,8 +74,9 @@ KILLED = START + line("Server 9 exited with status 0")  # as after SIGKILL or SI
     [
         ((0, 10, 20), 30, True),
         ((0, 10), 30, False),
-        ((0, 200, 400), 401, False),  # the first is too long ago
-        ((0, 10, 20), 301, False),
+        ((0, 360, 720), 1079, True),  # of a container whose start is put off by five minutes
+        ((0, 700, 1400), 1401, False),  # the first is too long ago
+        ((0, 10, 20), 1201, False),
     ],
 )
 def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, failing, crash):

@@ -31,8 +31,11 @@ MANY = 256
 LINES = 60
 """Most lines of a daemon that are passed on in a minute."""
 
-CRASHES, CRASH_SECONDS = 3, 300.0
-"""So many servers that ended by an error within that time end again and again."""
+CRASHES, CRASH_SECONDS = 3, 1200.0
+"""So many servers that ended by an error within that time end again and again.
+
+A container that does not stay is started again every five minutes at last, and a server with it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
