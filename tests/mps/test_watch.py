@@ -24,7 +24,9 @@ from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Thr
 from vgpu_agent.model.share import Divided, divide
 from vgpu_agent.mps import processes, state
 from vgpu_agent.mps.answers import BUSY, UNREPORTED, fault_of
+from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.daemon import RealDaemons
+from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.look import Watcher
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
@@ -248,6 +250,27 @@ async def test_a_server_that_no_look_has_seen_yet_keeps_its_division(any_mps):
     watcher.divide(new)
     found = await watcher.look()
     assert (found.servers, found.thread_percentage, found.problem) == ((server,), 10, None)
+
+
+@pytest.mark.parametrize(("then", "words"), [("", None), ("4194303", "hostPID: true")])
+async def test_a_server_that_ends_while_it_is_looked_at_is_no_problem(tmp_path, then, words):
+    """As servers do that crash in a loop: the line of their start is what makes us look."""
+    one = Directories(tmp_path).daemon(A)
+    one.pipe.mkdir(parents=True)
+    (one.pipe / "control").touch()
+    listed = iter(["4194303", then])
+    said = {"get_default_active_thread_percentage": "10.0", "get_server_status": "INITIALIZING"}
+    said["get_default_device_pinned_mem_limit"] = "2G"
+
+    class Asked(Control):
+        async def ask(self, *lines: str) -> list[str]:
+            words = [line.split()[0] for line in lines]
+            return [next(listed) if w == "get_server_list" else said.get(w, "") for w in words]
+
+    watcher = Watcher(SERVER.daemons[A].look, Asked(one), MpsLimits.SERVER, None, None)
+    found = await watcher.look()
+    assert found.servers == ((4194303,) if words else ())
+    assert words in found.problem if words else found.problem is None
 
 
 @pytest.mark.parametrize(

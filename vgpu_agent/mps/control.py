@@ -250,6 +250,32 @@ def read_defaults(ordinals: Iterable[int], said: Sequence[str]) -> Defaults:
     )
 
 
+def overridden(about: Mapping[str, str], wanted: Defaults) -> str | None:
+    """The problem where a server has more than the defaults: its user may set that.
+
+    `about` has what was answered, by command.
+    """
+    for line, said in about.items():
+        command, *words = line.split()
+        try:
+            if command == "get_active_thread_percentage" and said:
+                more = answers.parse_percentage(said) > wanted.thread_percentage
+            elif command == "get_device_pinned_mem_limit" and said:
+                most = wanted.memory_limits[int(words[1])]
+                limit = answers.parse_memory(said)
+                more = most is not None and (limit is None or limit > most)
+            else:
+                continue
+        except MpsRefusedError:
+            continue  # such as the words of a server that is gone
+        if more:
+            return (
+                f"MPS server {words[0]} was given {said.strip()[:40]} instead of"
+                f" {wanted}: its user can do that; end the pods of the GPU"
+            )
+    return None
+
+
 def set_defaults(defaults: Defaults) -> list[str]:
     """The commands that set them, for servers that start from now on.
 

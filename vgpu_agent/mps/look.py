@@ -18,12 +18,18 @@ from vgpu_agent.errors import (
     MpsDownError,
     MpsError,
     MpsHungError,
-    MpsRefusedError,
 )
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook
 from vgpu_agent.model.rules import MpsLimits
 from vgpu_agent.mps import answers, processes
-from vgpu_agent.mps.control import Control, Defaults, get_defaults, read_defaults, set_defaults
+from vgpu_agent.mps.control import (
+    Control,
+    Defaults,
+    get_defaults,
+    overridden,
+    read_defaults,
+    set_defaults,
+)
 from vgpu_agent.mps.log import PassedOn, read_on
 from vgpu_agent.mps.programs import CONTROL
 from vgpu_agent.mps.state import Watched, absence, generation_of
@@ -243,7 +249,12 @@ class Watcher:
             for pid in listed
             if (status := answers.parse_status(about[f"get_server_status {pid}"])) is not None
         }
-        problem = problem or (self._overridden(about) if server else None)
+        if ended := [pid for pid in statuses if server and processes.find(pid) is None]:
+            # Meanwhile, or they are in /proc of another PID namespace.
+            listed = answers.parse_pids((await self._ask(["get_server_list"]))[0])
+            for pid in set(ended) - set(listed):
+                del statuses[pid]
+        problem = problem or (overridden(about, self._wanted) if server else None)
         problem = problem or (self._older(statuses) if server else None)
         now = since_boot()
         self._statuses = {
@@ -294,28 +305,6 @@ class Watcher:
             self._watched = replace(self._watched, set_to=str(self._wanted), set_at=since_boot())
         other = ", ".join(self._wanted.differences(defaults))
         return (other and f"the MPS daemon was set to {self._wanted} and says {other}") or None
-
-    def _overridden(self, about: Mapping[str, str]) -> str | None:
-        """The problem where a server has more than the defaults: its user may set that."""
-        for line, said in about.items():
-            command, *words = line.split()
-            try:
-                if command == "get_active_thread_percentage" and said:
-                    more = answers.parse_percentage(said) > self._wanted.thread_percentage
-                elif command == "get_device_pinned_mem_limit" and said:
-                    wanted = self._wanted.memory_limits[int(words[1])]
-                    limit = answers.parse_memory(said)
-                    more = wanted is not None and (limit is None or limit > wanted)
-                else:
-                    continue
-            except MpsRefusedError:
-                continue  # such as the words of a server that is gone
-            if more:
-                return (
-                    f"MPS server {words[0]} was given {said.strip()[:40]} instead of"
-                    f" {self._wanted}: its user can do that; end the pods of the GPU"
-                )
-        return None
 
     def _older(self, servers: Iterable[int]) -> str | None:
         """The problem where a server was started before the limits were set."""
