@@ -129,7 +129,7 @@ TABLE = {
     "mps_daemons": one_of(MpsDaemons.GPU, "|both"),
     "mps_directory": Row(
         Path("/run/vgpu-agent/mps"),
-        {"/run/mps": Path("/run/mps"), "/" + 41 * "m": Path("/" + 41 * "m")},
+        {"/run/mps": Path("/run/mps"), "/" + 40 * "m": Path("/" + 40 * "m")},
         "|mps",
         "an absolute path",
     ),
@@ -353,7 +353,7 @@ NO_LIMITS = {"VGPU_MEMORY_LIMITS": "off"}
         ("VGPU_MEMORY_GUARANTEE", "on", "not with VGPU_MEMORY_LIMITS=off", NO_LIMITS),
         (CONTROLLER, "on", "only with VGPU_MEMORY_LIMITS=driver", NO_LIMITS),
         (CONTROLLER, "on", "only with VGPU_MEMORY_LIMITS=driver", {"VGPU_MEMORY_LIMITS": "auto"}),
-        ("VGPU_MPS_DIRECTORY", "/" + 42 * "m", "at most 42 bytes", {}),
+        ("VGPU_MPS_DIRECTORY", "/" + 41 * "m", "at most 41 bytes", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/dev/shm", "not /dev/shm itself", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/run", "a directory of its own", {}),
         ("VGPU_MPS_SHM_DIRECTORY", "/var", "a directory of its own", {}),

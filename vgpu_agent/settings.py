@@ -78,7 +78,8 @@ def setting(default: str, chart: str, what: str, also: str = "") -> Any:
 # What is allowed by a rule over several settings, and what is meant.
 _AT_MOST = "under MPS at most VGPU_MPS_MAX_CLIENTS"
 _SHORT = f"the socket {{}}vgpu-RESOURCE.sock in it at most {MAX_PATH} bytes long"
-_MAX_MPS_DIRECTORY = MAX_PATH - len("//pipe/control_privileged") - MAX_DAEMON_NAME
+# NVIDIA's daemons end without a word where the path has as many bytes as fit (535, 550, 555; seen).
+_MAX_MPS_DIRECTORY = MAX_PATH - 1 - len("//pipe/control_privileged") - MAX_DAEMON_NAME
 _RESERVED = f"{MPS_SERVER_MARGIN // MIB}Mi under MPS, otherwise 0"
 
 

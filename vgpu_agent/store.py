@@ -4,6 +4,7 @@ Everything here blocks: call it in a worker thread.
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -148,13 +149,18 @@ def decoded(kind: Any, value: object, name: str, text: Callable[[str], str] = st
                 return decoded(each, value, name, text)
         return decoded(last, value, name, text)
     if origin is tuple and isinstance(value, list):
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ValueError(f"{name} is a list of {len(value)}")
         return tuple(decoded(arguments[0], each, name, text) for each in value)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {text(str(k)): decoded(arguments[1], v, name, text) for k, v in value.items()}
     if origin is None and issubclass(kind, Enum):
         return kind(value)
     if kind is float and type(value) in (int, float):
-        return float(value)  # type: ignore[arg-type]  # it is one of the two
+        number = float(value)  # type: ignore[arg-type]  # it is one of the two
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {number}")
+        return number
     if kind is not type(value) or (isinstance(value, int) and abs(value) > MAX_INT):
         raise ValueError(f"{name} is of another type")
     return text(value) if isinstance(value, str) else value

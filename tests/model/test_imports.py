@@ -144,7 +144,7 @@ def test_only_the_settings_and_the_command_line_touch_the_environment():
         )
     }
     # The programs of MPS get this environment and the directories of their daemon.
-    assert touching == {"settings_reading", "cli", "mps.control", "mps.serve"}
+    assert touching == {"settings_reading", "cli", "mps.programs", "mps.serve"}
 
 
 @pytest.mark.slow

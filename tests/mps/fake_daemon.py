@@ -87,6 +87,8 @@ class Daemon:
     def listen(self, name: str, mode: int) -> socket.socket:
         path = PIPE / name
         path.unlink(missing_ok=True)
+        if len(bytes(path)) > 106:  # one less than fits
+            sys.exit(1)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         path.chmod(mode)

@@ -20,6 +20,7 @@ from vgpu_agent.errors import (
 )
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps.answers import (
+    BUSY,
     GIB,
     UNREPORTED,
     parse_clients,
@@ -92,6 +93,16 @@ async def test_whoever_asks_while_another_of_ours_does_waits_and_then_finds_it_b
         with pytest.raises(MpsBusyError, match="is locked"):
             await asked.ask("one")
     assert await asked.ask("one") == ["one is said"]
+
+
+@pytest.mark.parametrize("obstacle", ["ask", "ask/control/x"])
+async def test_what_keeps_a_daemon_from_being_asked_is_named(tmp_path, obstacle):
+    asked = control(tmp_path, ECHO)
+    path = tmp_path / obstacle
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with pytest.raises(MpsBusyError, match=r"cannot be asked now: .*/ask"):
+        await asked.ask("one")
 
 
 async def test_a_daemon_that_hangs_is_reported_in_time_and_a_question_to_it_leaves_nothing(
@@ -197,7 +208,8 @@ def test_what_makes_no_sense_is_refused(parse, texts):
         ("FAULT", "FAULT"),
         ("Server 12 not found", None),
         ('Unknown command "get_server_status"', UNREPORTED),
-        ("Server 12 is <busy>", "Server 12 is <busy>"),
+        ("Server 12 is <busy>\n", BUSY),
+        ("Server 12 is gone", "Server 12 is gone"),
         ("", ""),
     ],
 )
@@ -215,7 +227,9 @@ def test_limits_of_memory_are_read_back(number, unit):
     assert parse_memory(f"{number}{unit[0]}\n") == number * unit[1]
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "0", "0G", "0M"])
+@pytest.mark.parametrize(
+    "text", ["", "  \n", "0", "0G", "0M", "No default pinned memory limit set for the device!"]
+)
 def test_nothing_and_zero_are_no_limit(text):
     assert parse_memory(text) is None
 
@@ -241,6 +255,10 @@ PS = """PID ID SERVER DEVICE NAMESPACE COMMAND
     [
         ("", []),
         (PS, ["GPU-cb1213a3-d6a4-be7f"] * 2),
+        (
+            PS.replace("DEVICE", "STATUS DEVICE").replace(" GPU", " ACTIVE GPU"),
+            ["GPU-cb1213a3-d6a4-be7f"] * 2,
+        ),
         ("GPU-a 71\n72 GPU-b\n", ["GPU-a", "GPU-b"]),
         ("GPU-a: 71, 72", ["GPU-a", "GPU-a"]),
         ("0 71\n72 1\n", ["0", "1"]),

@@ -27,13 +27,13 @@ from vgpu_agent.model.devices import Reason
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.health import Moment
 from vgpu_agent.model.node import Node
-from vgpu_agent.model.rules import MpsLimits, SharingRules
+from vgpu_agent.model.rules import MAX_REPLICAS, MpsDaemons, MpsLimits, SharingRules
 from vgpu_agent.model.snapshot import Driver, Rules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.daemon import STALE, MpsGuard, RealDaemons, SimulatedDaemons
 from vgpu_agent.mps.directories import PIPE_MODE, Directories
 from vgpu_agent.mps.log import Seen
-from vgpu_agent.mps.state import State, Watched, generation_of
+from vgpu_agent.mps.state import State, Watched, absence, generation_of
 from vgpu_agent.observe import changes
 from vgpu_agent.pace import since_boot
 
@@ -43,8 +43,8 @@ WELL = a_look(**{ONE: 10, TWO: 10})
 APPLIED = {uuid: (AppliedGpu(uuid, 0, 10, None),) for uuid in (ONE, TWO)}
 
 
-def make_node(limits: MpsLimits = MpsLimits.CLIENT, replicas: int = 10) -> Node:
-    rules = Rules(SharingRules(mps_limits=limits, replicas=replicas))
+def make_node(limits: MpsLimits = MpsLimits.CLIENT, **sharing: object) -> Node:
+    rules = Rules(SharingRules(mps_limits=limits, **{"replicas": 10, **sharing}))
 
     def published(before, after) -> None:
         changes.write(changes.changes(before, after, rules))
@@ -90,13 +90,28 @@ def test_a_daemon_concerns_its_own_gpu_and_busy_is_not_down(look, expected):
     assert bool(problem) is all(Reason.MPS in each for each in expected)
 
 
-def test_what_was_applied_is_served_until_the_pod_is_replaced():
-    node = make_node(replicas=20)
-    node.set_mps(a_look(**{ONE: 10, TWO: 20}))
-    assert [shared.replicas for shared in node.snapshot.inventory.gpus] == [10, 20]
-    assert node.snapshot.mps.replacement == (
-        "GPU 0 has 10 vGPUs instead of 20 until its MPS daemon is restarted"
-    )
+def test_daemons_that_were_set_up_in_another_way_give_no_vgpu_until_their_pod_is_replaced():
+    node = make_node(mps_daemons=MpsDaemons.NODE)
+    node.set_mps(WELL)
+    assert reasons(node) == [[Reason.MPS], [Reason.MPS]]
+    words = "no MPS daemon was set up for this GPU: delete the MPS pod of the node, once drained"
+    assert [gpu.faults[0].detail for gpu in node.snapshot.inventory.gpus] == [words, words]
+
+
+@pytest.mark.parametrize(
+    ("of_one", "served", "words"),
+    [
+        (20, [20, 20], None),
+        (10, [10, 20], "GPU 0 has 10 vGPUs instead of 20 until its MPS daemon is restarted"),
+        (0, [20], "GPU 0 is excluded, and its MPS daemon stays until the MPS pod is replaced"),
+    ],
+)
+def test_what_was_applied_is_served_until_it_is_replaced(of_one, served, words):
+    """The other GPU has what the settings say."""
+    node = make_node(replicas=20, replicas_by_gpu={} if of_one else {ONE: 0})
+    node.set_mps(a_look(**{ONE: of_one or 10, TWO: 20}))
+    assert [shared.replicas for shared in node.snapshot.inventory.gpus] == served
+    assert node.snapshot.mps.replacement == words
 
 
 @pytest.mark.parametrize("applied", MpsLimits)
@@ -241,6 +256,33 @@ async def test_a_state_that_makes_no_sense_gives_no_vgpu_and_says_so(directories
     assert look.daemons == {}
 
 
+DAMAGES = {
+    "beat": float("nan"),
+    "beat ": 10**400,
+    "daemons.x.set_at": float("inf"),
+    "daemons.x.log.waiting": [[7]],
+    "daemons.x.log.waiting ": [[7, 0, 0]],
+    "daemons.x.log.owners": {"7": "root"},
+    "daemons.x.look.servers": [True],
+    "daemons.x.look.gpus.0.replicas": 10**9,
+    "daemons.x.look.gpus.0.replicas ": 0,
+}
+
+
+@pytest.mark.parametrize("field", DAMAGES)
+def test_a_state_that_a_look_could_not_be_made_of_is_damaged(directories, field):
+    wrote(directories, x=DaemonLook(gpus=APPLIED[ONE]))
+    found = json.loads(directories.state.read_text())
+    *inner, last = field.strip().split(".")
+    place = found
+    for key in inner:
+        place = place[int(key) if key.isdecimal() else key]
+    place[last] = DAMAGES[field]
+    directories.state.write_text(json.dumps(found))
+    with pytest.raises(StoreError, match="is damaged"):
+        state.read(directories.state)
+
+
 DIVIDED = SharingRules(replicas=7, replicas_by_gpu=MappingProxyType({"0": 3}), mps_threads=1.5)
 
 
@@ -270,9 +312,9 @@ def test_a_division_that_makes_no_sense_is_refused_as_a_whole(tmp_path, change):
 looks = st.builds(
     DaemonLook,
     st.none() | st.text(),
-    st.lists(st.builds(AppliedGpu, st.text(), st.integers(0), st.integers(1), st.none())).map(
-        tuple
-    ),
+    st.lists(
+        st.builds(AppliedGpu, st.text(), st.integers(0), st.integers(1, MAX_REPLICAS), st.none())
+    ).map(tuple),
     st.none() | st.integers(1, 99),
     down=st.none() | st.text(),
     clients=st.dictionaries(st.text(), st.integers(0)),
@@ -286,6 +328,8 @@ seen = st.builds(
     st.lists(st.tuples(st.integers(), st.integers())).map(tuple),
     st.integers(0),
     st.lists(st.floats(0, 1e9)).map(tuple),
+    st.lists(st.integers()).map(tuple),
+    st.booleans(),
 )
 
 
@@ -301,6 +345,17 @@ def test_what_is_written_is_read_back(tmp_path_factory, daemons):
         return
     store.write(path, state.as_data(written))
     assert state.read(path) == written
+
+
+@pytest.mark.slow
+def test_a_socket_that_a_client_removed_is_said_with_the_way_out(directories):
+    pipe = directories.daemon(ONE).pipe
+    assert absence(pipe) == f"no MPS daemon serves {pipe}"
+    with serving(pipe):
+        (pipe / "control").unlink()
+        assert generation_of(pipe) is None
+        assert f"the one that lives: run `vgpu-agent mps restart {ONE}`" in absence(pipe)
+    assert absence(pipe) == f"no MPS daemon serves {pipe}"
 
 
 def nothing(_pipe: Path) -> None:
@@ -345,19 +400,28 @@ def test_whatever_a_tenant_leaves_in_the_pipe_directory_is_looked_at_without_wai
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="requires root, who may drop capabilities")
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [0, 0o600, 0o777])
-def test_a_mode_that_a_tenant_gave_the_pipe_directory_is_set_back(directories, mode):
+@pytest.mark.parametrize(
+    ("mode", "owner"), [(0, 0), (0o600, 0), (0o777, 0), (0o755, 1000), (0, 1000), (0o700, 65534)]
+)
+def test_a_mode_that_a_tenant_gave_the_pipe_directory_is_set_back(directories, mode, owner):
+    """Where it gave the directory to somebody else and closed it, that is said, and the way out."""
     pipe = directories.daemon(ONE).pipe
     look = f"""
 from pathlib import Path
-from vgpu_agent.mps.state import generation_of
-print(generation_of(Path({str(pipe)!r})))
+from vgpu_agent.mps.state import absence, generation_of
+pipe = Path({str(pipe)!r})
+print(generation_of(pipe) or absence(pipe))
 """
     with serving(pipe):
         pipe.chmod(mode)
+        os.chown(pipe, owner, owner)
         program = [*limited("-all"), sys.executable, "-c", look]
         found = subprocess.run(program, capture_output=True, text=True, check=True)
-        assert found.stdout.strip() == generation_of(pipe)
+        if mode & 0o1 or not owner:
+            assert found.stdout.strip() == generation_of(pipe)
+        else:
+            assert f"given to user {owner}: run `vgpu-agent mps restart {ONE}`" in found.stdout
+            return
     assert stat.S_IMODE(pipe.stat().st_mode) == PIPE_MODE
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from tests.mps import node as nodes
@@ -15,8 +16,10 @@ from tests.mps.fixtures import SOME, eventually
 from tests.mps.node import GPUS, Node
 from vgpu_agent import store
 from vgpu_agent.commands.mps import serves_users
+from vgpu_agent.errors import MpsDownError
 from vgpu_agent.model.facts import Scan
 from vgpu_agent.mps import processes, serve
+from vgpu_agent.mps.control import Control
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +145,27 @@ def test_a_daemon_that_was_killed_is_started_again_alone(any_node):
     assert SECOND not in any_node.said
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_loop_that_somebody_ends_is_begun_again(any_node, number):
+    supervisor = any_node.start_daemons()
+    ended, other = map(any_node.process, GPUS)
+    os.kill(parent_of(ended.pid), number)
+    eventually(lambda: any_node.process(FIRST) != ended and any_node.answers(FIRST), 10)
+    assert not any_node.lives(ended)
+    assert any_node.process(SECOND) == other
+    assert f"the loop of MPS daemon {FIRST} was ended" in any_node.said
+    # And it is ended with all others.
+    last = any_node.process(FIRST)
+    supervisor.terminate()
+    assert supervisor.wait(10) == 0
+    assert not any(map(any_node.lives, (last, other)))
+    assert "did not end in order" not in any_node.said.partition("was ended")[2]
+
+
 def test_what_ends_a_daemon_at_once_is_tried_again_later_and_later(node):
     program = Path(node.programs.program)
     works = program.read_text()
@@ -158,7 +182,23 @@ def test_what_ends_a_daemon_at_once_is_tried_again_later_and_later(node):
     eventually(lambda: node.answers(FIRST), 10)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_named(node, make):
+    log = node.directories.daemon(FIRST).control_log
+    log.parent.mkdir(parents=True, mode=0o700)
+    make(log)
+    node.start("daemon")
+    eventually(lambda: node.log.exists() and "'control.log'" in node.said, 10)
+    eventually(lambda: node.answers(SECOND), 10)
+
+
 def closed(pipe: Path) -> None:
+    pipe.chmod(0)
+
+
+def given_away(pipe: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(pipe, 1000, 1000)
     pipe.chmod(0)
 
 
@@ -186,18 +226,39 @@ def test_records_in_what_clients_could_write_to_end_nobody(node):
         victim.kill()
 
 
-@pytest.mark.parametrize("attack", [closed, filled, replaced])
-def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(node, attack):
+@pytest.mark.parametrize("how", ["kill", "restart"])
+@pytest.mark.parametrize("attack", [closed, given_away, filled, replaced])
+def test_whatever_clients_left_in_the_pipe_directory_the_next_daemon_starts(node, attack, how):
     node.start_daemons()
     killed = node.process(FIRST)
     attack(node.pipe(FIRST))
-    os.kill(killed.pid, signal.SIGKILL)
+    if how == "kill":
+        os.kill(killed.pid, signal.SIGKILL)
+    else:
+        assert node.run("restart", FIRST).returncode == 0
     eventually(lambda: node.process(FIRST) != killed and node.answers(FIRST))
-    assert sorted(path.name for path in node.pipe(FIRST).parent.iterdir()) == [
-        "log",
-        "pipe",
-        "process",
-    ]
+    left = {path.name for path in node.pipe(FIRST).parent.iterdir()}
+    assert left - {"lock", "ask"} == {"log", "pipe", "process"}
+
+
+def test_a_link_in_the_place_of_a_socket_leads_to_no_other_daemon(any_node):
+    """Who asks is root, and has the sockets of all daemons."""
+    any_node.start_daemons()
+    ended, other = map(any_node.process, GPUS)
+    for name in ("control", "control_privileged"):
+        socket = any_node.pipe(FIRST) / name
+        socket.unlink()
+        socket.symlink_to(any_node.pipe(SECOND) / name)
+    one = any_node.directories.daemon(FIRST)
+    control = Control(one, binary=any_node.programs.program)
+    with pytest.raises(MpsDownError):
+        anyio.run(control.ask, "set_default_active_thread_percentage 50")
+    assert any_node.run("restart", FIRST).returncode == 0
+    eventually(lambda: any_node.process(FIRST) != ended and any_node.answers(FIRST))
+    assert not any_node.lives(ended)
+    assert any_node.lives(other)
+    assert any_node.answers(SECOND)  # with the limits that it had
+    assert anyio.run(control.ask, "get_server_list") == [""]
 
 
 # End
@@ -256,6 +317,29 @@ def test_the_end_is_bounded_whatever_hangs(any_node, hung):
     assert time.monotonic() - began < 35
     assert any_node.members() == []
     assert not any_node.lives(server)
+
+
+def test_a_control_program_that_cannot_be_ended_holds_no_end_up(node, monkeypatch):
+    """As in a call to the driver that does not return: a signal does not reach it."""
+    node.start_daemons()
+    ended = node.process(FIRST)
+    Path(node.programs.program).write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck: list[subprocess.Popen[bytes]] = []
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        stuck.append(process)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(serve, "QUIT_SECONDS", 0)
+        patched.setattr(serve.subprocess.Popen, "kill", kill)
+        began = time.monotonic()
+        assert serve.end(node.directories.daemon(FIRST), node.programs.program) == []
+        assert time.monotonic() - began < 12
+    assert not node.lives(ended)
+    assert stuck
+    for each in stuck:
+        each.kill()
+        each.wait()
 
 
 def test_daemons_that_a_killed_supervisor_left_are_ended_by_the_next_one(node):

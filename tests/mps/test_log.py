@@ -1,12 +1,13 @@
 """What `mps watch` reads in a daemon's log."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vgpu_agent.mps.log import BACKLOG, READ, Seen, read_line, read_on
+from vgpu_agent.mps.log import BACKLOG, LINES, READ, PassedOn, Seen, read_line, read_on
 
 
 def line(text: str) -> str:
@@ -47,24 +48,44 @@ def test_clients_of_another_user_wait_until_their_server_is_ready(text, waiting)
     assert after(text).waiting_for_others() == waiting
 
 
-CRASH = line("Starting new server 9 for user 7") + line("Server 9 exited with status 1")
+ACCEPTING, CALLER = line("Accepting connection..."), line("NEW UI")
 
 
+@pytest.mark.parametrize(
+    ("text", "accepting"),
+    [(ACCEPTING, True), (CALLER + ACCEPTING, True), (ACCEPTING + CALLER, False), (OWN, False)],
+)
+def test_somebody_who_has_connected_and_says_nothing_is_seen(tmp_path, text, accepting):
+    log = tmp_path / "control.log"
+    log.write_text(text)
+    seen, _ = read_on(log, Seen(), 0)
+    assert read_on(log, seen, 0)[0] == seen
+    assert seen.accepting is accepting
+
+
+START, READY = line("Starting new server 9 for user 7"), line("NEW SERVER 9: Ready")
+CRASH = START + line("Server 9 exited with status 1")
+KILLED = START + line("Server 9 exited with status 0")  # as after SIGKILL or SIGSEGV
+
+
+@pytest.mark.parametrize("crash", [CRASH, CRASH.replace(START, START + READY), KILLED])
 @pytest.mark.parametrize(
     ("times", "now", "failing"),
     [
         ((0, 10, 20), 30, True),
         ((0, 10), 30, False),
-        ((0, 200, 400), 401, False),  # the first is too long ago
-        ((0, 10, 20), 301, False),
+        ((0, 360, 720), 1079, True),  # of a container whose start is put off by five minutes
+        ((0, 700, 1400), 1401, False),  # the first is too long ago
+        ((0, 10, 20), 1201, False),
     ],
 )
-def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, failing):
+def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, failing, crash):
     seen = Seen()
     for at in times:
-        seen = after(CRASH, seen, at)
+        seen = after(crash, seen, at)
     assert (seen.crashes, seen.failing(now)) == (len(times), failing)
-    assert after(END, seen, now).crashes == len(times)  # a good end is none
+    good = KILLED.replace(START, START + READY)
+    assert after(good + END, seen, now).crashes == len(times)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +103,7 @@ def test_servers_that_end_by_an_error_again_and_again_are_seen(times, now, faili
         ("Accepting connection...", False),
         ("NEW UI", False),
         ("Cmd:get_server_list fatal error", False),  # what a client says is nothing to pass on
+        ("Cmd:Server 60 exited with status 1", False),
         ('Unknown command "fatal"', False),
         ("No default pinned memory limit set for the device!", False),
         ("100.0", False),
@@ -95,6 +117,7 @@ def test_a_log_is_read_on_from_where_it_was_and_emptied_when_it_has_grown(tmp_pa
     log = tmp_path / "control.log"
     assert read_on(log, Seen(), 0) == (Seen(), [])
     log.write_text(OWN + "half a line")
+    assert read_on(log, Seen(10**30), 0) == read_on(log, Seen(-5), 0) == read_on(log, Seen(), 0)
     seen, told = read_on(log, Seen(), 0)
     assert (seen.offset, len(told)) == (len(OWN), 3)
     with log.open("a") as file:
@@ -114,13 +137,40 @@ def test_a_log_is_read_on_from_where_it_was_and_emptied_when_it_has_grown(tmp_pa
     assert (seen.offset, len(told)) == (len(END), 1)
 
 
-def test_a_log_that_grows_faster_than_it_is_read_is_given_up_with_a_word(tmp_path):
+@pytest.mark.parametrize("unread", [BACKLOG + 10, 5])
+def test_a_log_that_grows_faster_than_it_is_read_is_given_up_with_a_word(tmp_path, unread):
+    """Whether it gets ahead or is read as fast as it is written: it would grow for ever."""
     log = tmp_path / "control.log"
     log.touch()
     os.truncate(log, BACKLOG + 10)
-    seen, told = read_on(log, Seen(), 0)
-    assert told == [f"{BACKLOG + 10} bytes of the log were not read"]
+    seen, told = read_on(log, Seen(BACKLOG + 10 - unread), 0)
+    assert told == [f"{unread} bytes of the log were not read"]
     assert log.stat().st_size == seen.offset == 0
+
+
+def test_a_flood_of_lines_is_passed_on_in_part_and_counted():
+    """Any user can make a daemon refuse as many commands as it likes."""
+    passed = PassedOn()
+    assert passed.take(["one"], 100) == ["one"]
+    assert passed.take(["x"] * 1000, 101) == ["x"] * (LINES - 1)
+    assert passed.take(["x"] * 1000, 159) == []
+    assert passed.take([], 161) == [f"{2001 - LINES} more such lines"]
+    assert passed.take(["x"], 162) == ["x"]
+    assert passed.take([], 300) == []
+
+
+@pytest.mark.parametrize("between", ["", "x\v", "x\r", "x\x85", "x\u2028", "x\x1c"])
+@pytest.mark.parametrize("text", [CRASH, OWN + FOREIGN, line("Starting control daemon")])
+def test_nothing_is_believed_that_clients_say_in_the_words_of_the_daemon(tmp_path, between, text):
+    """What they send stands in the log as it is, of all that ends a line but the line feed."""
+    known = after(OWN + FOREIGN)
+    log = tmp_path / "control.log"
+    commands = "".join(
+        line(f"Cmd:{between}{said.partition('] ')[2]}") for said in text.splitlines()
+    )
+    log.write_text(commands)
+    seen, told = read_on(log, known, 0)
+    assert (replace(seen, offset=0), told) == (known, [])
 
 
 def test_what_is_no_log_says_nothing(tmp_path):

@@ -14,9 +14,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import anyio
 import pytest
 
-from tests.mps.fixtures import USER, Mps, eventually
+from tests.mps.fixtures import PROGRAMS, USER, Mps, eventually
+from vgpu_agent.model.rules import MAX_DAEMON_NAME
+from vgpu_agent.mps.directories import Directories
+from vgpu_agent.settings import fits
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +42,31 @@ NO_STATUS = 'Unknown command "get_server_status"'
 
 def said(done: subprocess.CompletedProcess[str]) -> Answer:
     return done.returncode, done.stdout, done.stderr
+
+
+# What cannot be brought about without a GPU
+
+WORDS = {
+    "INITIALIZING": "535",
+    "ACTIVE": "535",
+    "FAULT": "535",
+    "Server %d is <busy>": "",
+    "NEW CLIENT %d from user %d: Server already exists": "",
+    "NEW CLIENT %d from user %d: Server is not ready, push client to pending list": "",
+    "NEW SERVER %d: Ready": "",
+    "Server encountered a fatal exception. Shutting down": "",
+}
+"""Words that ours take for those of the daemon, and the beginning of the version without them."""
+
+
+@pytest.mark.parametrize("version", PROGRAMS)
+def test_words_that_no_test_has_heard_a_real_daemon_say_stand_in_its_program(version):
+    path = PROGRAMS[version]
+    if path is None:
+        pytest.skip("no nvidia-cuda-mps-control: tests/mps/get-real-daemon gets it")
+    said = path.read_bytes().split(b"\0")
+    missing = {word for word in WORDS if word.encode() not in [each.rstrip(b"\n") for each in said]}
+    assert missing == {word for word, old in WORDS.items() if old and version.startswith(old)}
 
 
 # Commands: in one connection, in this order
@@ -316,6 +345,26 @@ def killed_server(mps: Mps) -> object:
     return status, mps.start_server() != server
 
 
+def longest(mps: Mps) -> object:
+    """In the longest directory that a setting may name, and in one of a letter more."""
+
+    def in_directory(letters: int) -> Mps:
+        other = mps.of("")
+        other.directories = Directories(mps.root / (letters * "x"))
+        other.one = other.directories.daemon("n" * MAX_DAEMON_NAME)
+        other.make_directories()
+        return other
+
+    letters = 1
+    while fits("mps_directory", mps.root / ((letters + 1) * "x"), {}):
+        letters += 1
+    one, other = map(in_directory, (letters, letters + 1))
+    daemon = one.start()
+    asked = anyio.run(one.control().ask, "get_default_active_thread_percentage")
+    daemon.kill()
+    return asked, other.run_program("-f").returncode
+
+
 PRIVATE = {
     "control": "srw-rw-rw-",
     "control_lock": "-rw-rw-rw-",
@@ -365,6 +414,7 @@ SITUATIONS = [
     Seen(quits_in_time, ((0, "", ""), 0, [], True)),
     Seen(quits_with_a_server, ((None, True), 0)),
     Seen(failing_server, ((0, "", ""), (0, "", ""))),
+    Seen(longest, (["100.0"], 1)),
     Seen(killed_server, ("Server PID not found\n", True), {"535": (f"{NO_STATUS}\n", True)}),
 ]
 

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import pytest
@@ -19,12 +22,15 @@ from vgpu_agent.model.devices import Excluded, Gpu
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook, MpsLook, Scan
 from vgpu_agent.model.rules import MIB, MpsDaemons, MpsLimits, SharingRules, Threads
 from vgpu_agent.model.share import Divided, divide
-from vgpu_agent.mps import state
-from vgpu_agent.mps.answers import UNREPORTED, fault_of
+from vgpu_agent.mps import processes, state
+from vgpu_agent.mps.answers import BUSY, UNREPORTED, fault_of
+from vgpu_agent.mps.control import Control
 from vgpu_agent.mps.daemon import RealDaemons
+from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.look import Watcher
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
+from vgpu_agent.pace import since_boot
 
 pytestmark = pytest.mark.slow
 
@@ -145,16 +151,26 @@ async def test_a_limit_where_there_should_be_none_is_a_problem(any_mps):
     [
         ({"answers": {"get_default_device_pinned_mem_limit 0": "1G"}}, "and says 1024 MiB on GPU"),
         ({"answers": {"get_default_active_thread_percentage": "all"}}, "no thread percentage"),
+        (
+            {"answers": {"get_default_active_thread_percentage": "x" * 2**19}},
+            "no thread percentage",
+        ),
+        ({"answers": {"get_default_device_pinned_mem_limit 0": "x" * 2**19}}, "no limit of memory"),
         ({"answers": {"get_server_list": "No servers"}}, "lists no PIDs"),
         ({"servers": [2**22 - 1]}, "hostPID: true"),
     ],
-    ids=["another limit is read back", "no number", "no PIDs", "/proc does not know its server"],
+    ids=[
+        *("another limit is read back", "no number", "much text", "much text of memory", "no PIDs"),
+        "/proc does not know its server",
+    ],
 )
 async def test_a_daemon_has_a_problem_as_long_as(fake_mps, behaviour, words):
     fake_mps.start()
     fake_mps.behave(**behaviour)
     async with watching(fake_mps, SERVER):
         await becomes(fake_mps, lambda look: words in (look.problem or ""))
+        # Who poses as a daemon makes no file that is too large for the others to be read.
+        assert fake_mps.directories.state.stat().st_size < 4096
         fake_mps.behave()
         await becomes(fake_mps, well)
 
@@ -236,6 +252,27 @@ async def test_a_server_that_no_look_has_seen_yet_keeps_its_division(any_mps):
     assert (found.servers, found.thread_percentage, found.problem) == ((server,), 10, None)
 
 
+@pytest.mark.parametrize(("then", "words"), [("", None), ("4194303", "hostPID: true")])
+async def test_a_server_that_ends_while_it_is_looked_at_is_no_problem(tmp_path, then, words):
+    """As servers do that crash in a loop: the line of their start is what makes us look."""
+    one = Directories(tmp_path).daemon(A)
+    one.pipe.mkdir(parents=True)
+    (one.pipe / "control").touch()
+    listed = iter(["4194303", then])
+    said = {"get_default_active_thread_percentage": "10.0", "get_server_status": "INITIALIZING"}
+    said["get_default_device_pinned_mem_limit"] = "2G"
+
+    class Asked(Control):
+        async def ask(self, *lines: str) -> list[str]:
+            words = [line.split()[0] for line in lines]
+            return [next(listed) if w == "get_server_list" else said.get(w, "") for w in words]
+
+    watcher = Watcher(SERVER.daemons[A].look, Asked(one), MpsLimits.SERVER, None, None)
+    found = await watcher.look()
+    assert found.servers == ((4194303,) if words else ())
+    assert words in found.problem if words else found.problem is None
+
+
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
@@ -265,6 +302,8 @@ async def test_what_a_server_was_given_beyond_the_limits_is_a_problem(fake_mps, 
         (UNREPORTED, 1e6, None),
         ("INITIALIZING", 59, None),
         ("INITIALIZING", 61, "is INITIALIZING for over 60 s"),
+        (BUSY, 59, None),
+        (BUSY, 61, "is <busy> for over 60 s"),
         ("FAULT", 0, "has the status FAULT"),
         ("UNKNOWN", 0, "has the status UNKNOWN"),
         ("SOMETHING NEW", 0, "has the status SOMETHING NEW"),
@@ -280,18 +319,24 @@ async def test_a_fault_of_a_server_and_its_clients_are_told(fake_mps):
     fake_mps.start()
     pid = fake_mps.start_server()
     async with watching(fake_mps, CLIENT):
-        fake_mps.behave(status="FAULT", clients="GPU-a 71\n0 72\n")
+        others = "".join(f"GPU-of-others-{number} {number}\n" for number in range(20_000))
+        fake_mps.behave(status="FAULT", clients=f"GPU-a 71\n0 72\n{others}")
         found = await becomes(fake_mps, lambda look: look.fault)
         assert found.fault == f"MPS server {pid} has the status FAULT"
-        assert (found.servers, found.clients) == ((pid,), {A: 2})
+        assert (found.servers, found.clients) == ((pid,), {A: 2, "": 20_000})
         fake_mps.behave()
         await becomes(fake_mps, lambda look: well(look) and not look.clients)
 
 
-async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, caplog):
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [("exit 1", 1), ("exit 139", 139), ("kill -KILL $$", 0), ("kill -SEGV $$", 0)],
+)
+async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, caplog, does, status):
+    """The daemon says 0 of one that a signal has ended, such as that of a lack of memory."""
     caplog.set_level("INFO")
     any_mps.start()
-    any_mps.servers_do("exit 1")
+    any_mps.servers_do(does)
     async with watching(any_mps, CLIENT):
         for _ in range(3):
             any_mps.ask(f"start_server -uid {USER}")
@@ -300,7 +345,22 @@ async def test_servers_that_do_not_stay_are_told_and_change_no_vgpu(any_mps, cap
     assert found.crashes >= 3
     assert "end by an error soon after their start" in found.failing
     assert well(found)
-    assert "exited with status 1" in caplog.text
+    assert f"exited with status {status}" in caplog.text
+
+
+async def test_a_client_that_ends_while_it_waits_waits_no_more(fake_mps):
+    """The daemon has no word for it, and nobody would be served for a client that is gone."""
+    fake_mps.start()
+    client = fake_mps.run("import time; time.sleep(60)")
+    waits = "NEW CLIENT {} from user 0: Server is not ready, push client to pending list"
+    said = ["Starting new server 7 for user 1000", *map(waits.format, (client.pid, 0))]
+    with fake_mps.output.open("a") as log:
+        log.writelines(f"[2026-05-31 23:48:21.671 Control 1] {each}\n" for each in said)
+    async with watching(fake_mps, CLIENT):
+        await becomes(fake_mps, lambda look: look.waiting == 2)
+        client.kill()
+        client.wait()
+        await becomes(fake_mps, lambda look: look.waiting == 1)
 
 
 # Who asks
@@ -322,6 +382,49 @@ async def test_a_tenant_who_keeps_the_connection_makes_no_vgpu_unhealthy(any_mps
         after = await becomes(any_mps, lambda look: not look.busy, seconds=15)
     assert after == before
     assert said == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"get_server_list\n"])
+async def test_a_tenant_who_connects_and_says_nothing_makes_no_vgpu_unhealthy(
+    any_mps, caplog, said
+):
+    """The daemon waits for it, and answers nobody: that looks like a daemon that hangs."""
+    if isinstance(any_mps, FakeMps):
+        pytest.skip("seen of the real daemon only")
+    any_mps.start()
+    async with watching(any_mps, SERVER):
+        before = await becomes(any_mps, well)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as holder:
+            holder.connect(str(any_mps.pipe / "control"))
+            if said:
+                holder.send(said)
+            found = await becomes(any_mps, lambda look: look.busy, seconds=15)
+            assert "has connected to it and says nothing" in found.busy
+            for _ in range(12):
+                await anyio.sleep(0.5)
+                assert well(await becomes(any_mps, lambda _: True))
+        after = await becomes(any_mps, lambda look: not look.busy, seconds=15)
+    assert after == before
+    assert caplog.text.count("says nothing") == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "named"), [(1, 9, 1), (3, 9, 3), (5, 9, 3), (5, 0, 0)]
+)
+def test_of_those_that_may_hold_a_connection_some_are_named_that_last(count, seconds, named):
+    """Who comes and goes would be another warning at every look."""
+    program = f"held-{os.getpid()}"
+    script = f"exec -a {program} sleep 60"
+    started = [subprocess.Popen(["bash", "-c", script]) for _ in range(count)]
+    try:
+        eventually(lambda: len(list(processes.find_named(program))) == count)
+        words = processes.holders(program, Path("/pipe"), since_boot() + seconds)
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    assert words.count(f"of user {os.getuid()}") == named
+    assert ("not seen" in words, "and others" in words) == (named == 0, 0 < named < count)
 
 
 @pytest.mark.parametrize(("plan", "healthy"), [(CLIENT, True), (SERVER, False)])

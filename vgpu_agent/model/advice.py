@@ -268,8 +268,8 @@ def mps_replacement(place: Place) -> Advice:
     """MPS daemons were set up for something else than the settings say."""
     what = (
         "when it suits: where the number of vGPUs differs, drain the GPU and run"
-        " `vgpu-agent mps restart GPU` in the MPS pod; for other limits drain the node's GPU pods,"
-        " then delete its MPS pod"
+        " `vgpu-agent mps restart GPU` in the MPS pod; for other limits, or a GPU that is excluded"
+        " now, drain the node's GPU pods, then delete its MPS pod"
     )
     delete = f"kubectl -n {place.namespace} delete {place.mps_pod}"
     steps = (

@@ -141,7 +141,8 @@ class DaemonLook:
     vGPUs stay what they were.
 
     `servers` are PIDs. `clients` counts clients by the UUID of their GPU, `waiting` those of
-    another user. `crashes` counts servers that ended by an error since the daemon's pod started.
+    another user. `crashes` counts servers that ended by an error, or before they were ready, since
+    the daemon's pod started.
     """
 
     generation: str | None = None

@@ -341,7 +341,12 @@ def _replacement(look: MpsLook, inputs: Inputs, sharing: SharingRules) -> str | 
     for gpu in inputs.gpus.values():
         divided, has = _divided(gpu, inputs, sharing), look.applied_to(gpu.uuid)
         wanted = divided.replicas if isinstance(divided, Divided) else 0
-        if has is not None and has.replicas != wanted:
+        if has is not None and wanted == 0:
+            differing.append(
+                f"GPU {gpu.index} is excluded, and its MPS daemon stays until the MPS pod is"
+                " replaced"
+            )
+        elif has is not None and has.replicas != wanted:
             differing.append(
                 f"GPU {gpu.index} has {has.replicas} vGPUs instead of {wanted} until its MPS daemon"
                 " is restarted"

@@ -11,6 +11,11 @@ from vgpu_agent.errors import MpsRefusedError
 from vgpu_agent.model.rules import GIB, MIB
 
 
+def _shown(text: str) -> str:
+    """Of whatever length: it is kept beside what is known of all other daemons."""
+    return repr(text[:200])
+
+
 def parse_pids(text: str) -> tuple[int, ...]:
     """PIDs, one or several a line, none for nothing.
 
@@ -19,25 +24,32 @@ def parse_pids(text: str) -> tuple[int, ...]:
     """
     words = text.split()
     if not all(re.fullmatch(r"[0-9]{1,10}", word) for word in words):
-        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {text[:200]!r}")
+        raise MpsRefusedError(f"the MPS daemon lists no PIDs of servers, but {_shown(text)}")
     return tuple(map(int, words))
 
 
 def parse_status(text: str) -> str | None:
     """A server's status, such as ACTIVE (documented); None for a server that is gone (seen).
 
-    UNREPORTED where the daemon does not know the question (535, seen).
+    UNREPORTED where the daemon does not know the question (535, seen). BUSY where it says so of the
+    server; when it does is not known (the words are in 535, 550 and 555).
     """
+    text = text.strip()
     if "not found" in text.lower():
         return None
     words = text.split()
     if text.startswith("Unknown command"):
         return UNREPORTED
-    return words[0].upper() if len(words) == 1 else text.strip()
+    if text.endswith("<busy>"):
+        return BUSY
+    return words[0].upper() if len(words) == 1 else text
 
 
 UNREPORTED = "unreported"
 """The status of a server whose daemon does not report it."""
+
+BUSY = "<busy>"
+"""The status of a server that does not answer its daemon now."""
 
 
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z-]+")
@@ -47,24 +59,26 @@ def parse_clients(text: str) -> tuple[str, ...]:
     """The GPU of each client, as the daemon names it: by UUID or ordinal, empty where unclear.
 
     The form of the list is documented only for the command `ps`. Taken are its table (`PID ID
-    SERVER DEVICE NAMESPACE COMMAND`), and, as guesses, lines of a device and PIDs (either first,
-    the device a UUID or, as the smaller number, an ordinal) and lines of a device alone above lines
-    of PIDs. What is left counts: each line that begins with a number is a client.
+    SERVER DEVICE NAMESPACE COMMAND`, or with STATUS before DEVICE), and, as guesses, lines of a
+    device and PIDs (either first, the device a UUID or, as the smaller number, an ordinal) and
+    lines of a device alone above lines of PIDs. What is left counts: each line that begins with a
+    number is a client.
     """
     clients: list[str] = []
-    table = False
+    column: int | None = None
     device = ""
     for line in text.splitlines():
         words = line.replace(":", " ").replace(",", " ").split()
         if not words:
             continue
         if words[0].upper() == "PID":
-            table = "SERVER" in (word.upper() for word in words)
+            heads = [word.upper() for word in words]
+            column = heads.index("DEVICE") if "DEVICE" in heads else None
             continue
         uuid = next((word for word in words if _UUID.fullmatch(word)), None)
         numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,10}", word)]
-        if table and len(words) >= 4 and len(numbers) >= 3:
-            clients.append(words[3])
+        if column is not None and len(words) > column and len(numbers) >= 3:
+            clients.append(words[column])
         elif re.match(r"(?i)device\b", line.strip()) and len(numbers) == 1:
             device = str(numbers[0])
         elif uuid is not None:
@@ -82,7 +96,7 @@ def parse_percentage(text: str) -> int:
     """A percentage such as `50.0` (seen). Raises MpsRefusedError for anything else."""
     match = re.fullmatch(r"([0-9]{1,3})(?:\.[0-9]+)?\s*%?", text.strip())
     if match is None or not 0 <= int(match[1]) <= 100:
-        raise MpsRefusedError(f"the MPS daemon answers no thread percentage, but {text!r}")
+        raise MpsRefusedError(f"the MPS daemon answers no thread percentage, but {_shown(text)}")
     return int(match[1])
 
 
@@ -92,15 +106,15 @@ _UNITS = {"": 1, "K": 1024, "M": MIB, "G": GIB, "T": 1024 * GIB}
 def parse_memory(text: str) -> int | None:
     """A limit of memory such as `8G` (seen) or `512M`, in bytes.
 
-    None, no limit, for zero or nothing: seen where none is set.
+    None, no limit, for zero or nothing: seen where none is set; and for what the daemon logs then.
     Raises MpsRefusedError for anything else.
     """
     text = text.strip().upper()
-    if not text:
+    if not text or text.startswith("NO DEFAULT PINNED MEMORY LIMIT SET"):
         return None
     match = re.fullmatch(r"([0-9]{1,18})\s*([KMGT]?)I?B?", text)
     if match is None:
-        raise MpsRefusedError(f"the MPS daemon answers no limit of memory, but {text!r}")
+        raise MpsRefusedError(f"the MPS daemon answers no limit of memory, but {_shown(text)}")
     return int(match[1]) * _UNITS[match[2]] or None
 
 
@@ -116,8 +130,9 @@ def same_limit(wanted: int | None, found: int | None) -> bool:
     return found in {wanted, wanted // GIB * GIB}
 
 
-_INITIALIZING_SECONDS = 60.0
-"""A server that needs longer to start does not serve."""
+_MOMENTARY = ("INITIALIZING", BUSY)
+_MOMENTARY_SECONDS = 60.0
+"""A server that needs longer to start, or to answer, does not serve."""
 
 
 def fault_of(statuses: Mapping[int, tuple[str, float]], now: float) -> str | None:
@@ -125,8 +140,8 @@ def fault_of(statuses: Mapping[int, tuple[str, float]], now: float) -> str | Non
     for pid, (status, since) in statuses.items():
         if status in ("ACTIVE", UNREPORTED):
             continue
-        if status != "INITIALIZING":
+        if status not in _MOMENTARY:
             return f"MPS server {pid} has the status {status[:40]}"
-        if now - since > _INITIALIZING_SECONDS:
-            return f"MPS server {pid} is INITIALIZING for over {_INITIALIZING_SECONDS:.0f} s"
+        if now - since > _MOMENTARY_SECONDS:
+            return f"MPS server {pid} is {status} for over {_MOMENTARY_SECONDS:.0f} s"
     return None

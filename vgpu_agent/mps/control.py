@@ -28,7 +28,7 @@ from vgpu_agent.errors import (
 from vgpu_agent.model.rules import MIB
 from vgpu_agent.mps import answers
 from vgpu_agent.mps.directories import DaemonDirectories
-from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock
+from vgpu_agent.mps.programs import CONTROL, cannot_run, locked, open_lock, to_ask
 from vgpu_agent.store import closing
 
 _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENOEXEC)
@@ -141,7 +141,11 @@ class Control:
                 f"{self._binary} hangs in the kernel and cannot be ended: drain and reboot the node"
             )
         try:
-            code, out, err = await self._run(text)
+            environment = to_ask(self.directories)
+        except OSError as error:
+            raise MpsBusyError(f"the MPS daemon of {pipe} cannot be asked now: {error}") from error
+        try:
+            code, out, err = await self._run(text, environment)
         except TimeoutError:
             raise MpsHungError(
                 f"the MPS daemon of {pipe} does not answer within {self._timeout:g} s: see"
@@ -175,12 +179,11 @@ class Control:
             " a time, and somebody else has it"
         )
 
-    async def _run(self, text: str) -> tuple[int, bytes, bytes]:
+    async def _run(self, text: str, environment: Mapping[str, str]) -> tuple[int, bytes, bytes]:
         """Exit code, output and errors of the program, MAX_OUTPUT bytes of them at most.
 
         Raises OSError, and TimeoutError.
         """
-        environment = {**os.environ, **self.directories.environment()}
         with _file(0, text.encode()) as stdin, _file(_ROOM) as out, _file(_ROOM) as err:
             # asyncio waits for the end of all who have the pipes of a process, its children too.
             process = Popen(  # noqa: ASYNC220, S603 - a fork takes a millisecond; no shell
@@ -224,6 +227,32 @@ def read_defaults(ordinals: Iterable[int], said: Sequence[str]) -> Defaults:
     return Defaults(
         answers.parse_percentage(said[0]), {n: answers.parse_memory(text) for n, text in limits}
     )
+
+
+def overridden(about: Mapping[str, str], wanted: Defaults) -> str | None:
+    """The problem where a server has more than the defaults: its user may set that.
+
+    `about` has what was answered, by command.
+    """
+    for line, said in about.items():
+        command, *words = line.split()
+        try:
+            if command == "get_active_thread_percentage" and said:
+                more = answers.parse_percentage(said) > wanted.thread_percentage
+            elif command == "get_device_pinned_mem_limit" and said:
+                most = wanted.memory_limits[int(words[1])]
+                limit = answers.parse_memory(said)
+                more = most is not None and (limit is None or limit > most)
+            else:
+                continue
+        except MpsRefusedError:
+            continue  # such as the words of a server that is gone
+        if more:
+            return (
+                f"MPS server {words[0]} was given {said.strip()[:40]} instead of"
+                f" {wanted}: its user can do that; end the pods of the GPU"
+            )
+    return None
 
 
 def set_defaults(defaults: Defaults) -> list[str]:

@@ -110,7 +110,7 @@ class RealDaemons:
         if generation == look.generation:
             return look
         if generation is None:
-            return replace(look, generation=None, down=f"no MPS daemon serves {pipe}")
+            return replace(look, generation=None, down=state.absence(pipe))
         problem = "the daemon is a new one, and its limits are not applied yet"
         return replace(look, generation=generation, down=None, problem=problem)
 

@@ -39,10 +39,18 @@ class DaemonDirectories:
     process = _Named("process")
     lock = _Named("lock")
 
-    def environment(self) -> Mapping[str, str]:
+    @property
+    def asking(self) -> Path:
+        """Where its sockets have a second name, for whoever asks it (`programs.to_ask`).
+
+        Its own is no longer than that of `pipe`, which settings leave room for.
+        """
+        return self.root / "ask"
+
+    def environment(self, pipe: Path | None = None) -> Mapping[str, str]:
         """The variables by which programs of MPS find this daemon."""
         return {
-            "CUDA_MPS_PIPE_DIRECTORY": str(self.pipe),
+            "CUDA_MPS_PIPE_DIRECTORY": str(pipe or self.pipe),
             "CUDA_MPS_LOG_DIRECTORY": str(self.log),
         }
 

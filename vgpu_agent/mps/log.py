@@ -12,7 +12,7 @@ Its lines are not documented. These were seen of 535 and 550, or stand in report
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,13 +23,19 @@ READ = 2**20
 """Most bytes of the log that are read at a time, and its size from which it is truncated."""
 
 BACKLOG = 8 * READ
-"""Unread bytes from which a log is given up: it grows faster than it can be read."""
+"""Size from which a log is given up: it grows so fast that it is never read to its end."""
 
 MANY = 256
 """Most servers and clients that are remembered; more are not distinguished."""
 
-CRASHES, CRASH_SECONDS = 3, 300.0
-"""So many servers that ended by an error within that time end again and again."""
+LINES = 60
+"""Most lines of a daemon that are passed on in a minute."""
+
+CRASHES, CRASH_SECONDS = 3, 1200.0
+"""So many servers that ended by an error within that time end again and again.
+
+A container that does not stay is started again every five minutes at last, and a server with it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,9 @@ class Seen:
 
     `owners` are the UIDs of servers by their PID, `running` that of the server that serves now.
     `waiting` are PID and UID of clients that have to wait. `crashes` counts servers that ended
-    by an error, `recent` are the times of the last of them, in seconds since the boot.
+    by an error or before they were ready, `recent` are the times of the last of them, in seconds
+    since the boot. `starting` are the PIDs of servers that are not ready yet. `accepting`: nothing
+    was said since somebody has connected, who has not said yet what it is.
     """
 
     offset: int = 0
@@ -47,6 +55,8 @@ class Seen:
     waiting: tuple[tuple[int, int], ...] = ()
     crashes: int = 0
     recent: tuple[float, ...] = ()
+    starting: tuple[int, ...] = ()
+    accepting: bool = False
 
     def waiting_for_others(self) -> int:
         """Clients of another user than the running server's: they wait for its end."""
@@ -70,16 +80,20 @@ _TROUBLE = re.compile(
     r"\b(fatal|failed|failure|error|exception|ignoring|insufficient|cannot|warning|fault)\b",
     re.IGNORECASE,
 )
+_ACCEPTING = "Accepting connection"
 _HEAD = re.compile(r"^\[[^\]]*\]\s*")
 
 
 def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
     """What is known after a line, and the line where people need it; `None` for the many others.
 
-    A client that waited is served when a server of its user is ready: no line says so.
+    A client that waited is served when a server of its user is ready: no line says so. A server
+    that a signal has ended has the status 0 (seen): one that was not ready by then has crashed.
     """
     text = _HEAD.sub("", line).strip()
-    match = _LINE.search(text)
+    if seen.accepting is not text.startswith(_ACCEPTING):
+        seen = replace(seen, accepting=not seen.accepting)
+    match = _LINE.match(text)
     if match is None:
         # What clients say of commands stands behind "Cmd:".
         trouble = _TROUBLE.search(text) and not text.startswith(("Cmd:", "Unknown command"))
@@ -96,17 +110,42 @@ def read_line(seen: Seen, line: str, now: float) -> tuple[Seen, str | None]:
     if match["started"]:
         owners[match["started"]] = int(match["owner"])
         owners = dict(list(owners.items())[-MANY:])
-        return replace(seen, owners=owners, running=int(match["owner"])), text
+        starting = (*seen.starting, int(match["started"]))[-MANY:]
+        seen = replace(seen, owners=owners, running=int(match["owner"]), starting=starting)
+        return seen, text
+    pid = int(match["ready"] or match["ended"])
+    never_ready = pid in seen.starting
+    seen = replace(seen, starting=tuple(each for each in seen.starting if each != pid))
     if match["ready"]:
         running = owners.get(match["ready"], seen.running)
         waiting = tuple(each for each in seen.waiting if each[1] != running)
         return replace(seen, running=running, waiting=waiting), text
     owners.pop(match["ended"], None)
     seen = replace(seen, owners=owners, running=next(reversed(owners.values()), None))
-    if int(match["status"]) != 0:
+    if int(match["status"]) != 0 or never_ready:
         recent = (*seen.recent, now)[-CRASHES:]
         seen = replace(seen, crashes=seen.crashes + 1, recent=recent)
     return seen, text
+
+
+@dataclass
+class PassedOn:
+    """Lines that were passed on in the minute from `since` on, and others: any user makes some."""
+
+    lines: int = 0
+    others: int = 0
+    since: float = 0.0
+
+    def take(self, lines: Sequence[str], now: float) -> list[str]:
+        """What is to be passed on of these, and how many were not in the minute before."""
+        said = []
+        if now - self.since >= 60:
+            said += [f"{self.others} more such lines"] if self.others else []
+            self.lines, self.others, self.since = 0, 0, now
+        room = LINES - self.lines
+        self.lines += len(lines[:room])
+        self.others += len(lines[room:])
+        return [*said, *lines[:room]]
 
 
 def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
@@ -122,16 +161,17 @@ def read_on(path: Path, seen: Seen, now: float) -> tuple[Seen, list[str]]:
             return seen, said
         with closing(descriptor):
             found = os.fstat(descriptor)
-            if found.st_size < seen.offset:  # it is another one
+            if not 0 <= seen.offset <= found.st_size:  # it is another one
                 seen = replace(seen, offset=0)
-            if found.st_size - seen.offset > BACKLOG:
+            if found.st_size > BACKLOG:
                 said.append(f"{found.st_size - seen.offset} bytes of the log were not read")
                 os.ftruncate(descriptor, 0)
                 return replace(seen, offset=0), said
             content = os.pread(descriptor, READ, seen.offset)
             end = content.rfind(b"\n") + 1
             whole = content[:end] if end or len(content) < READ else content
-            for line in whole.decode(errors="replace").splitlines():
+            # Not by `splitlines`: what clients say may hold all that it takes for the end of one.
+            for line in filter(None, whole.decode(errors="replace").split("\n")):
                 seen, text = read_line(seen, line[:500], now)
                 said += [text] if text else []
             seen = replace(seen, offset=seen.offset + len(whole))

@@ -17,15 +17,21 @@ from vgpu_agent.errors import (
     MpsDownError,
     MpsError,
     MpsHungError,
-    MpsRefusedError,
 )
 from vgpu_agent.model.facts import AppliedGpu, DaemonLook
 from vgpu_agent.model.rules import MpsLimits
 from vgpu_agent.mps import answers, processes
-from vgpu_agent.mps.control import Control, Defaults, get_defaults, read_defaults, set_defaults
-from vgpu_agent.mps.log import read_on
+from vgpu_agent.mps.control import (
+    Control,
+    Defaults,
+    get_defaults,
+    overridden,
+    read_defaults,
+    set_defaults,
+)
+from vgpu_agent.mps.log import PassedOn, read_on
 from vgpu_agent.mps.programs import CONTROL
-from vgpu_agent.mps.state import Watched, generation_of
+from vgpu_agent.mps.state import Watched, absence, generation_of
 from vgpu_agent.pace import since_boot
 from vgpu_agent.threads import in_thread
 
@@ -46,16 +52,19 @@ _DEFAULTS_SECONDS = 60.0
 _IDLE = 5
 """So many times as long between two looks where there is no server: each costs lines of log."""
 
-_CLIENTS = "get_device_client_list"
+_SILENT = (
+    "the MPS daemon waits for a process that has connected to it and says nothing, in a pod that"
+    " holds a vGPU of the GPU; new CUDA processes wait until it ends"
+)
+"""Whoever it is, it cannot be seen from here: sockets are seen in their own network."""
 
 _FAILING = (
     "its servers end by an error soon after their start, again and again: see the log of `watch`;"
-    " likely are a process without MPS on the GPU, a GPU that needs a reset, or a driver whose"
-    " libraries the MPS pod does not have"
+    " likely are a process without MPS on the GPU, a GPU that needs a reset, too little memory for"
+    " the MPS pod's container `daemon`, or a driver whose libraries it does not have"
 )
 
-_PASSED_ON = 20
-"""Most lines of a daemon's log that are passed on at a time."""
+_CLIENTS = "get_device_client_list"
 
 
 def _uuids(look: DaemonLook) -> list[str]:
@@ -89,6 +98,7 @@ class Watcher:
         self._statuses: dict[int, tuple[str, float]] = {}
         self._hangs = 0
         self._said = ""
+        self._passed_on = PassedOn()
 
     @property
     def _look(self) -> DaemonLook:
@@ -130,11 +140,14 @@ class Watcher:
         await self._divide(generation)
         found = await self._asked(generation)
         seen = self.watched.log
+        # No line says that a client has ended while it waited; PID 0 is one that cannot be seen.
+        waiting = [each for each in seen.waiting if not each[0] or processes.find(each[0])]
+        seen = replace(seen, waiting=tuple(waiting))
         failing = _FAILING if seen.failing(since_boot()) else None
         found = replace(
             found, waiting=seen.waiting_for_others(), crashes=seen.crashes, failing=failing
         )
-        self.watched = replace(self.watched, look=found)
+        self.watched = replace(self.watched, look=found, log=seen)
         wrong = found.down or found.problem or found.fault or found.busy
         text = wrong or f"limits are in effect: {self._limits}, {self._wanted}"
         if text != self._said:
@@ -162,11 +175,9 @@ class Watcher:
             read_on, directories.control_log, self.watched.log, since_boot()
         )
         self.watched = replace(self.watched, log=seen)
-        for line in lines[:_PASSED_ON]:
+        for line in (passed_on := self._passed_on.take(lines, since_boot())):
             log.info("%s said: %s", directories.name, line)
-        if len(lines) > _PASSED_ON:
-            log.info("%s said %d more such lines", directories.name, len(lines) - _PASSED_ON)
-        return bool(lines)
+        return bool(passed_on)
 
     async def _asked(self, generation: str | None) -> DaemonLook:
         """What is in effect now. Any failure has a meaning."""
@@ -174,7 +185,7 @@ class Watcher:
         known = replace(known, generation=generation)
         pipe = self._control.directories.pipe
         if generation is None:
-            return replace(self._plan, down=f"no MPS daemon serves {pipe}")
+            return replace(self._plan, down=absence(pipe))
         if generation != self._look.generation:
             self._defaults = None
             if self._limits is MpsLimits.SERVER:  # otherwise there is nothing to set
@@ -182,8 +193,11 @@ class Watcher:
         try:
             found = await self._round(known)
         except MpsBusyError as error:
-            return replace(known, busy=f"{error}{self._holders()}")
+            return replace(known, busy=f"{error}{processes.holders(CONTROL, pipe, since_boot())}")
         except MpsHungError as error:
+            await self._read_log()
+            if self.watched.log.accepting:
+                return replace(known, busy=f"{_SILENT}: {pipe}")
             self._hangs += 1
             return replace(known, down=str(error) if self._hangs >= _HANGS else known.down)
         except MpsDownError as error:
@@ -193,16 +207,6 @@ class Watcher:
         self._hangs = 0
         # Where the daemon was replaced meanwhile, what was found is of nobody.
         return found if generation_of(pipe) == generation else replace(self._plan, down="it ended")
-
-    def _holders(self) -> str:
-        """Who may hold the connection: the control programs that run, and whose they are."""
-        ours = str(self._control.directories.pipe)
-        found = []
-        for process in processes.find_named(CONTROL):
-            pipe = processes.variable_of(process, "CUDA_MPS_PIPE_DIRECTORY")
-            if pipe in (None, ours) and not processes.is_daemon(process):
-                found.append(f"process {process.pid} of user {processes.owner_of(process)}")
-        return f": {', '.join(found)}" if found else ", which is not seen among the processes"
 
     async def _ask(self, lines: Sequence[str]) -> list[str]:
         """The answers; a daemon that is busy is asked again for some seconds."""
@@ -236,15 +240,20 @@ class Watcher:
             for pid in listed
             if (status := answers.parse_status(about[f"get_server_status {pid}"])) is not None
         }
-        problem = problem or (self._overridden(about) if server else None)
+        if ended := [pid for pid in statuses if server and processes.find(pid) is None]:
+            # Meanwhile, or they are in /proc of another PID namespace.
+            listed = answers.parse_pids((await self._ask(["get_server_list"]))[0])
+            for pid in set(ended) - set(listed):
+                del statuses[pid]
+        problem = problem or (overridden(about, self._wanted) if server else None)
         problem = problem or (self._older(statuses) if server else None)
         now, known_since = since_boot(), self._statuses
         self._statuses = {
             pid: (status, old[1] if (old := known_since.get(pid)) and old[0] == status else now)
             for pid, status in statuses.items()
         }
-        # The daemon may name a GPU by its ordinal.
-        uuids = {str(gpu.ordinal): gpu.uuid for gpu in self._plan.gpus}
+        # The daemon may name a GPU by its ordinal. A client can pose as the daemon and name any.
+        uuids = {name: gpu.uuid for gpu in self._plan.gpus for name in (gpu.uuid, str(gpu.ordinal))}
         clients = answers.parse_clients(about.get(_CLIENTS, ""))
         return replace(
             self._plan,
@@ -253,7 +262,7 @@ class Watcher:
             problem=problem,
             fault=answers.fault_of(self._statuses, now),
             servers=tuple(statuses),
-            clients=dict(Counter(uuids.get(name, name) for name in clients)),
+            clients=dict(Counter(uuids.get(name, "") for name in clients)),
         )
 
     def _about(self, servers: Sequence[int]) -> list[str]:
@@ -284,28 +293,6 @@ class Watcher:
             self.watched = replace(self.watched, set_to=str(self._wanted), set_at=since_boot())
         other = ", ".join(self._wanted.differences(defaults))
         return f"the MPS daemon was set to {self._wanted} and says {other}" if other else None
-
-    def _overridden(self, about: Mapping[str, str]) -> str | None:
-        """The problem where a server has more than the defaults: its user may set that."""
-        for line, said in about.items():
-            command, *words = line.split()
-            try:
-                if command == "get_active_thread_percentage" and said:
-                    more = answers.parse_percentage(said) > self._wanted.thread_percentage
-                elif command == "get_device_pinned_mem_limit" and said:
-                    wanted = self._wanted.memory_limits[int(words[1])]
-                    limit = answers.parse_memory(said)
-                    more = wanted is not None and (limit is None or limit > wanted)
-                else:
-                    continue
-            except MpsRefusedError:
-                continue  # such as the words of a server that is gone
-            if more:
-                return (
-                    f"MPS server {words[0]} was given {said.strip()} instead of {self._wanted}: its"
-                    " user can do that; end the pods of the GPU"
-                )
-        return None
 
     def _older(self, servers: Iterable[int]) -> str | None:
         """The problem where a server was started before the limits were set."""

@@ -12,6 +12,12 @@ from pathlib import Path
 
 PROC = Path("/proc")
 
+_LASTS = 2.0
+"""Seconds that a process has run which may be what held a daemon while that was asked for."""
+
+_NAMED = 3
+"""Most processes that are named where any may be the one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -75,6 +81,24 @@ def is_daemon(process: Process) -> bool:
     """Whether it is a control daemon, or gone, and not somebody who asks one."""
     words = _read(process.pid, "cmdline").split(b"\0")
     return words == [b""] or not {b"-f", b"-d"}.isdisjoint(words)
+
+
+def holders(program: str, pipe: Path, now: float) -> str:
+    """Who may hold the connection of the daemon of that directory: words to be added to others.
+
+    They are callers by that program that have run for a while. Others come and go, and would be
+    news at every look.
+    """
+    found = [
+        f"process {each.pid} of user {owner_of(each)}"
+        for each in find_named(program)
+        if each.started < now - _LASTS
+        and variable_of(each, "CUDA_MPS_PIPE_DIRECTORY") in (None, str(pipe))
+        and not is_daemon(each)
+    ]
+    if not found:
+        return ", which is not seen among the processes"
+    return f": {', '.join(found[:_NAMED])}{' and others' if found[_NAMED:] else ''}"
 
 
 def owner_of(process: Process) -> int | None:

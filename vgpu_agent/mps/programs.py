@@ -2,10 +2,14 @@
 
 import fcntl
 import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from vgpu_agent.errors import MpsSetupError
 from vgpu_agent.model.advice import NVIDIA_RUNTIME
+from vgpu_agent.mps.directories import DaemonDirectories
 
 CONTROL = "nvidia-cuda-mps-control"
 """The control daemon, and what asks one."""
@@ -20,6 +24,24 @@ def cannot_run(program: str, why: object) -> str:
         f" node, and for it to come into this container {NVIDIA_RUNTIME} (outside of the chart also"
         " set NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
     )
+
+
+def to_ask(directories: DaemonDirectories) -> Mapping[str, str]:
+    """The environment in which the control program asks this daemon and no other.
+
+    In place of a socket clients may put a link to that of another daemon, which would then be given
+    limits or ended. So the sockets get names where no client is; what is no socket gets none, and
+    the program says that there is no daemon. Raises OSError.
+    """
+    directories.asking.mkdir(mode=0o700, exist_ok=True)
+    for name in ("control", "control_privileged"):
+        asked = directories.asking / name
+        asked.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, PermissionError):
+            os.link(directories.pipe / name, asked, follow_symlinks=False)
+            if not stat.S_ISSOCK(asked.lstat().st_mode):
+                asked.unlink()
+    return {**os.environ, **directories.environment(directories.asking)}
 
 
 def open_lock(lock: Path) -> int:

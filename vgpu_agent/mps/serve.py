@@ -71,7 +71,8 @@ def start(
         with trees.made(directories.log, 0o700, root) as logs:
             output = os.open(
                 directories.control_log.name,
-                os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW,
+                # Of a pipe nobody would read: an error then, and no wait.
+                os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK,
                 0o600,
                 dir_fd=logs,
             )

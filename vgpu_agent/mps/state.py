@@ -17,7 +17,7 @@ from typing import get_type_hints
 from vgpu_agent import store
 from vgpu_agent.errors import StoreError
 from vgpu_agent.model.facts import DaemonLook
-from vgpu_agent.model.rules import DIVISION, MpsLimits, SharingRules
+from vgpu_agent.model.rules import DIVISION, MAX_REPLICAS, MpsLimits, SharingRules
 from vgpu_agent.mps.directories import PIPE_MODE
 from vgpu_agent.mps.log import Seen
 
@@ -61,8 +61,9 @@ def read(path: Path) -> State | None:
     hint = ": drain the node and delete its MPS pod"
     state = store.read_as(State, path, form=FORMAT, hint=hint)
     looks = () if state is None else (each.look for each in state.daemons.values())
-    if any(gpu.replicas < 1 for look in looks for gpu in look.gpus):
-        raise StoreError(f"{path} is damaged: it has a GPU of no vGPUs")
+    for gpu in (gpu for look in looks for gpu in look.gpus):
+        if not 1 <= gpu.replicas <= MAX_REPLICAS:
+            raise StoreError(f"{path} is damaged: it has a GPU of {gpu.replicas} vGPUs")
     return state
 
 
@@ -99,7 +100,25 @@ def generation_of(pipe_directory: Path) -> str | None:
         return None
     if _free(pipe_directory / "control_lock"):
         return None
-    return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
+    # Not when it was changed last: it gets other names (`programs.to_ask`).
+    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}"
+
+
+def absence(pipe_directory: Path) -> str:
+    """Says that no daemon is seen there, and what is to be done where one lives all the same."""
+    lock = pipe_directory / "control_lock"
+    try:
+        owner = pipe_directory.stat().st_uid
+        if owner != os.geteuid():
+            why = f"which a client has given to user {owner}"
+        elif lock.exists() and not _free(lock):
+            why = "where a client has removed the socket of the one that lives"
+        else:
+            why = ""
+    except OSError:
+        why = ""
+    restart = f"run `vgpu-agent mps restart {pipe_directory.parent.name}` in the MPS pod"
+    return f"no MPS daemon serves {pipe_directory}" + (f", {why}: {restart}" if why else "")
 
 
 def _open_to_all(directory: Path) -> None:

@@ -6,7 +6,8 @@
 #
 # OPTIONS are the daemons' own, or empty. This is the leader of a process group, in which daemons are
 # not, and descriptor 9 is a lock that is held until all loops have ended. No process is ended by its
-# PID here: serve.py knows better which is which.
+# PID here: serve.py knows better which is which. A loop that somebody ends is begun again, which ends its
+# daemon, as nobody would start that again.
 set -u
 python=$1 directory=$2 options=$3
 shift 3
@@ -41,9 +42,20 @@ keep() {
   done
 }
 
+# The loop of one daemon, until SIGTERM.
+guard() {
+  trap 'trap "" TERM; wait; exit' TERM
+  while :; do
+    keep "$@" &
+    wait "$!"
+    echo "the loop of MPS daemon $1 was ended: begun again in 1 s" >&2
+    sleep 1 9>&-
+  done
+}
+
 trap 'trap "" TERM; kill -TERM 0; wait; exit 0' TERM INT
 while [ "$#" -ge 2 ]; do
-  keep "$1" "$2" &
+  guard "$1" "$2" &
   shift 2
 done
 wait
