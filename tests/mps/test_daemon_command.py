@@ -331,7 +331,7 @@ def test_a_control_program_that_cannot_be_ended_holds_no_end_up(node, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(serve, "QUIT_SECONDS", 0)
-        patched.setattr(serve.subprocess.Popen, "kill", kill)
+        patched.setattr(subprocess.Popen, "kill", kill)
         began = time.monotonic()
         assert serve.end(node.directories.daemon(FIRST), node.programs.program) == []
         assert time.monotonic() - began < 12
