@@ -420,6 +420,7 @@ def test_names_of_pods_are_no_markup_and_move_no_cursor():
 names = st.text(st.characters(exclude_categories=[]), max_size=30)
 
 
+st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 reports = st.builds(Report, format=st.just(FORMAT), node=names)
 """By the types of its fields."""
 

@@ -7,6 +7,7 @@ there is no kubelet, that comes before it, so that probes are answered. The end 
 round by nature: everything is cancelled, and each part cleans up after itself.
 """
 
+import asyncio
 import gc
 import logging
 import socket
@@ -94,6 +95,11 @@ def make_node(settings: Settings) -> Node:
     repeats = Repeats(changes.log)
 
     def published(before: Snapshot, after: Snapshot) -> None:
+        # The list of the kubelet goes out first: it takes two turns of the loop.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, write, before, after)
+
+    def write(before: Snapshot, after: Snapshot) -> None:
         changes.write(changes.changes(before, after, rules), repeats)
 
     return Node(rules, clock=lambda: Moment(time.monotonic(), time.time()), published=published)

@@ -1,13 +1,6 @@
-"""Time: one clock for all processes of the node, and looks that are made together."""
-
-import time
+"""Looks that are made together."""
 
 import anyio
-
-
-def since_boot() -> float:
-    """Seconds since the boot: the same in every container."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def next_turn(seconds: float) -> None:

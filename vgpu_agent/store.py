@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -16,7 +17,6 @@ from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from vgpu_agent.errors import SHORTAGES, StoreError, StoreShortageError
-from vgpu_agent.pace import since_boot
 
 T = TypeVar("T")
 
@@ -26,6 +26,11 @@ MAX_BYTES = 2**20
 
 MAX_INT = 2**256
 """No counter, size or index of ours is larger; what follows could not be divided."""
+
+
+def since_boot() -> float:
+    """Seconds since the boot: the same in every container of the node."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def boot_id(file: Path = BOOT_ID) -> str:

@@ -16,8 +16,7 @@ from vgpu_agent.model.devices import Inventory
 from vgpu_agent.model.holders import Holder
 from vgpu_agent.model.limits import Limited, LimitsLook, MemoryLimit, Mode
 from vgpu_agent.model.snapshot import Driver, Snapshot
-from vgpu_agent.pace import since_boot
-from vgpu_agent.store import Said
+from vgpu_agent.store import Said, since_boot
 
 UP = Snapshot(driver=Driver("615.71", None), inventory=Inventory((A, B)))
 RELEASED = replace(UP, driver=Driver("615.71", "released", released_until=2.0**33))

@@ -35,7 +35,7 @@ from vgpu_agent.mps.directories import PIPE_MODE, Directories
 from vgpu_agent.mps.log import Seen
 from vgpu_agent.mps.state import State, Watched, absence, generation_of
 from vgpu_agent.observe import changes
-from vgpu_agent.pace import since_boot
+from vgpu_agent.store import since_boot
 
 GPUS = simulated_gpus(2, "GPU", 2**34, (0,))
 ONE, TWO = (gpu.uuid for gpu in GPUS)

@@ -30,7 +30,7 @@ from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.look import Watcher
 from vgpu_agent.mps.state import State, Watched
 from vgpu_agent.mps.watch import watch
-from vgpu_agent.pace import since_boot
+from vgpu_agent.store import since_boot
 
 pytestmark = pytest.mark.slow
 

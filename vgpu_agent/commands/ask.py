@@ -15,7 +15,7 @@ from vgpu_agent.observe.report import Report, from_json
 ANSWER_SECONDS = 2.0
 
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104
-"""An agent that listens there answers at localhost, of IPv6 or IPv4."""
+"""An agent that listens there answers by IPv4 too, and for that nothing has to know names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def get(where: Address, path: str, *, timeout: float = ANSWER_SECONDS) -> tuple[
 
     Raises NoAgentError where nothing answers, or what answers does not speak HTTP.
     """
-    host = "localhost" if where.host in EVERYWHERE else where.host
+    host = "127.0.0.1" if where.host in EVERYWHERE else where.host
     try:
         with closing(HTTPConnection(host, where.port, timeout=timeout)) as connection:
             # By whatever name: the check of that is for browsers.

@@ -31,7 +31,8 @@ class Intervals:
 
     `first_look`: a GPU that has not answered by then is not waited for at the start.
     `driver_retry`: between two looks for a driver that cannot be asked, or that has no GPU.
-    `event_pause`: from an event to the look that it asks for, however many come meanwhile.
+    `event_pause`: between two looks that events ask for, however many come; `list_first`: from an
+    event to its look, for the list to go out.
     `release`: for which NVML is closed, so that GPUs can be reset; `release_pause`: between two
     releases that nobody asked for.
     """
@@ -40,6 +41,7 @@ class Intervals:
     first_look: float = 1.0
     driver_retry: float = 30.0
     event_pause: float = 0.1
+    list_first: float = 0.02
     release: float = 60.0
     release_pause: float = 60.0
 
@@ -122,10 +124,10 @@ class GpuWatch:
         if self._useless_since is not None:
             left = self._useless_since + rules.driver_wait - self.clock()
             wait = min(wait, max(left, intervals.event_pause))
+        soonest = anyio.current_time() + intervals.event_pause
         with anyio.move_on_after(wait):
             await self._wake.wait()
-            # The list goes out first, and what else happens meanwhile is part of the same look.
-            await anyio.sleep(intervals.event_pause)
+            await anyio.sleep(max(intervals.list_first, soonest - anyio.current_time()))
         self._wake = anyio.Event()
 
     # Looks

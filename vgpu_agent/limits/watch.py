@@ -17,7 +17,8 @@ from vgpu_agent.limits.look import Looker
 from vgpu_agent.model.limits import LimitsLook, Shares, shares
 from vgpu_agent.model.node import Node
 from vgpu_agent.model.snapshot import Snapshot
-from vgpu_agent.pace import next_turn, since_boot
+from vgpu_agent.pace import next_turn
+from vgpu_agent.store import since_boot
 from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from vgpu_agent.model.rules import SharingRules
 from vgpu_agent.mps import state
 from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.state import State
-from vgpu_agent.pace import since_boot
+from vgpu_agent.store import since_boot
 from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)

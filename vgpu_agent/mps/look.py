@@ -32,7 +32,7 @@ from vgpu_agent.mps.control import (
 from vgpu_agent.mps.log import PassedOn, read_on
 from vgpu_agent.mps.programs import CONTROL
 from vgpu_agent.mps.state import Watched, absence, generation_of
-from vgpu_agent.pace import since_boot
+from vgpu_agent.store import since_boot
 from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)

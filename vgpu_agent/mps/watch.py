@@ -17,8 +17,7 @@ from vgpu_agent.mps.directories import Directories
 from vgpu_agent.mps.look import Measure, Watcher
 from vgpu_agent.mps.programs import CONTROL, hold
 from vgpu_agent.mps.state import State, Watched
-from vgpu_agent.pace import since_boot
-from vgpu_agent.store import Said, closing
+from vgpu_agent.store import Said, closing, since_boot
 from vgpu_agent.threads import in_thread
 
 log = logging.getLogger(__name__)

@@ -213,7 +213,7 @@ def _preflight(
         "other plugins": partial(
             preflight.check_plugins, settings.plugin_directory, settings.endpoint
         ),
-        "metrics address": partial(preflight.check_metrics, settings.metrics_address, place),
+        "metrics address": partial(preflight.check_metrics, settings.metrics_address),
         "state directory": partial(
             preflight.check_kept_directory,
             "state directory",

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -266,9 +266,15 @@ class Lane:
 
     async def ended(self, within: float) -> None:
         """Waits for it so many seconds. A thread that is left is not disturbed."""
-        inside, timeout = self._inside, None if within == math.inf else within
-        if not inside.done():
-            await asyncio.wait([asyncio.wrap_future(inside)], timeout=timeout)
+        inside, loop, done = self._inside, asyncio.get_running_loop(), asyncio.Event()
+
+        def tell(_: "Future[None]") -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(done.set)
+
+        inside.add_done_callback(tell)
+        with anyio.move_on_after(within):
+            await done.wait()
         if self._crew is not None and not inside.done():
             self._crew.overtake()
 
