@@ -34,7 +34,7 @@ def make_limits_watch(settings: Settings, driver: GpuDriver, node: Node) -> Limi
         # Which says itself when its own patience is over.
         watch = LimitsWatch(Enforced(settings.state_directory).look, node, patience=2 * PATIENCE)
     else:
-        watch = LimitsWatch(Paced(make_looker(settings, driver)).own_look, node, interval=2)
+        watch = LimitsWatch(Paced(make_looker(settings, driver)).own_look, node, interval=4)
     if settings.device_list.by_cdi:
         from vgpu_agent.gpu.cdi import CdiSpecs  # few nodes need it
 

@@ -146,7 +146,8 @@ def advance(
 ) -> GpuHealth:
     """What is known of a GPU after an event. Total: no answer of an edge makes it raise."""
     recent = tuple(at for at in health.falls if now.monotonic - at <= RELAPSE_WINDOW)
-    health = replace(health, falls=recent)
+    if recent != health.falls:
+        health = replace(health, falls=recent)
     match event:
         case XidSeen():
             health = _with_findings(health, [judge_xid(event.xid, rules)], now)
@@ -160,7 +161,8 @@ def advance(
             health = replace(health, back_after=now.monotonic)
         case Probed():
             health = _probed(health, event, now, rules, sharing=sharing)
-    return replace(health, recovery_wait=_wait(health, rules))
+    wait = _wait(health, rules)
+    return health if wait == health.recovery_wait else replace(health, recovery_wait=wait)
 
 
 def _wait(health: GpuHealth, rules: HealthRules) -> float:
@@ -225,8 +227,12 @@ def _probed(
     baseline = counters.ecc if back or health.ecc_baseline is None else health.ecc_baseline
     findings = judge_reading(reading, ecc_baseline=baseline, sharing=sharing)
     reasons = {each.rule.reason for each in findings} - {None}
+    known = health.counters
+    if restart is None:
+        known = counters if back else known.updated(counters)
     health = replace(
         health,
+        counters=known,
         notes=tuple(each.detail for each in findings if each.rule.effect is Effect.NOTE),
         ecc_baseline=baseline,
         seen=now.monotonic,
@@ -235,8 +241,6 @@ def _probed(
         restart=restart,
         expired=False,
     )
-    if restart is None:
-        health = replace(health, counters=counters if back else health.counters.updated(counters))
     if back_after is not None:
         health = _without_resets(health, reasons, before=back_after)
     elif reading.recovery_action == 0 and any(

@@ -14,7 +14,7 @@ from vgpu_agent.model.facts import GpuEvent, RecoveryActionChanged, XidEvent
 
 # A thread that waits cannot be interrupted, so it waits in slices: NVML can be closed between two.
 # Each costs some 0.15 ms of CPU.
-SLICE_SECONDS = 1.0
+SLICE_SECONDS = 2.0
 
 WAIT_RETRY_MIN = 0.15
 WAIT_RETRY_MAX = 1.0

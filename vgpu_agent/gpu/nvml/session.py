@@ -25,7 +25,7 @@ T = TypeVar("T")
 UNKNOWN = "the driver does not know the GPU now"
 DOUBLED = "several GPUs have this UUID"
 
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 3.0
 """A wait for events is out after a slice."""
 
 LEAVE_SECONDS = 0.05
