@@ -128,7 +128,7 @@ def test_a_gpu_that_hangs_hides_no_other_whichever_call_it_is(start, fake_nvml, 
     child = start()
     fake_nvml.set_gpus(L4, dataclasses.replace(SECOND, hang=30, call=call), third)
     for _ in range(2):
-        scan = child.ask("scan", 0.1)
+        scan = child.ask("scan", 0.4)
         assert uuids(scan) == ["GPU-a", "GPU-c"]
         (silent,) = scan["undescribed"]
         assert (silent["gpu"]["index"], silent["reason"]) == (1, "timeout")
@@ -139,10 +139,10 @@ def test_a_gpu_that_hangs_hides_no_other_whichever_call_it_is(start, fake_nvml, 
     # One that is known stays, and says so; a lost one beside it is lost.
     fake_nvml.update("GPU-b", hang=30)
     fake_nvml.update("GPU-c", lost=True)
-    scan = child.ask("scan", 0.1)
+    scan = child.ask("scan", 0.4)
     assert (uuids(scan), scan["silent"]) == (["GPU-a", "GPU-b"], {"GPU-b": DESCRIBING[call]})
     assert child.ask("probe", "GPU-c")["lost"]
-    assert child.ask("probe", "GPU-b", 0.1)["hung"]
+    assert child.ask("probe", "GPU-b", 0.4)["hung"]
     fake_nvml.update("GPU-b", hang=0)
     fake_nvml.update("GPU-c", lost=False)
     assert uuids(child.ask("scan")) == ["GPU-a", "GPU-b", "GPU-c"]
