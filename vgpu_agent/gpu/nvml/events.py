@@ -13,8 +13,8 @@ from vgpu_agent.gpu.nvml.calls import RECOVERY_ACTION_EVENT, XID_EVENT, Beat, Ev
 from vgpu_agent.model.facts import GpuEvent, RecoveryActionChanged, XidEvent
 
 # A thread that waits cannot be interrupted, so it waits in slices: NVML can be closed between two.
-# Each costs some 0.15 ms of CPU.
-SLICE_SECONDS = 2.0
+# Each costs some 0.15 ms of CPU. A GPU that came back has no events until the slice is over.
+SLICE_SECONDS = 0.5
 
 WAIT_RETRY_MIN = 0.15
 WAIT_RETRY_MAX = 1.0
