@@ -181,7 +181,7 @@ class FakeNvml:
         self._write()
 
     def xid(self, uuid: str | None, xid: int) -> float:
-        """Reports an XID on that GPU, or on one that cannot be told; when (monotonic)."""
+        """Reports an XID on that GPU, or on one that is not known; when (monotonic)."""
         self._events.append(f"event {len(self._events) + 1} {uuid or '-'} {xid}")
         return self._write()
 

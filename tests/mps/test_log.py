@@ -118,23 +118,23 @@ def test_a_log_is_read_on_from_where_it_was_and_emptied_when_it_has_grown(tmp_pa
     assert read_on(log, Seen(), 0) == (Seen(), [])
     log.write_text(OWN + "half a line")
     assert read_on(log, Seen(10**30), 0) == read_on(log, Seen(-5), 0) == read_on(log, Seen(), 0)
-    seen, told = read_on(log, Seen(), 0)
-    assert (seen.offset, len(told)) == (len(OWN), 3)
+    seen, lines = read_on(log, Seen(), 0)
+    assert (seen.offset, len(lines)) == (len(OWN), 3)
     with log.open("a") as file:
         file.write("\n" + FOREIGN)
-    seen, told = read_on(log, seen, 0)
-    assert (seen.waiting_for_others(), len(told)) == (1, 1)
+    seen, lines = read_on(log, seen, 0)
+    assert (seen.waiting_for_others(), len(lines)) == (1, 1)
     # A flood is read in parts, and the waiting client is not forgotten.
     with log.open("a") as file:
         file.write(line("NEW UI") * (3 * READ // len(line("NEW UI"))))
     for _ in range(4):
-        seen, told = read_on(log, seen, 0)
-        assert told == []
+        seen, lines = read_on(log, seen, 0)
+        assert lines == []
     assert log.stat().st_size == seen.offset == 0
     assert seen.waiting_for_others() == 1
     log.write_text(END)
-    seen, told = read_on(log, seen, 0)
-    assert (seen.offset, len(told)) == (len(END), 1)
+    seen, lines = read_on(log, seen, 0)
+    assert (seen.offset, len(lines)) == (len(END), 1)
 
 
 @pytest.mark.parametrize("unread", [BACKLOG + 10, 5])
@@ -143,8 +143,8 @@ def test_a_log_that_grows_faster_than_it_is_read_is_given_up_with_a_word(tmp_pat
     log = tmp_path / "control.log"
     log.touch()
     os.truncate(log, BACKLOG + 10)
-    seen, told = read_on(log, Seen(BACKLOG + 10 - unread), 0)
-    assert told == [f"{unread} bytes of the log were not read"]
+    seen, lines = read_on(log, Seen(BACKLOG + 10 - unread), 0)
+    assert lines == [f"{unread} bytes of the log were not read"]
     assert log.stat().st_size == seen.offset == 0
 
 
@@ -169,8 +169,8 @@ def test_nothing_is_believed_that_clients_say_in_the_words_of_the_daemon(tmp_pat
         line(f"Cmd:{between}{said.partition('] ')[2]}") for said in text.splitlines()
     )
     log.write_text(commands)
-    seen, told = read_on(log, known, 0)
-    assert (replace(seen, offset=0), told) == (known, [])
+    seen, lines = read_on(log, known, 0)
+    assert (replace(seen, offset=0), lines) == (known, [])
 
 
 def test_what_is_no_log_says_nothing(tmp_path):

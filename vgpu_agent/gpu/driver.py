@@ -77,4 +77,4 @@ class GpuDriver(ABC):
 
     @abstractmethod
     async def release(self) -> bool:
-        """Closes the driver for a reset, until the next scan; whether it could, in 3 seconds."""
+        """Closes the driver for a reset, until the next scan; whether it could, within a second."""

@@ -183,7 +183,7 @@ def split_device_id(text: str) -> tuple[str, int] | None:
 
 
 def by_gpu(device_ids: Iterable[str]) -> dict[str, list[int]]:
-    """The numbers of these vGPUs by the UUID of their GPU; without what is no ID of ours."""
+    """The numbers of these vGPUs by the UUID of their GPU; other IDs are left out."""
     found: dict[str, list[int]] = {}
     for vgpu in device_ids:
         if (split := split_device_id(vgpu)) is not None:

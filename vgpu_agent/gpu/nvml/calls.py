@@ -186,6 +186,17 @@ def count() -> int:
     return found
 
 
+def listed(root: Path) -> int | None:
+    """How many GPUs the driver's own list has; not every platform has that list.
+
+    None where it cannot be read now, as by a process that is out of descriptors.
+    """
+    try:
+        return len(list(root.iterdir()))
+    except OSError as error:
+        return None if error.errno in SHORTAGES else 0
+
+
 def uuid(handle: Handle) -> str:
     """Which GPU it is."""
     return _text(lambda: pynvml.nvmlDeviceGetUUID(handle))

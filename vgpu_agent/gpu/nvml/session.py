@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pynvml
 
-from vgpu_agent.errors import SHORTAGES, DriverError
+from vgpu_agent.errors import DriverError
 from vgpu_agent.gpu.nvml import calls, limits
 from vgpu_agent.gpu.nvml.calls import GONE, Asked, Beat, Handle
 from vgpu_agent.gpu.nvml.events import SLICE_SECONDS, Events
@@ -25,7 +25,7 @@ T = TypeVar("T")
 UNKNOWN = "the driver does not know the GPU now"
 DOUBLED = "several GPUs have this UUID"
 
-CLOSE_SECONDS = 3.0
+CLOSE_SECONDS = 1.0
 """A wait for events is out after a slice."""
 
 LEAVE_SECONDS = 0.05
@@ -112,7 +112,7 @@ class Session:
         if self._opened_at is None:
             calls.open_nvml()
             self._opened_at = self._monotonic()
-            self._listed_when_opened = self._listed()
+            self._listed_when_opened = calls.listed(self._proc_root)
         try:
             return calls.driver_version(), calls.count()
         except Exception as error:
@@ -123,20 +123,10 @@ class Session:
         """Whether GPUs came or went since NVML was opened; one that is lost stays in the list."""
         if self._monotonic() - opened_at < self._reopen_seconds:
             return False
-        listed = self._listed()
+        listed = calls.listed(self._proc_root)
         if self._listed_when_opened is None:
             self._listed_when_opened = listed
         return listed is not None and listed != self._listed_when_opened
-
-    def _listed(self) -> int | None:
-        """How many GPUs the driver's own list has; not every platform has that list.
-
-        None where it cannot be read now, as by a process that is out of descriptors.
-        """
-        try:
-            return len(list(self._proc_root.iterdir()))
-        except OSError as error:
-            return None if error.errno in SHORTAGES else 0
 
     def look(self, index: int, beat: Beat) -> Looked:
         """The GPU of that index, or why nothing is known of it, or that a known one is lost."""
@@ -227,7 +217,7 @@ class Session:
         with self._gate.shared():
             found = self._found.get(uuid)
             if found is None:
-                return Reading(lost=True)
+                return self.absent(uuid)
             try:
                 return self._probe(Asked(found.handle, beat), uuid)
             except Exception as error:  # noqa: BLE001 - an answer that cannot be is a fault of its GPU
